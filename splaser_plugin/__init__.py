@@ -1,0 +1,33 @@
+"""Find the weight matrices worth training, and reduce the noisy ones where that makes answers better."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LaserConfig": "splaser_plugin.config",
+    "ScanConfig": "splaser_plugin.config",
+    "SplaserError": "splaser_plugin.errors",
+    "Scan": "splaser_plugin.scan",
+    "scan": "splaser_plugin.jobs",
+    "laser": "splaser_plugin.jobs",
+    "apply": "splaser_plugin.jobs",
+    "load_pairs": "splaser_plugin.pairs",
+    "LaserCallback": "splaser_plugin.integrations.trainer",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, and only that: `import splaser_plugin` itself loads nothing heavy."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'splaser_plugin' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

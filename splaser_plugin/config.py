@@ -1,0 +1,92 @@
+"""The options of each stage: every name, default, meaning and range is here, once.
+
+The command line and the documentation are made from these classes. Nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from splaser_plugin.errors import ConfigError, nearest
+
+EDGES = ("iqr", "mp", "gavish-donoho")
+PRECISIONS = ("auto", "float32", "float64")
+TEMPLATES = ("auto", "chatml", "instruct")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
+
+_Config = TypeVar("_Config", bound="ScanConfig")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: int | float | None = None,
+    maximum: int | float | None = None,
+) -> Any:
+    """A dataclass field with its one-line meaning, and what values it may have."""
+    checks = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
+    return field(default=default, metadata=checks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanConfig:
+    """How a scan is done."""
+
+    edge: str = option("iqr", "Where signal ends and noise begins.", choices=EDGES)
+    include: tuple[str, ...] = option((), "Only matrices that match this pattern of dotted segments; repeatable.")
+    exclude: tuple[str, ...] = option((), "Leave out matrices that match this pattern; repeatable.")
+    precision: str = option("auto", "Arithmetic of the singular values.", choices=PRECISIONS)
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            _check(each, getattr(self, each.name))
+
+    @classmethod
+    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
+        """A configuration from plain values. Raises ConfigError when a key is not known."""
+        known = {each.name for each in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"option '{key}' is not known; {nearest(str(key), known)}.")
+        plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(**plain)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaserConfig(ScanConfig):
+    """How a laser run is done: the pairs, the answers, the score and the search."""
+
+    samples: int = option(128, "Preference pairs to score on: the first usable ones.", minimum=1)
+    max_prompt_chars: int = option(512, "Pairs with a longer prompt are dropped.", minimum=1)
+    max_answer_chars: int = option(512, "Pairs with a longer answer are dropped.", minimum=1)
+    max_new_tokens: int = option(512, "Longest answer the model may generate, in tokens.", minimum=1)
+    candidates: int = option(15, "Matrices to try, those of lowest SNR first.", minimum=1)
+    embedder: str = option(DEFAULT_EMBEDDER, "Sentence-transformers model (folder or id), or 'self'.")
+    template: str = option("auto", "Prompt format; auto is the tokenizer's own chat template.", choices=TEMPLATES)
+    batch_size: int = option(32, "Prompts generated for at once.", minimum=1)
+    device: str = option("auto", "Device to run on: auto, cpu, cuda, cuda:1, mps.")
+    dtype: str = option("auto", "Weights' dtype; auto is the checkpoint's own.", choices=DTYPES)
+    seed: int = option(0, "Seed of everything random.", minimum=0)
+
+
+def _check(each: dataclasses.Field[Any], value: Any) -> None:
+    limits = each.metadata
+    flag = "--" + each.name.replace("_", "-")
+    expected = type(each.default)
+    if not isinstance(value, expected) or (expected is not bool and isinstance(value, bool)):
+        raise ConfigError(f"{flag}: got {value!r}, expected {expected.__name__}.")
+    if limits["choices"] and value not in limits["choices"]:
+        raise ConfigError(f"{flag}: got '{value}', expected one of {', '.join(limits['choices'])}.")
+    if limits["minimum"] is not None and value < limits["minimum"]:
+        raise ConfigError(f"{flag}: got {value}, expected at least {limits['minimum']}.")
+    if limits["maximum"] is not None and value > limits["maximum"]:
+        raise ConfigError(f"{flag}: got {value}, expected at most {limits['maximum']}.")

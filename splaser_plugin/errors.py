@@ -1,0 +1,60 @@
+"""Every error that splaser raises on purpose. A message says what, where, got against expected, the next step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SplaserError(Exception):
+    """Base of all errors of this package. The command line prints it as one line and exits 1."""
+
+
+class ConfigError(SplaserError):
+    """An option has a value it can't have. The command line exits 2."""
+
+
+class CheckpointError(SplaserError):
+    """A model's files are missing, damaged or of a kind that is not read."""
+
+
+class ModelError(SplaserError):
+    """A loaded model is of a kind the job can't be done on."""
+
+
+class MatrixError(SplaserError):
+    """A weight matrix can't be found, chosen or changed."""
+
+
+class SpectrumError(SplaserError):
+    """Singular values can't be computed, or an edge can't be placed in them."""
+
+
+class RankError(SplaserError):
+    """A rank or a fraction is outside what a matrix's shape allows."""
+
+
+class PairsError(SplaserError):
+    """Preference pairs can't be read, or none of them can be used."""
+
+
+class EmbedderError(SplaserError):
+    """The embedding model can't be loaded or used."""
+
+
+class RecipeError(SplaserError):
+    """A recipe or scan file is damaged, of another version, or made for another model."""
+
+
+class OutputError(SplaserError):
+    """The output can't be written where it was asked for."""
+
+
+class MissingExtraError(SplaserError):
+    """An optional package is needed; the message has the exact command that installs it."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The `count` known names most like `name`, as a phrase for an error message."""
+    matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.0)
+    return "nearest: " + ", ".join(matches) if matches else "there are none"

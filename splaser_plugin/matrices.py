@@ -1,0 +1,255 @@
+"""Which parameters of a causal language model are weight matrices, and how each one is called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from splaser_plugin.errors import MatrixError, ModelError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from splaser_plugin.checkpoint import Checkpoint
+
+CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+"""Families whose checkpoints store linear weights as (inputs, outputs)."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix: a whole parameter, or one expert's slice of a fused 3-D parameter."""
+
+    name: str
+    """Module name, as in `model.layers.3.mlp.down_proj`; an expert's ends in its index: `...down_proj[5]`."""
+    parameter: str
+    """Name of the parameter that holds it, as in the state dict."""
+    type: str
+    """Module name inside its block, without expert numbers: `mlp.down_proj`."""
+    block: int | None
+    """Index of the transformer block; None outside the blocks."""
+    shape: tuple[int, int]
+    """(rows, columns) as stored."""
+    expert: int | None = None
+    transposed: bool = False
+    """Stored as (inputs, outputs), the other way round from a linear layer (GPT-2's Conv1D)."""
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """This matrix's part of its parameter: no copy, (rows, columns)."""
+        part = parameter if self.expert is None else parameter[self.expert]
+        return part.view(self.shape)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A parameter that is not among the matrices, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    name: str
+    shape: tuple[int, ...]
+    embedding: bool = False
+    transposed: bool = False
+    tied_to: str | None = None
+
+
+def model_matrices(
+    model: nn.Module, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[list[Matrix], list[Skipped]]:
+    """Weight matrices of a loaded model, in the model's order, and the parameters left out, with reasons.
+
+    include: patterns of dotted segments (`mlp.down_proj`, `layers.3`, `*` inside a segment); only what
+    matches one of them is kept. Embeddings, heads and norms are kept only if a pattern without `*` names
+    them. exclude: patterns to leave out.
+
+    Raises MatrixError when a pattern matches nothing, when a tied weight is asked for by name, or when
+    nothing is left; ModelError when the weights are quantised.
+    """
+    return _classify(_parameters_of(model), include, exclude)
+
+
+def stored_matrices(
+    checkpoint: Checkpoint, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[list[Matrix], list[Skipped]]:
+    """The same as `model_matrices`, from a checkpoint's headers and config.json alone."""
+    config = checkpoint.config
+    transposed = config.get("model_type") in CONV1D_MODEL_TYPES
+    tied = config.get("tie_word_embeddings", False)
+    embedding = next((name for name in checkpoint.tensors if _segments(name)[-2:-1] == ["embed_tokens"]), None)
+    parameters = []
+    for name, tensor in checkpoint.tensors.items():
+        if not tensor.dtype.is_floating_point:
+            continue
+        is_head = _segments(name)[-2:-1] == ["lm_head"]
+        parameters.append(
+            _Parameter(
+                name,
+                tensor.shape,
+                embedding=_looks_like_embedding(name),
+                transposed=transposed and len(tensor.shape) == 2 and _block_index(name) is not None,
+                tied_to=embedding if tied and is_head and embedding else None,
+            )
+        )
+        if tied and name == embedding:
+            parameters[-1] = _Parameter(name, tensor.shape, embedding=True, tied_to="lm_head.weight")
+    return _classify(parameters, include, exclude)
+
+
+def _parameters_of(model: nn.Module) -> list[_Parameter]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
+        raise ModelError(
+            f"{type(model).__name__} has quantised weights, which can't be scanned or reduced. "
+            "Load it in bfloat16 or float32."
+        )
+    modules = dict(model.named_modules())
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    parameters = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.dtype.is_floating_point:
+            raise ModelError(
+                f"{name} is {parameter.dtype}: quantised weights can't be scanned or reduced. "
+                "Load the model in bfloat16 or float32."
+            )
+        module = modules[name.rpartition(".")[0]]
+        others = [other for other in names[id(parameter)] if other != name]
+        parameters.append(
+            _Parameter(
+                name,
+                tuple(parameter.shape),
+                embedding=isinstance(module, nn.Embedding),
+                transposed=isinstance(module, Conv1D) and parameter.ndim == 2,
+                tied_to=others[0] if others else None,
+            )
+        )
+    return parameters
+
+
+def _classify(
+    parameters: Iterable[_Parameter], include: Sequence[str], exclude: Sequence[str]
+) -> tuple[list[Matrix], list[Skipped]]:
+    parameters = list(parameters)
+    module_names = [_module_name(parameter.name) for parameter in parameters]
+    patterns = {pattern: compile_pattern(pattern) for pattern in (*include, *exclude)}
+    for pattern, regex in patterns.items():
+        if not any(regex.search(name) for name in module_names):
+            raise MatrixError(
+                f"pattern '{pattern}' matches no parameter of this model; {nearest(pattern, module_names)}."
+            )
+
+    matrices: list[Matrix] = []
+    skipped: list[Skipped] = []
+    for parameter, name in zip(parameters, module_names, strict=True):
+        wanted = not include or any(patterns[pattern].search(name) for pattern in include)
+        named = any("*" not in pattern and patterns[pattern].search(name) for pattern in include)
+        reason = _reason_to_skip(parameter, named=named)
+        if wanted and named and parameter.tied_to and parameter.name.endswith("weight"):
+            raise MatrixError(
+                f"{name} shares its weight with {_module_name(parameter.tied_to)}, so a change to one changes "
+                "both. Tied weights are neither scanned nor reduced: leave it out of --include."
+            )
+        if reason is None and not wanted:
+            reason = "not in --include"
+        if reason is None and any(patterns[pattern].search(name) for pattern in exclude):
+            reason = "in --exclude"
+        if reason is None:
+            matrices.extend(_matrices_in(parameter, name))
+        elif not parameter.name.endswith("bias"):
+            skipped.append(Skipped(name, reason))
+    if not matrices:
+        raise MatrixError(
+            f"no weight matrix is left of {len(parameters)} parameters. Loosen --include and --exclude."
+        )
+    return matrices, skipped
+
+
+def _reason_to_skip(parameter: _Parameter, *, named: bool) -> str | None:
+    """Why this parameter is no matrix to work on; None when it is one."""
+    if parameter.tied_to is not None:
+        return f"shares its weight with {_module_name(parameter.tied_to)}"
+    if parameter.name.endswith("bias"):
+        return "a bias"
+    if 0 in parameter.shape:
+        return "empty"
+    if len(parameter.shape) == 1:
+        return None if named else "a vector (norm or scale)"
+    if len(parameter.shape) == 3:
+        return None if "experts" in _segments(parameter.name) else "3-D, and no stack of experts"
+    if len(parameter.shape) != 2:
+        return f"{len(parameter.shape)}-D"
+    if named:
+        return None
+    if parameter.embedding:
+        return "an embedding"
+    if _block_index(parameter.name) is None:
+        return "outside the blocks (a head or a projection of the embeddings)"
+    return None
+
+
+def _matrices_in(parameter: _Parameter, name: str) -> list[Matrix]:
+    kind = _type_in_block(name)
+    block = _block_index(name)
+    if len(parameter.shape) == 3:
+        experts, rows, columns = parameter.shape
+        return [
+            Matrix(f"{name}[{index}]", parameter.name, kind, block, (rows, columns), expert=index)
+            for index in range(experts)
+        ]
+    rows, columns = parameter.shape if len(parameter.shape) == 2 else (1, parameter.shape[0])
+    return [Matrix(name, parameter.name, kind, block, (rows, columns), transposed=parameter.transposed)]
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """A regular expression for whole dotted segments: `layers.1` never matches `layers.11`.
+
+    Raises MatrixError when the pattern is empty or has an empty segment.
+    """
+    segments = pattern.strip().split(".")
+    if not all(segments):
+        raise MatrixError(f"pattern '{pattern}' has an empty segment. Write it like mlp.down_proj or layers.3.")
+    body = r"\.".join(re.escape(segment).replace(r"\*", r"[^.]*") for segment in segments)
+    return re.compile(rf"(?:^|\.){body}(?=$|\.|\[)")
+
+
+def parameter_names(matrices: Iterable[Matrix]) -> Mapping[str, Matrix]:
+    """Matrices by their name. Raises MatrixError when a name occurs twice."""
+    by_name: dict[str, Matrix] = {}
+    for matrix in matrices:
+        if matrix.name in by_name:
+            raise MatrixError(f"{matrix.name} occurs twice in this model, so its name doesn't tell which is meant.")
+        by_name[matrix.name] = matrix
+    return by_name
+
+
+def _segments(name: str) -> list[str]:
+    return name.split(".")
+
+
+def _module_name(parameter_name: str) -> str:
+    return parameter_name.removesuffix(".weight")
+
+
+def _block_index(name: str) -> int | None:
+    return next((int(segment) for segment in _segments(name) if segment.isdecimal()), None)
+
+
+def _type_in_block(name: str) -> str:
+    segments = _segments(name)
+    start = next((i + 1 for i, segment in enumerate(segments) if segment.isdecimal()), 0)
+    return ".".join(segment for segment in segments[start:] if not segment.isdecimal())
+
+
+def _looks_like_embedding(name: str) -> bool:
+    """For checkpoints, where module classes aren't known: by the module's own name."""
+    module = _segments(_module_name(name))[-1]
+    return module in {"wte", "wpe"} or "embed" in module.split("_") or module.startswith("embed")
