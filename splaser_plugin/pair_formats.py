@@ -1,0 +1,213 @@
+"""Which columns make a preference pair: rows in the formats of other projects, read into one shape.
+
+A row is recognised by its columns alone (`FORMATS`). Its parts are then read without trust: anything that is
+not the text or the turns it should be raises `UnusableRowError` with a short cause, which the loader counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypedDict
+
+
+class Message(TypedDict):
+    """One turn, as chat templates take it. `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+class UnusableRowError(Exception):
+    """A row that can't be a pair. `cause` is the short phrase under which it is counted."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class Format:
+    """The columns a format needs. Others may stand beside them: `system` is read wherever it is found."""
+
+    name: str
+    prompt: str | None
+    """None: the prompt is what both answers begin with."""
+    chosen: str
+    rejected: str | None
+    """None: there is no rejected answer."""
+
+    @cached_property
+    def columns(self) -> frozenset[str]:
+        return frozenset(column for column in (self.prompt, self.chosen, self.rejected) if column is not None)
+
+
+# The first format whose columns are all there is taken, so what asks for more stands first.
+FORMATS = (
+    Format("LLaMA-Factory sharegpt ranking", "conversations", "chosen", "rejected"),
+    Format("TRL preference or ultrafeedback_binarized", "prompt", "chosen", "rejected"),
+    Format("orca_dpo_pairs", "question", "chosen", "rejected"),
+    Format("LLaMA-Factory alpaca ranking", "instruction", "chosen", "rejected"),
+    Format("Axolotl icr", "input", "chosen", "rejected"),
+    Format("Axolotl prompt", "prompt", "chosen_response", "rejected_response"),
+    Format("Axolotl instruction", "instruction", "chosen_response", "rejected_response"),
+    Format("Axolotl input", "input", "chosen_response", "rejected_response"),
+    Format("Axolotl prompt without rejected", "prompt", "chosen_response", None),
+    Format("Axolotl instruction without rejected", "instruction", "chosen_response", None),
+    Format("Axolotl input without rejected", "input", "chosen_response", None),
+    Format("openhermes", "instruction", "output", None),
+    Format("TRL implicit prompt", None, "chosen", "rejected"),
+)
+
+OPTIONAL_COLUMNS = frozenset({"system", "input", "history"})
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+def recognise(columns: Iterable[object]) -> Format | None:
+    """The format that these columns make, or None."""
+    present = frozenset(columns)
+    return next((form for form in FORMATS if form.columns <= present), None)
+
+
+def read_parts(row: Mapping[str, Any], form: Format) -> tuple[list[Message], str, str | None]:
+    """(prompt turns, chosen, rejected) of a row that has the columns of `form`.
+
+    An answer is a text, one message, or a message list whose LAST assistant turn is the answer; the turns
+    before it either repeat the prompt or continue it. The texts may still be empty, long or equal.
+    Raises UnusableRowError.
+    """
+    if form.prompt is None and isinstance(row[form.chosen], str) and isinstance(row["rejected"], str):
+        return _split_shared_text(row)
+    prompt = _prompt_turns(row, form)
+    chosen_context, chosen = _answer(row[form.chosen])
+    messages = _join(prompt, chosen_context)
+    if form.rejected is None:
+        return messages, chosen, None
+    rejected_context, rejected = _answer(row[form.rejected])
+    if _join(prompt, rejected_context) != messages:
+        raise UnusableRowError("answers to different prompts")
+    return messages, chosen, rejected
+
+
+def _split_shared_text(row: Mapping[str, Any]) -> tuple[list[Message], str, str]:
+    """Two texts without a prompt column: the words that both begin with are the prompt, as TRL reads them."""
+    if len(row) > 2:  # another column may well be a prompt that we don't know: don't guess one
+        raise UnusableRowError("no known prompt column")
+    chosen, rejected = row["chosen"], row["rejected"]
+    if chosen == rejected:
+        raise UnusableRowError("chosen equals rejected")
+    position_pairs = enumerate(zip(chosen, rejected, strict=False))
+    shared_chars = next((n for n, (a, b) in position_pairs if a != b), min(len(chosen), len(rejected)))
+    prompt_chars = max(chosen.rfind(" ", 0, shared_chars), chosen.rfind("\n", 0, shared_chars), 0)
+    prompt = Message(role="user", content=chosen[:prompt_chars])
+    return [prompt], chosen[prompt_chars:], rejected[prompt_chars:]
+
+
+def _prompt_turns(row: Mapping[str, Any], form: Format) -> list[Message]:
+    turns = [] if form.prompt is None else _turns(row[form.prompt])
+    if form.prompt == "instruction":
+        details = _text(row.get("input"))
+        if details.strip() and turns:
+            turns[-1]["content"] += "\n" + details
+        turns = _history(row.get("history")) + turns
+    system = _text(row.get("system"))
+    if system.strip() and (not turns or turns[0]["role"] != "system"):
+        turns.insert(0, Message(role="system", content=system))
+    return turns
+
+
+def _history(value: object) -> list[Message]:
+    """Earlier rounds of LLaMA-Factory's alpaca format: [[user, assistant], ...]."""
+    turns = []
+    for pair in _list(value):
+        if len(_list(pair)) != 2:
+            raise UnusableRowError("wrong type")
+        question, answer = pair
+        turns.append(Message(role="user", content=_text(question)))
+        turns.append(Message(role="assistant", content=_text(answer)))
+    return turns
+
+
+def _answer(value: object) -> tuple[list[Message], str]:
+    """(turns before the answer, answer)."""
+    if value is None or isinstance(value, str):
+        return [], _text(value)
+    turns = _turns([value] if isinstance(value, Mapping) else value)
+    for position in reversed(range(len(turns))):
+        if turns[position]["role"] == "assistant":
+            return turns[:position], turns[position]["content"]
+    raise UnusableRowError("no assistant turn")
+
+
+def _join(prompt: list[Message], context: list[Message]) -> list[Message]:
+    """The prompt of an answer, from the row's prompt and the turns that stand before the answer.
+
+    The context is nothing, a repetition (of the last turns or of the whole conversation), or a continuation.
+    """
+    if prompt[len(prompt) - len(context) :] == context:
+        return prompt
+    if not prompt or context[0]["role"] == "assistant":
+        return prompt + context
+    if prompt[0]["role"] == "system" and context[0]["role"] != "system":
+        return prompt[:1] + context
+    return context
+
+
+def _turns(value: object) -> list[Message]:
+    if isinstance(value, str):
+        return [Message(role="user", content=value)]
+    turns = [_message(turn) for turn in _list(value)]
+    if turns and turns[0]["role"] == "system" and not turns[0]["content"].strip():
+        del turns[0]
+    return turns
+
+
+def _message(turn: object) -> Message:
+    if not isinstance(turn, Mapping):
+        raise UnusableRowError("wrong type")
+    role_key, content_key = ("role", "content") if turn.get("role") is not None else ("from", "value")
+    role = ROLES.get(_text(turn.get(role_key)))
+    if role is None:
+        raise UnusableRowError("unknown role")
+    return Message(role=role, content=_text(turn.get(content_key)))
+
+
+def _list(value: object) -> list[Any] | tuple[Any, ...]:
+    if value is None:
+        return []
+    if not isinstance(value, (list, tuple)):
+        raise UnusableRowError("wrong type")
+    return value
+
+
+def _text(value: object) -> str:
+    """A missing value is empty text: data sets fill absent columns with nulls."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UnusableRowError("wrong type")
+    return value
+
+
+def describe_formats() -> str:
+    """The known formats with their columns, as a phrase for an error message."""
+    return "; ".join(f"{form.name} ({_column_list(form)})" for form in FORMATS)
+
+
+def _column_list(form: Format) -> str:
+    return ", ".join(column for column in (form.prompt, form.chosen, form.rejected) if column is not None)
+
+
+def describe_columns(columns: Iterable[object], max_columns: int = 20, max_chars: int = 40) -> str:
+    """Column names from strangers, short and safe to print: control characters are escaped."""
+    names = [repr(c[:max_chars]) if isinstance(c, str) else f"<{type(c).__name__}>" for c in columns]
+    more = f" and {len(names) - max_columns} more" if len(names) > max_columns else ""
+    return (", ".join(names[:max_columns]) or "none") + more
