@@ -1,0 +1,164 @@
+"""Where a model's weights are: a folder or a hub id, and in it the files that hold the tensors."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from splaser_plugin.errors import CheckpointError
+from splaser_plugin.safetensors_header import parse_json_object, shown
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+SHARD_GLOB = "model-*-of-*.safetensors"
+PLAIN_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
+MAX_JSON_BYTES = 100_000_000
+# The tokenizer comes along, so that transformers can load the folder. Subfolders hold other formats.
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
+
+# What a folder without safetensors weights may hold instead, and what helps then.
+OTHER_WEIGHTS = (
+    ((".gguf",), "GGUF is loaded through transformers: from_pretrained(folder, gguf_file=...)."),
+    (("adapter_model.safetensors",), "It is an adapter: merge it (PEFT's merge_and_unload) and save that."),
+    (
+        (".bin", ".pt", ".pth", ".ckpt"),
+        "Pickled weights can run code, safetensors can't. If you trust them, convert them once: "
+        "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder).",
+    ),
+)
+
+
+def resolve_model(model: str) -> Path:
+    """The local folder of `model`: itself if it is one, else the hub cache's, downloaded there if need be.
+
+    The network is used only for a hub id whose weights aren't all in the cache.
+    Raises CheckpointError when there is neither such a folder nor such a model on the hub.
+    """
+    try:
+        folder = Path(model).expanduser()
+        if model and folder.is_dir():
+            return folder
+        is_file = folder.is_file()
+    except (OSError, RuntimeError) as error:  # too long a name, or an unknown home
+        raise CheckpointError(f"{shown(model)}: not a usable path or hub id ({error}).") from error
+    if is_file:
+        raise CheckpointError(f"{shown(model)}: it is a file. Give the folder that holds it.")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"{shown(model)}: no such folder. Give a model's folder or a hub id.")
+    return _from_hub(model)
+
+
+def find_shards(folder: Path) -> dict[Path, set[str] | None]:
+    """The files in `folder` that hold the weights, sorted by name, each with its tensors' names in the index.
+
+    The names are None for `model.safetensors` without an index.
+    Raises CheckpointError when there are no weights, or the shards there are not those the index names.
+    """
+    present = {path.name for pattern in (SINGLE_NAME, SHARD_GLOB) for path in folder.glob(pattern)}
+    index = folder / INDEX_NAME
+    if not index.exists():
+        if present != {SINGLE_NAME}:
+            raise CheckpointError(_why_not_readable(folder, present))
+        return {folder / SINGLE_NAME: None}
+    names_by_shard = parse_index(read_json_bytes(index), index)
+    missing = sorted(name for name in names_by_shard if not (folder / name).exists())
+    if missing:
+        raise CheckpointError(
+            f"{folder / missing[0]}: missing or a broken link, as are {len(missing)} of "
+            f"{len(names_by_shard)} shards in {INDEX_NAME}. Download the model again."
+        )
+    unknown = sorted(present - names_by_shard.keys())
+    if unknown:
+        raise CheckpointError(
+            f"{folder}: {shown(unknown[0])} is there, but not in {INDEX_NAME}. Remove what doesn't belong."
+        )
+    return {folder / name: names_by_shard[name] for name in sorted(names_by_shard)}
+
+
+def parse_index(text: bytes, index: Path) -> dict[str, set[str]]:
+    """Shard name to the names of its tensors, from the bytes of the index file `index`.
+
+    Raises CheckpointError when it isn't such an index, or when a shard's name could lead out of the folder.
+    """
+    weight_map = parse_json_object(text, index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is {shown(weight_map)}, expected tensor names to shards.")
+    names_by_shard: defaultdict[str, set[str]] = defaultdict(set)
+    for name, shard_name in weight_map.items():
+        if not isinstance(shard_name, str) or not PLAIN_SHARD_NAME.fullmatch(shard_name):
+            raise CheckpointError(
+                f"{index}: tensor {shown(name)} is in {shown(shard_name)}, "
+                "expected the plain name of a .safetensors file beside the index."
+            )
+        names_by_shard[shard_name].add(name)
+    return dict(names_by_shard)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of the model in `folder`, {} without one. Raises CheckpointError when it is damaged."""
+    config = folder / "config.json"
+    # transformers lets a key's last value win here, and such configs work
+    return parse_json_object(read_json_bytes(config), config, unique_keys=False) if config.exists() else {}
+
+
+def read_json_bytes(file: Path) -> bytes:
+    """The bytes of `file`. Raises CheckpointError when it can't be read or is larger than any model needs."""
+    with open_file(file) as opened:
+        text = opened.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{file}: more than {MAX_JSON_BYTES} bytes of JSON, no model needs that.")
+    return text
+
+
+@contextmanager
+def open_file(file: Path) -> Iterator[BufferedReader]:
+    """`file` opened to read its bytes. Raises CheckpointError when it is no regular file or can't be read."""
+    try:
+        if not file.is_file():  # a pipe or a device would never end
+            raise CheckpointError(f"{file}: missing, or no regular file.")
+        with file.open("rb") as opened:
+            yield opened
+    except OSError as error:
+        raise CheckpointError(f"{file}: can't be read ({error.strerror or error}).") from error
+
+
+def _why_not_readable(folder: Path, present: set[str]) -> str:
+    if present:
+        return f"{folder}: {shown(min(present))} is a shard, but {INDEX_NAME} is missing. Download that too."
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        return f"{folder}: can't be read ({error.strerror or error})."
+    for suffixes, advice in OTHER_WEIGHTS:
+        found = [name for name in names if name.endswith(suffixes)]
+        if found:
+            return f"{folder}: no safetensors weights, only {shown(found[0])}. {advice}"
+    listed = ", ".join(shown(name) for name in names[:5]) or "nothing"
+    return f"{folder}: no weights. Expected {SINGLE_NAME} or {INDEX_NAME}, found {listed}."
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    # The base of the hub's error is that of its HTTP client, which isn't the same client in every version.
+    http_errors: Any = HfHubHTTPError.__bases__
+    try:
+        try:
+            cached = Path(snapshot_download(model, local_files_only=True))
+            find_shards(cached)
+            return cached
+        except (LocalEntryNotFoundError, CheckpointError):  # not there, or only a part of it
+            return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
+    except (OSError, ValueError, *http_errors) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(
+            f"{shown(model)}: no such folder here, and as a hub id it is neither in the cache nor can it be "
+            f"downloaded ({reason[:200]}). Check the spelling, the connection and your access."
+        ) from error
