@@ -1,0 +1,68 @@
+"""Full fine-tuning of some matrices of a loaded model, the rest frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from splaser_plugin.errors import MatrixError, ModelError, nearest
+
+WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+class FreezeCallback(TrainerCallback):
+    """Freezes all but the named matrices when the trainer is made, before its optimizer is.
+
+    names: module names, as `Selection.names` gives them. Raises MatrixError when the model lacks one of them.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        self.names = list(names)
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
+    ) -> None:
+        freeze_all_but(model, self.names)
+
+
+def freeze_all_but(model: nn.Module, names: Collection[str]) -> None:
+    """Let only the weights of these modules be trained. Raises MatrixError when the model lacks one of them."""
+    parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
+    missing = [name for name in names if f"{name}.weight" not in parameters]
+    if missing:
+        modules = [name.removesuffix(".weight") for name in parameters]
+        raise MatrixError(
+            f"{len(missing)} of {len(names)} chosen matrices aren't in this model: {missing[0]}; "
+            f"{nearest(missing[0], modules)}. Use the scan of the model that is trained."
+        )
+    wanted = {f"{name}.weight" for name in names}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in wanted)
+
+
+def check_trained(model: nn.Module, names: Collection[str]) -> None:
+    """Make sure that the named matrices are trained, whole or by LoRA, and nothing else.
+
+    Raises ModelError that names what is trained beside them, or what of them is not.
+    """
+    trained = {
+        _plain(name).partition(".lora_")[0].removesuffix(".weight")
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    wanted = set(names)
+    for what, wrong in (("isn't trained", wanted - trained), ("is trained, too", trained - wanted)):
+        if wrong:
+            raise ModelError(
+                f"{min(wrong)} {what}, as {len(wrong)} in all: expected exactly the {len(wanted)} chosen matrices. "
+                "Look for other options that freeze or train weights."
+            )
+
+
+def _plain(name: str) -> str:
+    """The parameter's name in the base model, without what PEFT and wrappers put into it."""
+    segments = name.removeprefix("base_model.model.").split(".")
+    return ".".join(segment for segment in segments if segment not in WRAPPERS)
