@@ -1,0 +1,1 @@
+"""Adapters to training tools, installed as `splaser_plugin.integrations`."""

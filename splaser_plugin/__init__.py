@@ -12,9 +12,9 @@ _HOMES = {
     "ScanConfig": "splaser_plugin.config",
     "SplaserError": "splaser_plugin.errors",
     "Scan": "splaser_plugin.scan",
-    "scan": "splaser_plugin.jobs",
     "laser": "splaser_plugin.jobs",
-    "apply": "splaser_plugin.jobs",
+    "run_scan": "splaser_plugin.jobs",
+    "apply_recipe": "splaser_plugin.jobs",
     "load_pairs": "splaser_plugin.pairs",
     "LaserCallback": "splaser_plugin.integrations.trainer",
 }

@@ -54,11 +54,15 @@ class ScanConfig:
         for key in values:
             if key not in known:
                 raise ConfigError(f"option '{key}' is not known; {nearest(str(key), known)}.")
-        plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        plain: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
         return cls(**plain)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain values, as they stand in a JSON or YAML file."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

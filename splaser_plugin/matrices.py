@@ -101,34 +101,49 @@ def stored_matrices(
     return _classify(parameters, include, exclude)
 
 
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter by its name, tied ones under each of theirs. Under PEFT: by the base model's own names."""
+    plain = ((plain_name(name), each) for name, each in model.named_parameters(remove_duplicate=False))
+    return {name: parameter for name, parameter in plain if name is not None}
+
+
+def plain_name(name: str) -> str | None:
+    """What the base model calls a weight that PEFT has wrapped; None for what belongs to an adapter."""
+    segments = name.split(".")
+    if "original_module" in segments or any(segment.startswith("lora_") for segment in segments):
+        return None
+    if "modules_to_save" in segments:
+        place = segments.index("modules_to_save")
+        del segments[place : place + 2]
+    return ".".join(segment for segment in segments if segment != "base_layer")
+
+
 def _parameters_of(model: nn.Module) -> list[_Parameter]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
-        raise ModelError(
-            f"{type(model).__name__} has quantised weights, which can't be scanned or reduced. "
-            "Load it in bfloat16 or float32."
-        )
-    modules = dict(model.named_modules())
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    embeddings, conv1d = set[int](), set[int]()
+    for module in model.modules():
+        kind = embeddings if isinstance(module, nn.Embedding) else conv1d if isinstance(module, Conv1D) else set()
+        kind.update(id(parameter) for parameter in module.parameters(recurse=False))
+    by_name = named_parameters(model)
+    sharers: dict[int, list[str]] = {}
+    for name, parameter in by_name.items():
+        sharers.setdefault(id(parameter), []).append(name)
     parameters = []
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in by_name.items():
         if not parameter.dtype.is_floating_point:
             raise ModelError(
                 f"{name} is {parameter.dtype}: quantised weights can't be scanned or reduced. "
                 "Load the model in bfloat16 or float32."
             )
-        module = modules[name.rpartition(".")[0]]
-        others = [other for other in names[id(parameter)] if other != name]
+        others = [other for other in sharers[id(parameter)] if other != name]
         parameters.append(
             _Parameter(
                 name,
                 tuple(parameter.shape),
-                embedding=isinstance(module, nn.Embedding),
-                transposed=isinstance(module, Conv1D) and parameter.ndim == 2,
+                embedding=id(parameter) in embeddings,
+                transposed=id(parameter) in conv1d and parameter.ndim == 2,
                 tied_to=others[0] if others else None,
             )
         )
@@ -167,9 +182,7 @@ def _classify(
         elif not parameter.name.endswith("bias"):
             skipped.append(Skipped(name, reason))
     if not matrices:
-        raise MatrixError(
-            f"no weight matrix is left of {len(parameters)} parameters. Loosen --include and --exclude."
-        )
+        raise MatrixError(f"no weight matrix is left of {len(parameters)} parameters. Loosen --include and --exclude.")
     return matrices, skipped
 
 

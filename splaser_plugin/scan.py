@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,10 @@ from splaser_plugin.matrices import Matrix, Skipped
 from splaser_plugin.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from splaser_plugin.checkpoint import Checkpoint
+    from splaser_plugin.weights import Weights
 
 SCHEMA = "splaser.scan/1"
 QUANTILES = 256
@@ -107,26 +108,32 @@ def rank_key(matrix: MatrixScan, by: str, edge: str) -> tuple[bool, float, str, 
 
 
 def scan_model(
-    model: nn.Module,
+    model_weights: Weights,
     *,
     config: ScanConfig | None = None,
     name: str = "",
-    weights: str = "",
+    identity: str = "",
     progress: Progress = SILENT,
 ) -> Scan:
     """Scan a loaded model where it is: on its device, one matrix at a time.
 
-    name, weights: how the model and its weights are called in the result.
+    name, identity: how the model and its weights are called in the result.
     Raises MatrixError, ModelError or SpectrumError, the last with the matrix's name.
     """
-    from splaser_plugin.matrices import model_matrices
+    from splaser_plugin.distributed import my_part
 
     config = config or ScanConfig()
-    matrices, skipped = model_matrices(model, include=config.include, exclude=config.exclude)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    weights_of = ((matrix, matrix.view(parameters[matrix.parameter].detach())) for matrix in matrices)
-    found = _measure(weights_of, len(matrices), config.precision, progress)
-    return Scan(name, weights, config.edge, tuple(found), tuple(skipped))
+    matrices, skipped = model_weights.matrices(config.include, config.exclude)
+    mine = my_part(matrices)
+
+    def read() -> Iterator[tuple[Matrix, Tensor]]:
+        for matrix in matrices if model_weights.is_sharded else mine:
+            weight = model_weights.read(matrix)
+            if matrix in mine:
+                yield matrix, weight
+
+    found = _measure(read(), len(mine), config.precision, progress)
+    return _complete(found, matrices, skipped, name, identity, config.edge)
 
 
 def scan_checkpoint(
@@ -137,31 +144,49 @@ def scan_checkpoint(
     Raises CheckpointError, MatrixError or SpectrumError.
     """
     from splaser_plugin.checkpoint import read_tensors
+    from splaser_plugin.distributed import my_part
     from splaser_plugin.matrices import stored_matrices
 
     config = config or ScanConfig()
     matrices, skipped = stored_matrices(checkpoint, include=config.include, exclude=config.exclude)
-    by_slice = {(matrix.parameter, matrix.expert): matrix for matrix in matrices}
-    read = read_tensors(checkpoint, by_slice)
-    weights_of = ((by_slice[part], tensor.view(by_slice[part].shape)) for part, tensor in read)
-    found = {matrix.name: matrix for matrix in _measure(weights_of, len(matrices), config.precision, progress)}
-    ordered = tuple(found[matrix.name] for matrix in matrices)
-    return Scan(name or str(checkpoint.folder), checkpoint.identity(), config.edge, ordered, tuple(skipped))
+    by_part = {(matrix.parameter, matrix.expert): matrix for matrix in my_part(matrices)}
+
+    def read() -> Iterator[tuple[Matrix, Tensor]]:
+        for part, tensor in read_tensors(checkpoint, by_part):
+            yield by_part[part], tensor.view(by_part[part].shape)
+
+    found = _measure(read(), len(by_part), config.precision, progress)
+    name = name or str(checkpoint.folder)
+    return _complete(found, matrices, skipped, name, checkpoint.identity(), config.edge)
 
 
 def _measure(
-    weights: Iterable[tuple[Matrix, Tensor]], total: int, precision: str, progress: Progress
-) -> Iterator[MatrixScan]:
+    weights: Iterator[tuple[Matrix, Tensor]], total: int, precision: str, progress: Progress
+) -> list[MatrixScan]:
+    """Records of this process's matrices and, in any order, of all other processes'."""
+    from splaser_plugin.distributed import gather
     from splaser_plugin.spectrum import singular_values
 
-    with progress.phase("scan", total) as advance:
-        for matrix, weight in weights:
-            try:
-                values = singular_values(weight, precision=precision)
-            except SpectrumError as error:
-                raise SpectrumError(f"{matrix.name}: {error}") from error
-            yield matrix_scan(matrix, values)
-            advance(1)
+    def measure_mine() -> list[MatrixScan]:
+        found = []
+        with progress.phase("scan", total) as advance:
+            for matrix, weight in weights:
+                try:
+                    values = singular_values(weight, precision=precision)
+                except SpectrumError as error:
+                    raise SpectrumError(f"{matrix.name}: {error}") from error
+                found.append(matrix_scan(matrix, values))
+                advance(1)
+        return found
+
+    return gather(measure_mine)
+
+
+def _complete(
+    found: list[MatrixScan], matrices: list[Matrix], skipped: list[Skipped], name: str, identity: str, edge: str
+) -> Scan:
+    by_name = {each.name: each for each in found}
+    return Scan(name, identity, edge, tuple(by_name[matrix.name] for matrix in matrices), tuple(skipped))
 
 
 def matrix_scan(matrix: Matrix, values: np.ndarray) -> MatrixScan:
@@ -177,16 +202,6 @@ def matrix_scan(matrix: Matrix, values: np.ndarray) -> MatrixScan:
         edges=fit_edges(values, matrix.shape),
         spectrum=tuple(float(f"{value:.6g}") for value in values[places]),
     )
-
-
-def top_by_type(scan: Scan, count: int = 16, by: str = "snr_ratio", edge: str | None = None) -> dict[str, list[str]]:
-    """Module type to the names of its `count` matrices of highest `by`: the published scanner's file."""
-    best: dict[str, list[str]] = {}
-    for matrix in reversed(scan.ranked(by, edge)):
-        names = best.setdefault(matrix.type, [])
-        if len(names) < count:
-            names.append(matrix.name)
-    return dict(sorted(best.items()))
 
 
 def read_json(path: str | Path) -> Any:

@@ -1,0 +1,1 @@
+"""The example pairs, installed as `splaser_plugin.example_data` for `splaser demo`."""

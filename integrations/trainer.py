@@ -1,0 +1,221 @@
+"""A callback for Hugging Face's Trainer and everything built on it: laser, or choose what to train."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from splaser_plugin.config import LaserConfig
+from splaser_plugin.distributed import is_main
+from splaser_plugin.errors import ConfigError, ModelError, PairsError
+from splaser_plugin.jobs import LaserResult, laser_weights, read_pairs
+from splaser_plugin.pairs import PairSet
+from splaser_plugin.progress import Progress
+from splaser_plugin.scan import scan_model
+from splaser_plugin.selection import choose
+from splaser_plugin.weights import Weights
+
+logger = logging.getLogger(__name__)
+
+WHEN = ("before", "init", "after")
+OFFLINE = "Save the trained model and run `splaser laser` on the checkpoint (with --adapter DIR for a LoRA adapter)."
+
+Pairs = str | Path | PairSet | Iterable[Mapping[str, Any]]
+
+
+class LaserCallback(TrainerCallback):
+    """Lasers the trainer's model, freezes all but its matrices of highest SNR, or both.
+
+    when: `after` training (the last thing, also written to `<output_dir>/lasered`), `before` it (in place, on
+    the first run only), `init` (while the trainer is made, before optimizer and wrapping), or None.
+    pairs: see `splaser_plugin.laser`; without them the trainer's evaluation or training data are read.
+    config: options of the laser run; its device and dtype are the trainer's.
+    freeze_to: `top` trains only the `top` matrices, or the `fraction`, of highest `by` of each module type.
+
+    `result` is the last `LaserResult`, and `selection` what is trained under `freeze_to`.
+    Raises ConfigError here for options that don't fit together, ModelError at the start of training for what
+    can't be lasered in place.
+    """
+
+    def __init__(
+        self,
+        *,
+        when: str | None = "after",
+        pairs: Pairs | None = None,
+        config: LaserConfig | None = None,
+        freeze_to: str | None = None,
+        top: int | None = None,
+        fraction: float | None = None,
+        by: str = "snr_ratio",
+    ) -> None:
+        if when is not None and when not in WHEN:
+            raise ConfigError(f"when: got {when!r}, expected one of {', '.join(WHEN)}, or None.")
+        if freeze_to not in (None, "top"):
+            raise ConfigError(f"freeze_to: got {freeze_to!r}, expected 'top' or None.")
+        if freeze_to is not None and (top is None) == (fraction is None):
+            raise ConfigError("freeze_to='top' needs one of top=N and fraction=F.")
+        if freeze_to is None and (top is not None or fraction is not None):
+            raise ConfigError("top and fraction go with freeze_to='top'.")
+        if when is None and freeze_to is None:
+            raise ConfigError("there is nothing to do: give when=, or freeze_to='top'.")
+        self.when = when
+        self.pairs = pairs
+        self.config = config or LaserConfig()
+        self.freeze_to = freeze_to
+        self.top = top
+        self.fraction = fraction
+        self.by = by
+        self.result: LaserResult | None = None
+        self.selection: Any = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
+    ) -> None:
+        trainer = _calling_trainer()
+        _refuse(trainer, args, model)
+        if self.when == "init":
+            self._laser(trainer, model)
+        if self.freeze_to is not None:
+            with undisturbed():
+                self.selection = self._freeze(args, model)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
+    ) -> None:
+        trainer = _calling_trainer()
+        _refuse(trainer, args, model)
+        if self.when == "before" and state.global_step > 0:
+            logger.warning("resumed at step %d: the laser before training is not repeated.", state.global_step)
+        elif self.when == "before":
+            trainer.log(self._laser(trainer, model))
+        elif self.when == "init" and self.result is not None:
+            trainer.log(self._metrics())
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
+    ) -> None:
+        if self.when == "after":
+            trainer = _calling_trainer()
+            trainer.log(self._laser(trainer, model))
+            if self.result is not None:
+                written = self.result.save(Path(args.output_dir) / "lasered", overwrite=True)
+                logger.info("the lasered model is in %s", written)
+
+    def _laser(self, trainer: Trainer, model: Any) -> dict[str, float]:
+        started = time.monotonic()
+        unwrapped = trainer.accelerator.unwrap_model(model)
+        with undisturbed():
+            self.result = laser_weights(
+                _weights(unwrapped),
+                trainer.processing_class,
+                read_pairs(self._rows(trainer), self.config),
+                config=self.config,
+                name=getattr(unwrapped.config, "_name_or_path", "") or type(unwrapped).__name__,
+                progress=_LoggedProgress(),
+            )
+        self._seconds = round(time.monotonic() - started, 3)
+        return self._metrics()
+
+    def _metrics(self) -> dict[str, float]:
+        found = self.result.search
+        return {
+            "laser/score_before": found.baseline.mean,
+            "laser/score_after": found.final.mean,
+            "laser/matrices_tried": len(found.trials),
+            "laser/matrices_kept": len(found.kept),
+            "laser/rank_removed": sum(min(each.matrix.shape) - each.rank for each in found.kept),
+            "laser/seconds": self._seconds,
+        }
+
+    def _rows(self, trainer: Trainer) -> Pairs:
+        if self.pairs is not None:
+            return self.pairs
+        for name in ("eval_dataset", "train_dataset"):
+            dataset = getattr(trainer, name, None)
+            columns = set(getattr(dataset, "column_names", None) or ())
+            if {"chosen", "rejected"} <= columns:
+                return dataset
+        raise PairsError(
+            "no preference pairs were given, and the trainer's data sets have no text to read them from. Pass pairs=..."
+        )
+
+    def _freeze(self, args: TrainingArguments, model: Any) -> Any:
+        if hasattr(model, "peft_config"):
+            raise ModelError(
+                "freeze_to is for full fine-tuning, and this model has adapters. Give PEFT the LoraConfig of "
+                "splaser_plugin.integrations.peft.lora_config instead."
+            )
+        weights = Weights(model)
+        scan = scan_model(weights, config=self.config, name=getattr(model.config, "_name_or_path", ""))
+        selection = choose(scan, top=self.top, fraction=self.fraction, by=self.by)
+        chosen = set(selection.names)
+        for name, parameter in weights.parameters.items():
+            parameter.requires_grad_(name.removesuffix(".weight") in chosen)
+        if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", True):
+            model.enable_input_require_grads()
+        trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+        total = sum(each.numel() for each in model.parameters())
+        logger.info("training %d matrices, %d of %d parameters: %s", len(chosen), trained, total, selection.rule)
+        return selection
+
+
+class _LoggedProgress(Progress):
+    def fact(self, label: str, value: str) -> None:
+        if is_main():
+            logger.info("laser: %s: %s", label, value)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Afterwards all random states of this process are as before."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+
+
+def _calling_trainer() -> Trainer:
+    """The trainer whose event this is: it hands itself to no callback, so it is looked up among the callers."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    raise ConfigError("LaserCallback is called by a transformers Trainer, and only by one.")
+
+
+def _weights(model: Any) -> Weights:
+    if not hasattr(model, "peft_config"):
+        return Weights(model)
+    from splaser_plugin.integrations.merged import MergedWeights
+
+    return MergedWeights(model)
+
+
+def _refuse(trainer: Trainer, args: TrainingArguments, model: Any) -> None:
+    """Raise ModelError for what can't be lasered inside this trainer."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if args.deepspeed is not None or trainer.is_deepspeed_enabled:
+        raise ModelError(f"DeepSpeed keeps its own fp32 copies of the weights, which would undo the change. {OFFLINE}")
+    is_fsdp1 = trainer.is_fsdp_enabled and not getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2
+    if is_fsdp1 or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ModelError(f"FSDP version 1 flattens the weights. Use FSDP version 2 (fsdp_version: 2). {OFFLINE}")
+    Weights(trainer.accelerator.unwrap_model(model))

@@ -1,0 +1,215 @@
+"""The command `splaser`. Heavy libraries are imported only by the command that needs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from splaser_plugin.config import LaserConfig, ScanConfig
+from splaser_plugin.errors import ConfigError, SplaserError
+
+if TYPE_CHECKING:
+    from splaser_plugin.jobs import LaserResult
+    from splaser_plugin.progress import Progress
+    from splaser_plugin.scan import Scan
+
+app = typer.Typer(
+    help="Find the weight matrices worth training, and reduce the noisy ones where that makes answers better.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Model folder, .gguf file or hub id.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist or be empty.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON to stdout.")]
+
+
+def options_of(config_class: type[ScanConfig]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one flag for each field of a configuration, passed to it as the argument `config`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        fields = dataclasses.fields(config_class)
+
+        def with_config(**arguments: Any) -> None:
+            values = {each.name: arguments.pop(each.name) for each in fields}
+            command(config=config_class.from_dict(values), **arguments)
+
+        flags = [_flag(each) for each in fields]
+        own = [each for name, each in inspect.signature(command, eval_str=True).parameters.items() if name != "config"]
+        with_config.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
+        with_config.__annotations__ = {each.name: each.annotation for each in [*own, *flags]}
+        with_config.__name__, with_config.__doc__ = command.__name__, command.__doc__
+        return with_config
+
+    return decorate
+
+
+def _flag(each: dataclasses.Field[Any]) -> inspect.Parameter:
+    default: Any = each.default
+    repeated = isinstance(default, tuple)
+    choices = each.metadata["choices"]
+    text = each.metadata["help"] + (f" One of: {', '.join(choices)}." if choices else "")
+    name = "--" + each.name.replace("_", "-")
+    return inspect.Parameter(
+        each.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=list(default) if repeated else default,
+        annotation=Annotated[list[str] if repeated else type(default), typer.Option(name, help=text)],
+    )
+
+
+@app.command()
+@options_of(ScanConfig)
+def scan(
+    *,
+    model: Model,
+    config: ScanConfig,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the scan goes.")] = Path("scan.json"),
+    top: Annotated[int, typer.Option(min=1, help="Names of highest snr_ratio per module type in --top-json.")] = 16,
+    top_json: Annotated[Path | None, typer.Option(help="Also write module type to names, as JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Singular values of every weight matrix, split into signal and noise; nothing is changed."""
+    from splaser_plugin.jobs import run_scan
+    from splaser_plugin.output import check_file
+    from splaser_plugin.scan import write_json
+    from splaser_plugin.selection import top_by_type
+
+    check_file(output, replaceable="splaser.scan/1")
+    found = run_scan(model, config=config, progress=_progress())
+    found.save(output)
+    if top_json is not None:
+        write_json(top_json, top_by_type(found, top))
+    if as_json:
+        print(json.dumps(found.to_dict(), allow_nan=False))
+    _show_scan(found, output)
+
+
+@app.command()
+@options_of(LaserConfig)
+def laser(
+    *,
+    model: Model,
+    pairs: Annotated[str, typer.Option(help="Preference pairs: a json, jsonl, csv or parquet file, or a data set.")],
+    output: Output,
+    config: LaserConfig,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Reduce the noisiest matrices, one at a time, and keep what makes the model's own answers better."""
+    from splaser_plugin.output import check_output
+
+    check_output(output, overwrite=overwrite, inputs=(model, pairs))
+    from splaser_plugin.jobs import laser as run_laser
+
+    progress = _progress()
+    result = run_laser(model, pairs, config=config, progress=progress)
+    result.save(output, overwrite=overwrite)
+    if as_json:
+        print(json.dumps(result.results(), allow_nan=False))
+    _show_laser(result, output, progress)
+
+
+@app.command()
+def apply(
+    *,
+    recipe: Annotated[Path, typer.Argument(help="recipe.json of a laser run.")],
+    model: Model,
+    output: Output,
+    device: Annotated[str, typer.Option(help="Device to compute on.")] = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Rebuild a lasered model from its recipe and the base model."""
+    from splaser_plugin.output import check_output, whole_folder
+
+    path = check_output(output, overwrite=overwrite, inputs=(model, recipe))
+    from splaser_plugin.jobs import apply_recipe
+    from splaser_plugin.recipe import Recipe
+
+    loaded = Recipe.load(recipe)
+    progress = _progress()
+    lasered, tokenizer = apply_recipe(loaded, model, device=device, progress=progress)
+    with whole_folder(path) as folder:
+        lasered.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        loaded.save(folder / "recipe.json")
+    progress.fact("matrices reduced", str(len(loaded.steps)))
+    progress.fact("model", str(output))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("splaser-demo"),
+    cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = Path(".cache"),
+    overwrite: Overwrite = False,
+) -> None:
+    """The whole job on SmolLM2-135M and the example pairs, without a model hub."""
+    from splaser_plugin.demo import run_demo
+
+    progress = _progress()
+    result = run_demo(output, cache, overwrite=overwrite, progress=progress)
+    _show_laser(result, output, progress)
+
+
+@app.command(hidden=True)
+def models(
+    cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = Path(".cache"),
+) -> None:
+    """Prepare the demo's models and print their folders."""
+    from splaser_plugin.demo import prepare_embedder, prepare_model
+
+    print(prepare_model(cache))
+    print(prepare_embedder())
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from splaser_plugin.terminal import TerminalProgress
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    return TerminalProgress(Console(stderr=True))
+
+
+def _show_scan(found: Scan, output: Path) -> None:
+    progress = _progress()
+    progress.fact("matrices", f"{len(found.matrices)} scanned, {len(found.skipped)} parameters left out")
+    for matrix in found.ranked("snr")[:5]:
+        fit = matrix.edges[found.edge]
+        snr = "no noise" if fit.snr is None else f"snr {fit.snr:.3f}"
+        progress.fact("noisiest", f"{matrix.name}  {snr}  rank {fit.rank} of {min(matrix.shape)}")
+    progress.fact("scan", str(output))
+
+
+def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:
+    found = result.search
+    progress.fact("kept", f"{len(found.kept)} of {len(found.trials)} candidates")
+    progress.fact("score", f"{found.baseline.mean:+.4f} before, {found.final.mean:+.4f} after, on the same pairs")
+    progress.fact("model", str(output))
+    progress.fact("rebuild", f"splaser apply {output / 'recipe.json'} {result.recipe.model} -o ANOTHER_FOLDER")
+
+
+def main() -> None:
+    """Entry point: one line for each error on purpose, exit 2 for wrong usage and 1 for the rest."""
+    try:
+        app()
+    except ConfigError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except SplaserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; nothing was written.", file=sys.stderr)
+        sys.exit(130)

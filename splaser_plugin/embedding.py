@@ -1,0 +1,100 @@
+"""Texts to unit vectors: the ruler that answers are measured with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from splaser_plugin.distributed import share
+from splaser_plugin.errors import EmbedderError
+from splaser_plugin.generation import evaluating
+from splaser_plugin.weights import Weights
+
+
+class Embedder(Protocol):
+    """Anything that turns texts into unit vectors."""
+
+    name: str
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """(texts, dimensions) float32 on the CPU, each row of length 1."""
+
+
+class SentenceEmbedder:
+    """A sentence-transformers model.
+
+    model: folder or hub id. Raises EmbedderError when it can't be loaded.
+    """
+
+    def __init__(self, model: str, device: torch.device) -> None:
+        logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
+        from sentence_transformers import SentenceTransformer
+
+        self.name = model
+        looks_local = model.startswith((".", "/", "~"))
+        if looks_local and not Path(model).expanduser().is_dir():
+            raise EmbedderError(f"embedder {model}: there is no such folder. Check --embedder, or use 'self'.")
+        try:
+            self._model = SentenceTransformer(str(Path(model).expanduser()), device=str(device))
+        except (OSError, ValueError, ImportError) as error:
+            raise EmbedderError(
+                f"embedder '{model}' can't be loaded ({str(error).splitlines()[0]}). Give --embedder a folder or hub "
+                "id of a sentence-transformers model that can be reached, or 'self'."
+            ) from error
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        return torch.stack(share(texts, self._embed_here))
+
+    def _embed_here(self, texts: list[str]) -> list[Tensor]:
+        vectors = self._model.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
+        return list(vectors.float().cpu())
+
+
+class SelfEmbedder:
+    """The language model's own last hidden states, averaged over a text's tokens.
+
+    They are taken with the original weights, so that the ruler doesn't bend with what it measures.
+    """
+
+    name = "self"
+
+    def __init__(self, weights: Weights, tokenizer: Any, batch_size: int) -> None:
+        weights.remember_originals()
+        self._weights = weights
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        model: Any = self._weights.model
+        device = next(model.parameters()).device
+        start = self._tokenizer.bos_token_id or self._tokenizer.eos_token_id or 0
+        tokens = [self._tokenizer(text, add_special_tokens=False)["input_ids"] or [start] for text in texts]
+        limit = getattr(model.config, "max_position_embeddings", None)
+        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+        vectors: dict[int, Tensor] = {}
+        with self._weights.originals(), evaluating(model):
+            for first in range(0, len(order), self._batch_size):
+                batch = order[first : first + self._batch_size]
+                rows = [torch.tensor(tokens[index][:limit]) for index in batch]
+                ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+                lengths = torch.tensor([len(row) for row in rows], device=device)
+                mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+                hidden = model(
+                    input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False
+                ).hidden_states[-1]
+                mean = (hidden.float() * mask[..., None]).sum(1) / lengths[:, None]
+                vectors.update(zip(batch, torch.nn.functional.normalize(mean, dim=-1).cpu(), strict=True))
+        return torch.stack([vectors[index] for index in range(len(tokens))])
+
+
+def load_embedder(name: str, weights: Weights, tokenizer: Any, device: torch.device, batch_size: int) -> Embedder:
+    """The embedder called `name`: `self`, or a sentence-transformers model on `device`."""
+    if name == "self":
+        return SelfEmbedder(weights, tokenizer, batch_size)
+    return SentenceEmbedder(name, device)

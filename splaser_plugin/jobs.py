@@ -1,0 +1,229 @@
+"""The whole jobs, as the command line and Python callers run them: scan, laser, apply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from splaser_plugin.config import LaserConfig, ScanConfig
+from splaser_plugin.distributed import is_main, wait_for_all
+from splaser_plugin.embedding import load_embedder
+from splaser_plugin.errors import ModelError
+from splaser_plugin.generation import Generator
+from splaser_plugin.loading import context_length, load_model
+from splaser_plugin.output import check_output, whole_folder
+from splaser_plugin.pairs import PairSet, load_pairs, pairs_from_rows
+from splaser_plugin.progress import SILENT, Progress
+from splaser_plugin.prompts import Prompter
+from splaser_plugin.recipe import Recipe, Step, carry_out, versions
+from splaser_plugin.scan import Scan, scan_model, write_json
+from splaser_plugin.scoring import Scores, SemanticScorer
+from splaser_plugin.search import SearchResult, Trial, choose_candidates, search
+from splaser_plugin.weights import Weights
+
+RESULTS_SCHEMA = "splaser.results/1"
+
+
+@dataclass(frozen=True)
+class LaserResult:
+    """What a laser run made and found."""
+
+    weights: Weights
+    tokenizer: Any
+    scan: Scan
+    recipe: Recipe
+    search: SearchResult
+    pairs: PairSet
+
+    @property
+    def model(self) -> Any:
+        """The model, lasered in place."""
+        return self.weights.model
+
+    def results(self) -> dict[str, Any]:
+        """The content of results.json."""
+        return {
+            "schema": RESULTS_SCHEMA,
+            "model": self.recipe.model,
+            "pairs": {
+                "source": self.pairs.source,
+                "used": len(self.pairs.pairs),
+                "dropped": dict(self.pairs.dropped),
+            },
+            "baseline": _scores(self.search.baseline),
+            "final": _scores(self.search.final),
+            "candidates": [_trial(trial) for trial in self.search.trials],
+        }
+
+    def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the model, its tokenizer, scan.json, recipe.json and results.json: all of them or nothing.
+
+        Under several processes all have to call it, and the main one writes.
+        Raises OutputError when the folder exists and isn't empty.
+        """
+        path = check_output(out, overwrite=overwrite, inputs=(self.recipe.model,))
+        state = self.weights.state_dict()
+        if is_main():
+            with whole_folder(path) as folder:
+                self.model.save_pretrained(folder, state_dict=state)
+                self.tokenizer.save_pretrained(folder)
+                self.scan.save(folder / "scan.json")
+                self.recipe.save(folder / "recipe.json")
+                write_json(folder / "results.json", self.results())
+        wait_for_all()
+        return path
+
+
+def run_scan(model: str | Path | nn.Module, *, config: ScanConfig | None = None, progress: Progress = SILENT) -> Scan:
+    """Scan a model: a loaded one where it is, a folder of safetensors or a hub id straight from disk.
+
+    A .gguf file is loaded first. Raises CheckpointError, ModelError, MatrixError or SpectrumError.
+    """
+    if isinstance(model, nn.Module):
+        return _scan_loaded(model, _name_of(model), config, progress)
+    if str(model).endswith(".gguf"):
+        return _scan_loaded(load_model(model)[0], str(model), config, progress)
+    from splaser_plugin.checkpoint import open_checkpoint, resolve_model
+    from splaser_plugin.scan import scan_checkpoint
+
+    return scan_checkpoint(
+        open_checkpoint(resolve_model(str(model))), config=config, name=str(model), progress=progress
+    )
+
+
+def laser(
+    model: str | Path | Any,
+    pairs: str | Path | PairSet | Iterable[Mapping[str, Any]],
+    *,
+    config: LaserConfig | None = None,
+    tokenizer: Any = None,
+    progress: Progress = SILENT,
+) -> LaserResult:
+    """Reduce the noisiest matrices of a model wherever that makes its answers better.
+
+    model: a folder, .gguf file or hub id, or a loaded causal language model, which is changed in place.
+    pairs: a file or data set name (see `load_pairs`), a PairSet, or rows in any format that `load_pairs` reads.
+    tokenizer: needed only with a loaded model.
+    Raises a SplaserError before any weight is changed when something can't be used; whatever is raised later
+    leaves the kept changes and no undecided one.
+    """
+    config = config or LaserConfig()
+    pair_set = read_pairs(pairs, config)
+    name = str(model)
+    if isinstance(model, nn.Module):
+        if tokenizer is None:
+            raise ModelError("a loaded model was given without its tokenizer. Pass tokenizer=...")
+        name = _name_of(model)
+    else:
+        model, tokenizer = load_model(model, device=config.device, dtype=config.dtype)
+    return laser_weights(Weights(model), tokenizer, pair_set, config=config, name=name, progress=progress)
+
+
+def laser_weights(
+    weights: Weights,
+    tokenizer: Any,
+    pairs: PairSet,
+    *,
+    config: LaserConfig,
+    name: str,
+    progress: Progress = SILENT,
+) -> LaserResult:
+    """The job of `laser` on weights that are loaded already, wherever they live. name: how the model is called."""
+    model: Any = weights.model
+    device = next(iter(weights.parameters.values())).device
+    progress.fact("device", f"{device}, {_dtype(model)}")
+    progress.fact("pairs", pairs.summary)
+    prompter = Prompter(tokenizer, config.template, context_length(model))
+    generator = Generator(model, prompter, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
+    embedder = load_embedder(config.embedder, weights, tokenizer, device, config.batch_size)
+    scorer = SemanticScorer(generator, embedder, pairs.pairs)
+
+    scan = scan_model(weights, config=config, name=name, identity=weights.identity(), progress=progress)
+    matrices, _ = weights.matrices(config.include, config.exclude)
+    found = search(weights, choose_candidates(scan, matrices, config.candidates), scorer, progress=progress)
+    recipe = Recipe(
+        model=name,
+        weights=scan.weights,
+        dtype=_dtype(model),
+        steps=tuple(
+            Step(each.matrix.name, each.rank, each.edge, each.threshold, each.matrix.shape) for each in found.kept
+        ),
+        scores={"baseline": found.baseline.mean, "final": found.final.mean},
+        settings=config.to_dict(),
+        versions=versions(),
+    )
+    return LaserResult(weights, tokenizer, scan, recipe, found, pairs)
+
+
+def apply_recipe(
+    recipe: Recipe | str | Path,
+    model: str | Path | nn.Module,
+    *,
+    device: str = "auto",
+    progress: Progress = SILENT,
+) -> tuple[Any, Any]:
+    """The lasered model from its recipe and the base model, and the tokenizer (None for a loaded model).
+
+    Raises RecipeError when the model isn't the recipe's.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    tokenizer = None
+    loaded: Any = model
+    if not isinstance(model, nn.Module):
+        loaded, tokenizer = load_model(model, device=device, dtype=recipe.dtype)
+    carry_out(recipe, Weights(loaded), progress=progress)
+    return loaded, tokenizer
+
+
+def _scan_loaded(model: nn.Module, name: str, config: ScanConfig | None, progress: Progress) -> Scan:
+    weights = Weights(model)
+    return scan_model(weights, config=config, name=name, identity=weights.identity(), progress=progress)
+
+
+def _name_of(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+
+
+def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]], config: LaserConfig) -> PairSet:
+    """The pairs that a run with this configuration uses, from whatever form they come in."""
+    if isinstance(pairs, PairSet):
+        return pairs
+    limits: dict[str, Any] = {
+        "samples": config.samples,
+        "max_prompt_chars": config.max_prompt_chars,
+        "max_answer_chars": config.max_answer_chars,
+    }
+    return load_pairs(pairs, **limits) if isinstance(pairs, (str, Path)) else pairs_from_rows(pairs, **limits)
+
+
+def _dtype(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _scores(scores: Scores) -> dict[str, Any]:
+    return {
+        "score": scores.mean,
+        "per_pair": list(scores.values),
+        "answers": list(scores.answers),
+        "generated_tokens": scores.generated_tokens,
+    }
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    candidate = trial.candidate
+    return {
+        "name": candidate.matrix.name,
+        "rank": candidate.rank,
+        "full_rank": min(candidate.matrix.shape),
+        "snr": candidate.snr,
+        "score": trial.scores.mean,
+        "best_before": trial.best_before,
+        "verdict": "kept" if trial.kept else "restored",
+        "per_pair": list(trial.scores.values),
+        "generated_tokens": trial.scores.generated_tokens,
+        "elapsed_s": round(trial.elapsed_s, 3),
+    }

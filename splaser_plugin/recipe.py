@@ -1,0 +1,99 @@
+"""The recipe: what was done to a model, precise enough to do it again."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from splaser_plugin.errors import RecipeError
+from splaser_plugin.matrices import parameter_names
+from splaser_plugin.progress import SILENT, Progress
+from splaser_plugin.scan import read_json, write_json
+from splaser_plugin.weights import Weights
+
+SCHEMA = "splaser.recipe/1"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One matrix that was reduced."""
+
+    name: str
+    rank: int
+    edge: str
+    threshold: float
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything kept by a search, in order, and what it was found with."""
+
+    model: str
+    """Folder or hub id of the base model."""
+    weights: str
+    """Identity of the base model's weights; see `Weights.identity`."""
+    dtype: str
+    steps: tuple[Step, ...]
+    scores: Mapping[str, float]
+    """Mean score before (`baseline`) and after (`final`)."""
+    settings: Mapping[str, Any]
+    """The configuration of the run, seed included."""
+    versions: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe.json. Raises RecipeError when it is missing, damaged or of another version."""
+        stored = read_json(path)
+        if not isinstance(stored, dict) or stored.pop("schema", None) != SCHEMA:
+            raise RecipeError(f"{path}: not a recipe of schema '{SCHEMA}'. Give the recipe.json of a laser run.")
+        try:
+            steps = tuple(Step(**{**step, "shape": tuple(step["shape"])}) for step in stored.pop("steps"))
+            recipe = cls(steps=steps, **stored)
+        except (KeyError, TypeError) as error:
+            raise RecipeError(f"{path}: not a whole recipe ({error}). Make it anew with splaser laser.") from error
+        for step in steps:
+            if type(step.rank) is not int or step.rank < 1:
+                raise RecipeError(f"{path}: {step.name}: rank {step.rank!r}, expected a whole number of at least 1.")
+        return recipe
+
+
+def carry_out(recipe: Recipe, weights: Weights, *, progress: Progress = SILENT) -> None:
+    """Reduce the recipe's matrices in place.
+
+    Raises RecipeError, before anything is changed, when the model's weights aren't the recipe's.
+    """
+    got = weights.identity()
+    if got != recipe.weights:
+        raise RecipeError(
+            f"the recipe was made for weights {recipe.weights[:12]} of {recipe.model} in {recipe.dtype}, but this "
+            f"model's are {got[:12]}. Give the base model, in the same dtype, before any change."
+        )
+    matrices = parameter_names(weights.matrices()[0])
+    for step in recipe.steps:
+        if step.name not in matrices or matrices[step.name].shape != step.shape:
+            raise RecipeError(f"{step.name} of shape {step.shape} is not among this model's matrices.")
+        if step.rank > min(step.shape):
+            raise RecipeError(
+                f"{step.name}: rank {step.rank}, but its shape {step.shape} allows at most {min(step.shape)}."
+            )
+    with progress.phase("apply", len(recipe.steps)) as advance:
+        for step in recipe.steps:
+            weights.reduce(matrices[step.name], step.rank)
+            advance(1)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    packages = ("splaser-plugin", "torch", "transformers", "sentence-transformers")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -1,0 +1,54 @@
+"""How a run looks in a terminal: facts, one bar a phase, one line a candidate. Everything goes to stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from splaser_plugin.progress import Progress
+from splaser_plugin.search import Trial
+
+
+class TerminalProgress(Progress):
+    """Draws bars where stderr is a terminal and prints plain lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._trials = 0
+
+    def fact(self, label: str, value: str) -> None:
+        self.console.print(f"[dim]{escape(label):>15}[/dim]  {escape(value)}", highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        if not self.console.is_terminal:
+            yield lambda steps: None
+            return
+        columns = (
+            TextColumn("{task.description:>15}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Bars(*columns, console=self.console, transient=True) as bars:
+            task = bars.add_task(name, total=total)
+            yield lambda steps: bars.advance(task, steps)
+
+    def trial(self, trial: Trial) -> None:
+        self._trials += 1
+        candidate = trial.candidate
+        change = trial.scores.mean - trial.best_before
+        verdict = "[green]kept[/green]" if trial.kept else "restored"
+        self.console.print(
+            f"{self._trials:>15}  {escape(candidate.matrix.name)}  rank {candidate.rank} of "
+            f"{min(candidate.matrix.shape)}  score {trial.scores.mean:+.4f} ({change:+.4f})  {verdict}",
+            highlight=False,
+            soft_wrap=True,
+        )

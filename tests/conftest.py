@@ -1,0 +1,85 @@
+"""Models for the tests: tiny ones built here, and the real ones that `make models` prepares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from splaser_plugin.demo import prepare_embedder, prepare_model
+
+ROOT = Path(__file__).parents[1]
+
+
+def tiny_llama(seed: int = 0, vocabulary: int = 49152, **changes):
+    """A two-block Llama that speaks SmolLM2's vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "bos_token_id": 1,
+        "initializer_range": 0.3,
+    }
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+
+@pytest.fixture
+def tiny_model():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of the real SmolLM2-135M-Instruct, float32."""
+    return prepare_model(ROOT / ".cache")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """Folder of the real all-MiniLM-L6-v2."""
+    return prepare_embedder()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2):
+    """The real SmolLM2 tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, tokenizer) -> Path:
+    """A two-block Llama with the SmolLM2 tokenizer, saved as users save theirs."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pairs() -> list[dict[str, str]]:
+    """Four preference pairs as rows."""
+    return [
+        {
+            "prompt": "What is the capital of France?",
+            "chosen": "The capital of France is Paris.",
+            "rejected": "Bananas are yellow.",
+        },
+        {"prompt": "Name a fruit.", "chosen": "An apple is a fruit.", "rejected": "No. Ask somebody else."},
+        {"prompt": "How many days has a week?", "chosen": "It has seven days.", "rejected": "It has nine days."},
+        {"prompt": "Say hello.", "chosen": "Hello! How can I help you?", "rejected": "Go away."},
+    ]

@@ -1,0 +1,52 @@
+"""The published arithmetic written out plainly, slow and separate from the package, for tests to compare with."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from scipy.integrate import quad
+from scipy.optimize import brentq
+from torch import Tensor
+
+
+def singular_values(weight: Tensor) -> Tensor:
+    return torch.linalg.svdvals(weight.double())
+
+
+def thresholds(weight: Tensor) -> dict[str, float]:
+    S = singular_values(weight)
+    rows, columns = weight.shape
+    beta = min(rows, columns) / max(rows, columns)
+    sigma = (torch.quantile(S, 0.75) - torch.quantile(S, 0.25)).item() / 1.349
+    entry_noise = torch.quantile(S, 0.5).item() / math.sqrt(mp_median(beta) * max(rows, columns))
+    donoho = 2 * (beta + 1) + 8 * beta / ((beta + 1) + math.sqrt(beta**2 + 14 * beta + 1))
+    return {
+        "iqr": sigma * (1 + math.sqrt(beta)),
+        "mp": entry_noise * (math.sqrt(rows) + math.sqrt(columns)),
+        "gavish-donoho": entry_noise * math.sqrt(max(rows, columns)) * math.sqrt(donoho),
+    }
+
+
+def snr_and_rank(weight: Tensor, threshold: float) -> tuple[float, int]:
+    S = singular_values(weight)
+    is_signal = S.gt(threshold)
+    return (S[is_signal].sum() / S[~is_signal].sum()).item(), int(is_signal.sum())
+
+
+def mp_median(beta: float) -> float:
+    """Median of the Marchenko-Pastur law from its density, by numerical integration and root finding."""
+    low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
+
+    def above(x: float) -> float:
+        def density(t: float) -> float:
+            return math.sqrt((high - t) * (t - low)) / (2 * math.pi * beta * t)
+
+        return quad(density, x, high, epsabs=1e-11, epsrel=1e-11, limit=500)[0]
+
+    return brentq(lambda x: above(x) - 0.5, low + 1e-9 * (high - low), high, xtol=1e-14)
+
+
+def truncate(weight: Tensor, rank: int) -> Tensor:
+    U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    return (U[:, :rank] * S[:rank]) @ Vh[:rank]

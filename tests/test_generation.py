@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from splaser_plugin.errors import ModelError, PairsError
+from splaser_plugin.generation import Generator, evaluating
+from splaser_plugin.prompts import Prompter
+from tests.conftest import tiny_llama
+
+
+def one_at_a_time(model, prompt, ends, limit):
+    """The slow way: a full forward pass for every token, no cache, no padding."""
+    ids, said = list(prompt), []
+    while len(said) < limit:
+        token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        ids.append(token)
+        said.append(token)
+        if token in ends:
+            break
+    return tuple(said)
+
+
+def generator(model, tokenizer, **options):
+    settings = {"max_new_tokens": 12, "batch_size": 3, **options}
+    return Generator(model, Prompter(tokenizer, context=512), **settings)
+
+
+@pytest.fixture
+def prompts(tokenizer):
+    texts = ["Hello", "What is the capital of France, and why?", "One two three", "a", "The quick brown fox"]
+    return [tokenizer(text)["input_ids"] for text in texts]
+
+
+@torch.no_grad()
+def test_batched_answers_are_those_of_one_prompt_at_a_time(tiny_model, tokenizer, prompts):
+    ours = generator(tiny_model, tokenizer)
+    slow = [one_at_a_time(tiny_model, prompt, ours.end_tokens, 12) for prompt in prompts]
+    assert [answer.tokens for answer in ours.answer(prompts)] == slow
+    assert [answer.tokens for answer in ours.answer(prompts, expected=[3, 1, 9, 2, 7])] == slow
+
+
+@torch.no_grad()
+def test_an_answer_stops_at_the_end_token(tiny_model, tokenizer, prompts):
+    free = generator(tiny_model, tokenizer).answer(prompts)
+    end = free[1].tokens[4]
+    tiny_model.generation_config.eos_token_id = [2, end]
+    stopped = generator(tiny_model, tokenizer).answer(prompts)
+    place = free[1].tokens.index(end)
+    assert stopped[1].tokens == free[1].tokens[: place + 1]
+    assert stopped[1].text == tokenizer.decode(free[1].tokens[:place]).strip()
+
+
+def test_the_models_own_sampling_settings_do_not_matter(tiny_model, tokenizer, prompts):
+    plain = generator(tiny_model, tokenizer).answer(prompts)
+    own = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=3.0, min_new_tokens=9, eos_token_id=2)
+    tiny_model.generation_config = own
+    assert generator(tiny_model, tokenizer).answer(prompts) == plain
+    assert tiny_model.generation_config is own
+
+
+def test_running_out_of_memory_halves_the_batch_and_goes_on(tiny_model, tokenizer, prompts, monkeypatch):
+    expected = generator(tiny_model, tokenizer).answer(prompts)
+    small = generator(tiny_model, tokenizer, batch_size=5)
+    generate = tiny_model.generate
+
+    def at_most_two(input_ids, **rest):
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("too large")
+        return generate(input_ids=input_ids, **rest)
+
+    monkeypatch.setattr(tiny_model, "generate", at_most_two)
+    assert small.answer(prompts) == expected
+    assert small.batch_size == 2
+
+
+def test_generating_leaves_modes_and_random_state_alone(tiny_model, tokenizer, prompts):
+    tiny_model.train()
+    tiny_model.model.layers[0].eval()
+    modes = [module.training for module in tiny_model.modules()]
+    state = torch.get_rng_state()
+    generator(tiny_model, tokenizer).answer(prompts)
+    assert [module.training for module in tiny_model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluating_restores_the_modes_after_an_error(tiny_model):
+    tiny_model.train()
+    with pytest.raises(ValueError), evaluating(tiny_model):
+        assert not any(module.training for module in tiny_model.modules())
+        raise ValueError
+    assert all(module.training for module in tiny_model.modules())
+
+
+def test_an_answer_never_outgrows_the_context(tokenizer, prompts):
+    model = tiny_llama(max_position_embeddings=16)
+    answers = Generator(model, Prompter(tokenizer, context=16), max_new_tokens=99, batch_size=1).answer(prompts)
+    assert [len(answer.tokens) for answer in answers] == [16 - len(prompt) for prompt in prompts]
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tokenizer):
+    prompter = Prompter(tokenizer, context=20)
+    message = r"a prompt of \d+ tokens \('Once upon.*context of 20\. Lower --max-prompt-chars"
+    with pytest.raises(PairsError, match=message):
+        prompter.tokens([{"role": "user", "content": "Once upon a time " * 20}])
+
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Bye"},
+]
+
+
+def test_prompts_follow_the_tokenizers_own_template(tokenizer):
+    expected = tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
+    assert Prompter(tokenizer).text(TURNS) == expected
+    assert expected.endswith("<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_named_templates_serve_tokenizers_without_one(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(ModelError, match="--template chatml or --template instruct"):
+        Prompter(tokenizer)
+    chatml = Prompter(tokenizer, "chatml").text(TURNS[1:2])
+    assert chatml == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    instruct = Prompter(tokenizer, "instruct").text(TURNS)
+    assert instruct == (
+        "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello.\n\n### Instruction:\nBye\n\n### Response:\n"
+    )
+
+
+def test_a_template_without_system_turns_gets_the_system_text_in_the_first_turn(tokenizer, monkeypatch):
+    picky = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", picky)
+    assert Prompter(tokenizer).text(TURNS) == "<user>Be brief.\n\nHi<assistant>Hello.<user>Bye"

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from splaser_plugin.embedding import SelfEmbedder, SentenceEmbedder
+from splaser_plugin.errors import EmbedderError
+from splaser_plugin.generation import Generator
+from splaser_plugin.pairs import pairs_from_rows
+from splaser_plugin.prompts import Prompter
+from splaser_plugin.scoring import SemanticScorer
+from splaser_plugin.weights import Weights
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def sentences(minilm):
+    return SentenceEmbedder(str(minilm), CPU)
+
+
+def cosine(a, b):
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
+def scorer_of(model, tokenizer, embedder, pairs):
+    generator = Generator(model, Prompter(tokenizer, context=512), max_new_tokens=8, batch_size=2)
+    return SemanticScorer(generator, embedder, pairs_from_rows(pairs).pairs)
+
+
+@pytest.mark.real
+def test_a_score_is_the_difference_of_the_two_cosines(tiny_model, tokenizer, sentences, minilm, pairs):
+    from sentence_transformers import SentenceTransformer
+
+    scores = scorer_of(tiny_model, tokenizer, sentences, pairs).score()
+    plain = SentenceTransformer(str(minilm), device="cpu")
+    for row, answer, value in zip(pairs, scores.answers, scores.values, strict=True):
+        said, chosen, rejected = (plain.encode(text) for text in (answer, row["chosen"], row["rejected"]))
+        assert value == pytest.approx(cosine(said, chosen) - cosine(said, rejected), abs=1e-5)
+    assert scores.mean == pytest.approx(sum(scores.values) / len(pairs))
+
+
+@pytest.mark.real
+def test_without_a_rejected_answer_only_the_first_cosine_counts(tiny_model, tokenizer, sentences):
+    rows = [{"instruction": "Say hello.", "input": "", "output": "Hello!"}]
+    scores = scorer_of(tiny_model, tokenizer, sentences, rows).score()
+    said, chosen = sentences.embed([scores.answers[0], "Hello!"])
+    assert scores.values[0] == pytest.approx(cosine(said, chosen), abs=1e-5)
+
+
+def test_self_embedding_is_the_mean_of_the_last_hidden_states(tiny_model, tokenizer):
+    texts = ["Hello there", "A much longer sentence about nothing at all", ""]
+    vectors = SelfEmbedder(Weights(tiny_model), tokenizer, batch_size=2).embed(texts)
+    for text, vector in zip(texts, vectors, strict=True):
+        ids = tokenizer(text)["input_ids"] or [tokenizer.bos_token_id]
+        with torch.no_grad():
+            mean = tiny_model.model(torch.tensor([ids])).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(vector, mean / mean.norm(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_self_ruler_does_not_bend_with_the_model(tiny_model, tokenizer):
+    weights = Weights(tiny_model)
+    embedder = SelfEmbedder(weights, tokenizer, batch_size=4)
+    before = embedder.embed(["Hello there"])
+    kept, tried = weights.matrices()[0][:2]
+    with weights.trying(kept) as attempt:
+        attempt.reduce(1)
+        attempt.keep()
+    with weights.trying(tried) as attempt:
+        attempt.reduce(1)
+        assert torch.equal(embedder.embed(["Hello there"]), before)
+
+
+def test_reference_answers_are_embedded_once(tiny_model, tokenizer, pairs):
+    embedder = SelfEmbedder(Weights(tiny_model), tokenizer, batch_size=4)
+    embedded = []
+    plain = embedder.embed
+    embedder.embed = lambda texts: embedded.append(len(texts)) or plain(texts)
+    scorer = scorer_of(tiny_model, tokenizer, embedder, pairs)
+    assert scorer.score() == scorer.score()
+    assert embedded == [8, 4, 4]
+
+
+@pytest.mark.parametrize("name", ["./no-such-folder", "nobody/no-such-embedder"])
+def test_an_unknown_embedder_is_refused(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(EmbedderError, match=r"embedder .*no-such.*'self'"):
+        SentenceEmbedder(name, CPU)
