@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from splaser_plugin.config import LaserConfig
 from splaser_plugin.distributed import is_main
 from splaser_plugin.errors import ConfigError, ModelError, PairsError
+from splaser_plugin.integrations.freeze import freeze_all_but
 from splaser_plugin.jobs import LaserResult, laser_weights, read_pairs
 from splaser_plugin.pairs import PairSet
 from splaser_plugin.progress import Progress
@@ -155,17 +156,14 @@ class LaserCallback(TrainerCallback):
                 "freeze_to is for full fine-tuning, and this model has adapters. Give PEFT the LoraConfig of "
                 "splaser_plugin.integrations.peft.lora_config instead."
             )
-        weights = Weights(model)
-        scan = scan_model(weights, config=self.config, name=getattr(model.config, "_name_or_path", ""))
+        scan = scan_model(Weights(model), config=self.config, name=getattr(model.config, "_name_or_path", ""))
         selection = choose(scan, top=self.top, fraction=self.fraction, by=self.by)
-        chosen = set(selection.names)
-        for name, parameter in weights.parameters.items():
-            parameter.requires_grad_(name.removesuffix(".weight") in chosen)
+        freeze_all_but(model, selection.names)
         if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", True):
             model.enable_input_require_grads()
         trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
         total = sum(each.numel() for each in model.parameters())
-        logger.info("training %d matrices, %d of %d parameters: %s", len(chosen), trained, total, selection.rule)
+        logger.info("training %d matrices, %d of %d parameters: %s", len(selection.names), trained, total, selection.rule)
         return selection
 
 

@@ -12,20 +12,23 @@ from splaser_plugin.errors import RecipeError, SpectrumError
 from splaser_plugin.scan import Scan, scan_checkpoint, scan_model
 from splaser_plugin.weights import Weights
 from tests.conftest import tiny_llama
-from tests.reference import published_snr
+from tests.reference import snr_and_rank, thresholds
 
 
 def test_agrees_with_the_published_arithmetic(tiny_model):
     scan = scan_model(Weights(tiny_model))
     for matrix in scan.matrices:
-        expected = published_snr(tiny_model.get_parameter(matrix.name + ".weight").detach())
-        got = matrix.edges["iqr"]
-        assert got.rank == expected.rank
-        assert got.threshold == pytest.approx(expected.threshold, rel=1e-6)
-        assert (got.snr is None) == (expected.snr is None)
-        if got.snr is not None:
-            assert got.snr == pytest.approx(expected.snr, rel=1e-6)
-            assert got.snr_ratio == pytest.approx(expected.snr_ratio, rel=1e-6)
+        weight = tiny_model.get_parameter(matrix.name + ".weight").detach()
+        for edge, threshold in thresholds(weight).items():
+            got = matrix.edges[edge]
+            snr, rank = snr_and_rank(weight, threshold)
+            assert got.threshold == pytest.approx(threshold, rel=1e-6)
+            assert got.rank == rank
+            if got.snr is None:
+                assert rank == min(weight.shape)
+            else:
+                assert got.snr == pytest.approx(snr, rel=1e-6)
+                assert got.snr_ratio == pytest.approx(snr / matrix.max_singular_value, rel=1e-6)
 
 
 def test_a_scan_from_disk_is_the_scan_of_the_loaded_model(tmp_path):
