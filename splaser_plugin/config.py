@@ -76,6 +76,7 @@ class LaserConfig(ScanConfig):
     candidates: int = option(15, "Matrices to try, those of lowest SNR first.", minimum=1)
     embedder: str = option(DEFAULT_EMBEDDER, "Sentence-transformers model (folder or id), or 'self'.")
     template: str = option("auto", "Prompt format; auto is the tokenizer's own chat template.", choices=TEMPLATES)
+    adapter: str = option("", "LoRA adapter folder to merge into the model first.")
     batch_size: int = option(32, "Prompts generated for at once.", minimum=1)
     device: str = option("auto", "Device to run on: auto, cpu, cuda, cuda:1, mps.")
     dtype: str = option("auto", "Weights' dtype; auto is the checkpoint's own.", choices=DTYPES)

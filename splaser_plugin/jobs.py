@@ -119,7 +119,7 @@ def laser(
             raise ModelError("a loaded model was given without its tokenizer. Pass tokenizer=...")
         name = _name_of(model)
     else:
-        model, tokenizer = load_model(model, device=config.device, dtype=config.dtype)
+        model, tokenizer = load_model(model, device=config.device, dtype=config.dtype, adapter=config.adapter)
     return laser_weights(Weights(model), tokenizer, pair_set, config=config, name=name, progress=progress)
 
 
@@ -174,7 +174,8 @@ def apply_recipe(
     tokenizer = None
     loaded: Any = model
     if not isinstance(model, nn.Module):
-        loaded, tokenizer = load_model(model, device=device, dtype=recipe.dtype)
+        adapter = recipe.settings.get("adapter", "")
+        loaded, tokenizer = load_model(model, device=device, dtype=recipe.dtype, adapter=adapter)
     carry_out(recipe, Weights(loaded), progress=progress)
     return loaded, tokenizer
 

@@ -26,10 +26,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_model(name: str | Path, *, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+def load_model(
+    name: str | Path, *, device: str = "auto", dtype: str = "auto", adapter: str | Path = ""
+) -> tuple[Any, Any]:
     """A model in evaluation mode on its device, and its tokenizer.
 
     name: a folder that transformers can load, a .gguf file, or a hub id. dtype: `auto` keeps the checkpoint's.
+    adapter: folder of a PEFT adapter to merge into it; empty for none.
     Raises CheckpointError when there is nothing to load there, ModelError when it is no causal language model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -54,6 +57,8 @@ def load_model(name: str | Path, *, device: str = "auto", dtype: str = "auto") -
         ) from error
     if extra:
         _forget_gguf(model)
+    if adapter:
+        model = _merge(model, adapter)
     return model.to(place).eval(), tokenizer
 
 
@@ -73,6 +78,21 @@ def _source(name: str | Path) -> tuple[str, dict[str, str]]:
     if path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise CheckpointError(f"{name}: there is no such model folder. Check the path.")
     return str(name), {}
+
+
+def _merge(model: Any, adapter: str | Path) -> Any:
+    from peft import PeftModel
+
+    folder = Path(adapter).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"--adapter {adapter}: there is no adapter_config.json. Give a folder that PEFT saved.")
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"--adapter {adapter}: can't be merged into this model ({str(error).strip().splitlines()[0]}). "
+            "Give the base model that the adapter was trained on."
+        ) from error
 
 
 def _forget_gguf(model: Any) -> None:
