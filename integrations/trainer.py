@@ -143,9 +143,8 @@ class LaserCallback(TrainerCallback):
             return self.pairs
         for name in ("eval_dataset", "train_dataset"):
             dataset = getattr(trainer, name, None)
-            columns = set(getattr(dataset, "column_names", None) or ())
-            if {"chosen", "rejected"} <= columns:
-                return dataset
+            if {"chosen", "rejected"} <= set(getattr(dataset, "column_names", None) or ()):
+                return _without_end(dataset, trainer.processing_class.eos_token)
         raise PairsError(
             "no preference pairs were given, and the trainer's data sets have no text to read them from. Pass pairs=..."
         )
@@ -186,6 +185,15 @@ def undisturbed() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if devices:
             torch.cuda.set_rng_state_all(devices)
+
+
+def _without_end(rows: Iterable[Mapping[str, Any]], end: str | None) -> Iterator[dict[str, Any]]:
+    """Rows without the end token that TRL writes after each answer."""
+    for row in rows:
+        yield {
+            key: value.removesuffix(end) if end and key in ("chosen", "rejected") and isinstance(value, str) else value
+            for key, value in row.items()
+        }
 
 
 def _calling_trainer() -> Trainer:

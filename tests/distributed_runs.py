@@ -1,0 +1,109 @@
+"""Runs that tests start in one or two processes: `python tests/distributed_runs.py KIND FOLDER MODEL`.
+
+FOLDER gets recipe.json and results.json of the main process, and digest-RANK.txt of each process's weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from splaser_plugin import LaserCallback, LaserConfig
+from splaser_plugin.distributed import is_main, process_index
+from splaser_plugin.jobs import laser_weights, read_pairs
+from splaser_plugin.weights import Weights
+
+CONFIG = LaserConfig(embedder="self", max_new_tokens=6, candidates=5, edge="mp", batch_size=2)
+PAIRS = [
+    {"prompt": "What is the capital of France?", "chosen": "Paris.", "rejected": "Bananas."},
+    {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "Ask somebody else."},
+    {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "Go away."},
+]
+
+
+def digest(weights: Weights) -> str:
+    """sha256 over every whole parameter."""
+    digests = hashlib.sha256()
+    for name in sorted(weights.parameters):
+        digests.update(weights.effective(name).cpu().numpy().tobytes())
+    return digests.hexdigest()
+
+
+def finish(folder: Path, weights: Weights, result) -> None:
+    (folder / f"digest-{process_index()}.txt").write_text(digest(weights))
+    if is_main():
+        result.recipe.save(folder / "recipe.json")
+        (folder / "results.json").write_text(json.dumps(result.results()))
+
+
+def engine(folder: Path, model_folder: str) -> None:
+    """The core engine on a model that is sharded by fully_shard where there are several processes."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    if "WORLD_SIZE" in os.environ:
+        shard(model)
+    weights = Weights(model)
+    result = laser_weights(weights, tokenizer, read_pairs(PAIRS, CONFIG), config=CONFIG, name="tiny")
+    finish(folder, weights, result)
+    result.save(folder / "saved")
+
+
+def shard(model) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "generate")
+
+
+def trainer(folder: Path, model_folder: str, *, sharded: bool, when: str) -> None:
+    """A real Trainer with the callback: under DDP where it has several processes, or on a sharded model."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    ids = tokenizer("The cat sat on the mat and looked out.")["input_ids"]
+    callback = LaserCallback(when=when, pairs=PAIRS, config=CONFIG)
+    arguments = TrainingArguments(
+        output_dir=str(folder / "run"), max_steps=1, per_device_train_batch_size=1, learning_rate=1e-3, use_cpu=True,
+        report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    made = Trainer(
+        model, arguments, train_dataset=Dataset.from_list([{"input_ids": ids, "labels": ids}] * 4),
+        processing_class=tokenizer, callbacks=[callback],
+    )  # fmt: skip
+    if sharded:
+        if "WORLD_SIZE" in os.environ:
+            dist.destroy_process_group()
+            shard(model)
+        Ending.end(made)
+    else:
+        made.train()
+    finish(folder, Weights(model), callback.result)
+
+
+class Ending(Trainer):
+    def end(self) -> None:
+        """Say that training ended; the Trainer can't train what it didn't shard itself."""
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    kind, target, source = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    if kind == "engine":
+        engine(target, source)
+    else:
+        trainer(target, source, sharded=kind == "sharded-trainer", when="before" if kind == "ddp-before" else "after")
+    if dist.is_initialized():
+        dist.destroy_process_group()

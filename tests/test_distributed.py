@@ -1,0 +1,87 @@
+"""Two real processes on gloo against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = str(ROOT / "tests" / "distributed_runs.py")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+ONE = [sys.executable]
+
+
+def accelerate() -> list[str]:
+    """`accelerate launch`, whose only launcher of several local processes is called multi_gpu; they use the CPU."""
+    port = str(free_port())
+    flags = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *flags, "--main_process_port", port]
+
+
+def torchrun() -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+
+
+def run(launcher: list[str], kind: str, folder: Path, model: Path) -> dict:
+    folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launcher, SCRIPT, kind, str(folder), str(model)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "recipe.json").read_text())
+
+
+def digests(folder: Path) -> set[str]:
+    return {path.read_text() for path in folder.glob("digest-*.txt")}
+
+
+def same_steps(one: dict, two: dict) -> bool:
+    assert one["steps"], "this run has to keep something to show anything"
+    assert one["weights"] == two["weights"]
+    assert one["scores"] == pytest.approx(two["scores"], abs=1e-5)
+    return one["steps"] == two["steps"]
+
+
+def test_a_model_sharded_over_two_processes_gives_the_recipe_and_the_bits_of_one(tiny_folder, tmp_path):
+    one = run(ONE, "engine", tmp_path / "one", tiny_folder)
+    two = run(torchrun(), "engine", tmp_path / "two", tiny_folder)
+    assert same_steps(one, two)
+    assert len(list((tmp_path / "two").glob("digest-*.txt"))) == 2
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "saved").state_dict()
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "saved").state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_callback_on_a_sharded_model_gives_the_recipe_of_one_process(tiny_folder, tmp_path):
+    one = run(ONE, "sharded-trainer", tmp_path / "one", tiny_folder)
+    two = run(torchrun(), "sharded-trainer", tmp_path / "two", tiny_folder)
+    assert same_steps(one, two)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert (tmp_path / "two" / "run" / "lasered" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["ddp-before"])
+def test_ddp_under_accelerate_launch_gives_the_recipe_of_one_process(kind, tiny_folder, tmp_path):
+    one = run(ONE, kind, tmp_path / "one", tiny_folder)
+    two = run(accelerate(), kind, tmp_path / "two", tiny_folder)
+    assert same_steps(one, two)
+    assert len(list((tmp_path / "two").glob("digest-*.txt"))) == 2
+    assert len(digests(tmp_path / "two")) == 1
