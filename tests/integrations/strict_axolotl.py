@@ -1,6 +1,6 @@
-"""Run by Axolotl's Python: what its validation drops from a configuration or changes in it.
+"""Run by Axolotl's Python: what its validation drops from configurations or changes in them.
 
-It drops what it doesn't know without a word. The last line printed has [where, written, validated] of each.
+It drops what it doesn't know without a word. The last line printed has each file's [where, written, validated].
 """
 
 import json
@@ -26,9 +26,14 @@ def differences(written, validated, where=""):
         yield [where, written, validated]
 
 
-written = yaml.safe_load(Path(sys.argv[1]).read_text())
-config = DictDefault(yaml.safe_load(Path(sys.argv[1]).read_text()))
-prepare_plugins(config)
-validated = validate_config(config, capabilities=GPU, env_capabilities={"torch_version": "2.13.0"})
+def check(config):
+    written = yaml.safe_load(Path(config).read_text())
+    raw = DictDefault(yaml.safe_load(Path(config).read_text()))
+    prepare_plugins(raw)
+    validated = validate_config(raw, capabilities=GPU, env_capabilities={"torch_version": "2.13.0"})
+    return list(differences(written, validated.to_dict()))
+
+
+answer = {config: check(config) for config in sys.argv[1:]}
 print()
-print(json.dumps(list(differences(written, validated.to_dict())), default=str))
+print(json.dumps(answer, default=str))

@@ -43,8 +43,9 @@ def train(run_in, config: str):
     return run_in("axolotl", "axolotl", "train", config, "--launcher", "python")
 
 
-def check_valid(run_in, config: str) -> None:
-    assert answer(run_in("axolotl", "python", str(HERE / "strict_axolotl.py"), config)) == []
+def check_valid(run_in, *configs: str) -> None:
+    differences = answer(run_in("axolotl", "python", str(HERE / "strict_axolotl.py"), *configs))
+    assert differences == {config: [] for config in configs}
 
 
 @pytest.mark.parametrize("rl", ["", "--rl dpo"])
@@ -60,6 +61,17 @@ def test_an_emitted_configuration_is_valid_whole_and_trains_the_chosen_matrices(
         assert trained_whole(small_smollm2, folder / "out") == set(chosen)
     else:
         assert trained_adapters(folder / "out") == set(chosen)
+
+
+def test_the_examples_and_a_merged_file_are_valid_whole(folder, run_in):
+    own = yaml.safe_load((HERE.parent / "data" / "emit" / "base_axolotl.yml").read_text())
+    del own["notes"]
+    own["learning_rate"] = 0.0001  # 1e-4 is a text to YAML 1.1
+    Path("own.yml").write_text(yaml.safe_dump(own))
+    emit("axolotl scan.json --base own.yml --top 1 -o merged.yml")
+    examples = sorted(str(path) for path in (HERE.parents[1] / "examples").glob("axolotl_*.yml"))
+    assert len(examples) == 3
+    check_valid(run_in, "merged.yml", *examples)
 
 
 @pytest.mark.parametrize("rl", ["", "--rl dpo"])
@@ -103,6 +115,63 @@ def test_the_plugin_stops_the_run_on_a_key_it_does_not_know(folder, run_in):
     assert run.code != 0
     assert "splaser.tpo: Extra inputs are not permitted (nearest: top" in run.output
     assert not Path("out/model.safetensors").exists()
+
+
+LORA = {"adapter": "lora", "lora_r": 8}
+REFUSED = [
+    ({}, "ConfigError: splaser: the section is missing"),
+    ({"splaser": [1]}, "ConfigError: splaser: the section is missing"),
+    ({"splaser": {"top": 1}}, "ConfigError: splaser.mode: Field required"),
+    ({"splaser": {"mode": "all", "top": 1}}, "ConfigError: splaser.mode: Input should be 'unfrozen' or 'lora'"),
+    ({"splaser": {"mode": "unfrozen"}}, "ConfigError: splaser: Value error, give one of top and fraction"),
+    ({"splaser": {"mode": "unfrozen", "top": 0}}, "ConfigError: splaser.top: Input should be greater than 0"),
+    ({"splaser": {"mode": "unfrozen", "fraction": 1.5}}, "ConfigError: splaser.fraction: Input should be less"),
+    ({"splaser": {"mode": "unfrozen", "top": 1, "edge": "none"}}, "ConfigError: splaser.edge: Value error, got 'none'"),
+    ({"splaser": {"mode": "unfrozen", "top": 1, "by": "sigma"}}, "ConfigError: splaser.by: Value error, got 'sigma'"),
+    (
+        {"splaser": {"mode": "unfrozen", "top": 1, "laser": {"when": "now", "pairs": "a"}}},
+        "ConfigError: splaser.laser.when: Input should be 'before' or 'after'",
+    ),
+    (
+        {"splaser": {"mode": "unfrozen", "top": 1, "laser": {"when": "after"}}},
+        "ConfigError: splaser.laser.pairs: Field required",
+    ),
+    (
+        {"splaser": {"mode": "unfrozen", "top": 1, "laser": {"pairs": "a", "sample": 3}}},
+        "ConfigError: splaser.laser: Value error, option 'sample' is not known; nearest: samples",
+    ),
+    ({"splaser": {"mode": "lora", "top": 1}}, "ConfigError: splaser.mode is lora, but adapter is None"),
+    (
+        {"splaser": {"mode": "unfrozen", "top": 1}, **LORA},
+        "ConfigError: splaser.mode is unfrozen, which doesn't go with adapter",
+    ),
+    (
+        {"splaser": {"mode": "lora", "top": 1}, **LORA, "lora_target_linear": True},
+        "ConfigError: splaser.mode is lora, which doesn't go with lora_target_linear: True",
+    ),
+    (
+        {"splaser": {"mode": "unfrozen", "top": 1}, "unfrozen_parameters": ["^lm_head"]},
+        "ConfigError: splaser.mode is unfrozen, which doesn't go with unfrozen_parameters",
+    ),
+    (
+        {"splaser": {"mode": "unfrozen", "top": 1}, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        "ConfigError: splaser.mode is unfrozen: set use_reentrant",
+    ),
+    (
+        {"splaser": {"mode": "unfrozen", "top": 1}, "plugins": ["axolotl.integrations.spectrum.SpectrumPlugin"]},
+        "ConfigError: plugins: plugin axolotl.integrations.spectrum.SpectrumPlugin chooses what is trained, too",
+    ),
+    ({"splaser": {"mode": "unfrozen", "top": 1}}, "accepted"),
+    ({"splaser": {"mode": "lora", "fraction": 0.5, "types": ["mlp"]}, **LORA}, "accepted"),
+]
+
+
+def test_the_plugin_says_what_it_cannot_do(folder, run_in):
+    Path("configs.json").write_text(json.dumps([config for config, _ in REFUSED]))
+    answers = answer(run_in("axolotl", "python", str(HERE / "plugin_refusals.py"), "configs.json"))
+    assert isinstance(answers, list)
+    for said, (_, expected) in zip(answers, REFUSED, strict=True):
+        assert said.startswith(expected)
 
 
 def test_the_plugin_stops_the_run_when_the_scan_is_of_another_model(folder, run_in, small_scan):

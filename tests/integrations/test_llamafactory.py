@@ -79,3 +79,8 @@ def test_the_callback_lasers_the_model_after_dpo(folder, run_in):
     run = run_in("llamafactory", "python", "laser.py", *CPU)
     assert run.code == 0, last_lines(run)
     assert check_lasered(folder / "out")
+
+
+def test_the_example_is_parsed_whole(folder, run_in):
+    example = HERE.parents[1] / "examples" / "llamafactory_dpo_lora.yml"
+    assert answer(run_in("llamafactory", "python", str(HERE / "strict_llamafactory.py"), str(example))) == []
