@@ -14,9 +14,9 @@ rm -rf "$folder"
 "${PYTHON:-python3}" -m venv "$folder"
 echo "installing $package in $folder"
 "$folder/bin/pip" install --quiet --requirement "$here/$tool.txt"
+"$folder/bin/pip" install --quiet --editable "$here/../.."
 # its own requirements ask for more than a training run on a CPU needs
 "$folder/bin/pip" install --quiet --no-deps "$package"
-"$folder/bin/pip" install --quiet --editable "$here/../.."
 if [ "$tool" = llamafactory ]; then
     # imported without a condition, and there is no build of it for the CPU build of torch
     stub=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchaudio
