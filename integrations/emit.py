@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import shlex
 import sys
 import typing
 from collections.abc import Callable
@@ -152,7 +153,7 @@ def axolotl(
     if rl not in (None, "dpo"):
         raise ConfigError(f"--rl: got '{rl}', expected dpo.")
     selection = choice.carry_out(scan)
-    run = f"axolotl train {output}"
+    run = f"axolotl train {shlex.quote(str(output))}"
     plan = training.plan(selection, rl or "sft")
     text = axolotl_yaml(plan, base=training.base, run=run, plugin=plugin, laser=laser)
     _write(output, text, overwrite=overwrite)
@@ -182,7 +183,7 @@ def llamafactory(
         raise ConfigError(f"--output {output}: --mode {training.mode} is written as {wanted}.")
     selection = choice.carry_out(scan)
     plan = training.plan(selection, stage)
-    run = f"python {output}" if is_script else f"llamafactory-cli train {output}"
+    run = f"{'python' if is_script else 'llamafactory-cli train'} {shlex.quote(str(output))}"
     write = tool.runner_script if is_script else tool.llamafactory_yaml
     text = write(plan, base=training.base, dataset_dir=output.parent, run=run)
     if training.dataset is not None:
@@ -248,8 +249,11 @@ def _json(values: Any) -> str:
 
 def _write(path: Path, text: str, *, overwrite: bool) -> None:
     _check_file(path, text, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise OutputError(f"{path}: can't be written ({error.strerror}). Choose another --output.") from error
 
 
 def _check_file(path: Path, text: str, *, overwrite: bool) -> None:

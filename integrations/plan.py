@@ -35,7 +35,7 @@ class Plan:
     """How the rank was computed, when it was."""
 
     def __post_init__(self) -> None:
-        for flag, value, choices in (("--mode", self.mode, MODES), ("stage", self.stage, STAGES)):
+        for flag, value, choices in (("--mode", self.mode, MODES), ("--stage", self.stage, STAGES)):
             if value not in choices:
                 raise ConfigError(f"{flag}: got '{value}', expected one of {', '.join(choices)}.")
         if self.rank is not None and self.mode == "unfrozen":

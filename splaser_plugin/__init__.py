@@ -13,7 +13,7 @@ _HOMES = {
     "SplaserError": "splaser_plugin.errors",
     "Scan": "splaser_plugin.scan",
     "laser": "splaser_plugin.jobs",
-    "run_scan": "splaser_plugin.jobs",
+    "run_scan": "splaser_plugin.scan",
     "apply_recipe": "splaser_plugin.jobs",
     "load_pairs": "splaser_plugin.pairs",
     "LaserCallback": "splaser_plugin.integrations.trainer",

@@ -79,19 +79,24 @@ def scan(
     as_json: Json = False,
 ) -> None:
     """Singular values of every weight matrix, split into signal and noise; nothing is changed."""
-    from splaser_plugin.jobs import run_scan
-    from splaser_plugin.output import check_file
-    from splaser_plugin.scan import write_json
+    from splaser_plugin.distributed import is_main, join_processes
+    from splaser_plugin.scan import run_scan, write_json
     from splaser_plugin.selection import top_by_type
 
-    check_file(output, replaceable="splaser.scan/1")
-    found = run_scan(model, config=config, progress=_progress())
-    found.save(output)
+    join_processes()
+    progress = _progress(transformers=model.endswith(".gguf"))
+    try:
+        found = run_scan(model, config=config, output=output, progress=progress)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the matrices that are left.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if not is_main():
+        return
     if top_json is not None:
         write_json(top_json, top_by_type(found, top))
     if as_json:
         print(json.dumps(found.to_dict(), allow_nan=False))
-    _show_scan(found, output)
+    _show_scan(found, output, progress)
 
 
 @app.command()
@@ -171,19 +176,23 @@ def models(
     print(prepare_embedder())
 
 
-def _progress() -> Progress:
+def _progress(*, transformers: bool = True) -> Progress:
+    """What shows a run: only the main process's. transformers: whether the run will use it, so that it is silenced."""
     from rich.console import Console
-    from transformers.utils import logging
 
+    from splaser_plugin.distributed import is_main
+    from splaser_plugin.progress import SILENT
     from splaser_plugin.terminal import TerminalProgress
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    return TerminalProgress(Console(stderr=True))
+    if transformers:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+    return TerminalProgress(Console(stderr=True)) if is_main() else SILENT
 
 
-def _show_scan(found: Scan, output: Path) -> None:
-    progress = _progress()
+def _show_scan(found: Scan, output: Path, progress: Progress) -> None:
     progress.fact("matrices", f"{len(found.matrices)} scanned, {len(found.skipped)} parameters left out")
     for matrix in found.ranked("snr")[:5]:
         fit = matrix.edges[found.edge]

@@ -5,7 +5,9 @@ Built on torch.distributed as accelerate or the trainer set it up.
 
 from __future__ import annotations
 
+import atexit
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -15,6 +17,19 @@ from torch import Tensor
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+
+
+def join_processes() -> None:
+    """Join the processes that `accelerate launch` or `torchrun` started beside this one; alone it does nothing.
+
+    Called once by each command that shares its work, before anything else here. They part at the program's end.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or _is_on():
+        return
+    from accelerate import PartialState
+
+    PartialState()
+    atexit.register(dist.destroy_process_group)
 
 
 def process_count() -> int:
@@ -61,6 +76,17 @@ def gather(work: Callable[[], list[_Result]]) -> list[_Result]:
         if isinstance(part, Exception):
             raise part
     return [result for part in parts for result in part]
+
+
+def in_main(work: Callable[[], None]) -> None:
+    """Do something in the main process only. All wait for it, and an error there is raised in all of them."""
+
+    def work_or_not() -> list[None]:
+        if is_main():
+            work()
+        return []
+
+    gather(work_or_not)
 
 
 def share(items: Sequence[_Item], work: Callable[[list[_Item]], list[_Result]]) -> list[_Result]:

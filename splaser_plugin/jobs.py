@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from splaser_plugin.config import LaserConfig, ScanConfig
+from splaser_plugin.config import LaserConfig
 from splaser_plugin.distributed import is_main, wait_for_all
 from splaser_plugin.embedding import load_embedder
 from splaser_plugin.errors import ModelError
@@ -20,10 +20,12 @@ from splaser_plugin.pairs import PairSet, load_pairs, pairs_from_rows
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.prompts import Prompter
 from splaser_plugin.recipe import Recipe, Step, carry_out, versions
-from splaser_plugin.scan import Scan, scan_model, write_json
+from splaser_plugin.scan import Scan, run_scan, scan_model, write_json
 from splaser_plugin.scoring import Scores, SemanticScorer
 from splaser_plugin.search import SearchResult, Trial, choose_candidates, search
 from splaser_plugin.weights import Weights
+
+__all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs", "run_scan"]
 
 RESULTS_SCHEMA = "splaser.results/1"
 
@@ -76,23 +78,6 @@ class LaserResult:
                 write_json(folder / "results.json", self.results())
         wait_for_all()
         return path
-
-
-def run_scan(model: str | Path | nn.Module, *, config: ScanConfig | None = None, progress: Progress = SILENT) -> Scan:
-    """Scan a model: a loaded one where it is, a folder of safetensors or a hub id straight from disk.
-
-    A .gguf file is loaded first. Raises CheckpointError, ModelError, MatrixError or SpectrumError.
-    """
-    if isinstance(model, nn.Module):
-        return _scan_loaded(model, _name_of(model), config, progress)
-    if str(model).endswith(".gguf"):
-        return _scan_loaded(load_model(model)[0], str(model), config, progress)
-    from splaser_plugin.checkpoint import open_checkpoint, resolve_model
-    from splaser_plugin.scan import scan_checkpoint
-
-    return scan_checkpoint(
-        open_checkpoint(resolve_model(str(model))), config=config, name=str(model), progress=progress
-    )
 
 
 def laser(
@@ -178,11 +163,6 @@ def apply_recipe(
         loaded, tokenizer = load_model(model, device=device, dtype=recipe.dtype, adapter=adapter)
     carry_out(recipe, Weights(loaded), progress=progress)
     return loaded, tokenizer
-
-
-def _scan_loaded(model: nn.Module, name: str, config: ScanConfig | None, progress: Progress) -> Scan:
-    weights = Weights(model)
-    return scan_model(weights, config=config, name=name, identity=weights.identity(), progress=progress)
 
 
 def _name_of(model: nn.Module) -> str:

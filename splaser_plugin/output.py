@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from splaser_plugin.errors import OutputError
 
@@ -71,6 +72,31 @@ def whole_folder(out: Path) -> Iterator[Path]:
         raise
     if replaced.exists():
         shutil.rmtree(replaced)
+
+
+@contextmanager
+def whole_file(out: str | Path) -> Iterator[TextIO]:
+    """A temporary file beside `out`, for UTF-8 text, that takes its place at the end, unless the block raises.
+
+    Raises OutputError when it can't be written.
+    """
+    path = Path(out).expanduser().resolve()
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o666 & ~_umask())
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OutputError(
+            f"{out}: can't be written ({error.strerror or error}). Make room there, or choose another --output."
+        ) from error
 
 
 def _sync(folder: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from splaser_plugin.config import ScanConfig
 from splaser_plugin.errors import ConfigError, RecipeError
 from splaser_plugin.matrices import Skipped, _block_index, _type_in_block
 from splaser_plugin.scan import MatrixScan, Scan, read_json, write_json
@@ -84,8 +85,9 @@ def published_dict(scan: Scan, *, edge: str | None = None) -> dict[str, dict[str
 
     An infinite SNR is written as the largest float. Readers that sort, and keep the order of equals, then
     choose as we do. Experts are left out: they are no modules of their own.
+    Raises ConfigError when there is no such edge.
     """
-    edge = edge or scan.edge
+    edge = ScanConfig(edge=edge or scan.edge).edge
     rows: dict[str, list[MatrixScan]] = {}
     for matrix in reversed(scan.ranked("snr_ratio", edge)):
         if "[" not in matrix.name:

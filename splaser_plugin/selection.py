@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from splaser_plugin.config import EDGES
+from splaser_plugin.config import ScanConfig
 from splaser_plugin.errors import ConfigError, MatrixError, RankError, nearest
 from splaser_plugin.matrices import _looks_like_embedding, compile_pattern
 from splaser_plugin.published import PublishedScan, PublishedSnr
@@ -232,7 +232,7 @@ def _count(top: int | None, fraction: float | None) -> Callable[[int], int]:
         return lambda total: min(top, total)
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise ConfigError(f"--fraction: got {fraction!r}, expected a number above 0 and at most 1.")
-    # as written, so that a tenth of 30 is 3 and not the 4 that binary rounding would make of it
+    # as written, so that 0.07 of 100 is 7 and not the 8 that binary rounding would make of it
     share = Fraction(str(fraction))
     return lambda total: math.ceil(share * total)
 
@@ -240,8 +240,7 @@ def _count(top: int | None, fraction: float | None) -> Callable[[int], int]:
 def _check_measure(scan: Scan | PublishedScan, by: str, edge: str) -> None:
     if by not in BY:
         raise ConfigError(f"--by: got '{by}', expected one of {', '.join(BY)}.")
-    if edge not in EDGES:
-        raise ConfigError(f"--edge: got '{edge}', expected one of {', '.join(EDGES)}.")
+    ScanConfig(edge=edge)
     if isinstance(scan, PublishedScan) and (by, edge) != ("snr_ratio", scan.edge):
         raise ConfigError(
             f"--by {by} --edge {edge}: {scan.model} holds only snr_ratio at edge {scan.edge}. "
@@ -314,7 +313,7 @@ def _tied_names(scan: Scan | PublishedScan) -> set[str]:
 def _block_sides(scan: Scan | PublishedScan) -> int | None:
     if isinstance(scan, PublishedScan):
         return None
-    return sum(sum(matrix.shape) for matrix in scan.matrices if matrix.block is not None)
+    return sum(sum(each.shape) for each in scan.matrices if each.block is not None and not is_norm(each.name))
 
 
 def _refuse_expert(name: str) -> None:

