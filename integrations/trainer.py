@@ -162,7 +162,9 @@ class LaserCallback(TrainerCallback):
             model.enable_input_require_grads()
         trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
         total = sum(each.numel() for each in model.parameters())
-        logger.info("training %d matrices, %d of %d parameters: %s", len(selection.names), trained, total, selection.rule)
+        logger.info(
+            "training %d matrices, %d of %d parameters: %s", len(selection.names), trained, total, selection.rule
+        )
         return selection
 
 

@@ -29,7 +29,17 @@ ONE = [sys.executable]
 def accelerate() -> list[str]:
     """`accelerate launch`, whose only launcher of several local processes is called multi_gpu; they use the CPU."""
     port = str(free_port())
-    flags = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    flags = [
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     return [sys.executable, "-m", "accelerate.commands.launch", *flags, "--main_process_port", port]
 
 

@@ -1,0 +1,45 @@
+"""Each example script as its first lines say, with fewer steps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import ROOT
+
+
+def run(script, *arguments):
+    command = [sys.executable, f"examples/{script}", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("script", ["trainer_callback.py", "post_dpo.py"])
+def test_the_callback_examples_save_a_lasered_model(script, smollm2, minilm, tmp_path):
+    sizes = ["--steps", 1, "--samples", 4, "--candidates", 1]
+    printed = run(script, "--output", tmp_path / "run", *sizes)
+    assert "of 1 candidates" in printed
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "lasered")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+@pytest.mark.real
+def test_the_lora_example_trains_the_chosen_matrices_and_no_others(smollm2, tmp_path):
+    printed = run("targeted_lora.py", "--output", tmp_path / "run", "--steps", 1, "--top", 1)
+    assert "training 7 of 210 matrices: top 1 of each module type by snr_ratio" in printed
+    adapted = {name.partition(".lora_")[0] for name in load_file(tmp_path / "run" / "adapter_model.safetensors")}
+    assert len(adapted) == 7
+
+
+@pytest.mark.parametrize("script", ["trainer_callback.py", "post_dpo.py", "targeted_lora.py"])
+def test_each_example_starts_with_the_command_that_runs_it(script):
+    first = (ROOT / "examples" / script).read_text().split('"""')[1]
+    assert f"    python examples/{script} --output " in first
