@@ -59,6 +59,8 @@ def _flag(each: dataclasses.Field[Any]) -> inspect.Parameter:
     choices = each.metadata["choices"]
     text = each.metadata["help"] + (f" One of: {', '.join(choices)}." if choices else "")
     name = "--" + each.name.replace("_", "-")
+    if isinstance(default, bool):
+        name += "/--no-" + each.name.replace("_", "-")
     return inspect.Parameter(
         each.name,
         inspect.Parameter.KEYWORD_ONLY,

@@ -15,6 +15,7 @@ from splaser_plugin.errors import ConfigError, nearest
 EDGES = ("iqr", "mp", "gavish-donoho")
 PRECISIONS = ("auto", "float32", "float64")
 TEMPLATES = ("auto", "chatml", "instruct")
+SCREENS = ("none", "margin")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -77,7 +78,10 @@ class LaserConfig(ScanConfig):
     embedder: str = option(DEFAULT_EMBEDDER, "Sentence-transformers model (folder or id), or 'self'.")
     template: str = option("auto", "Prompt format; auto is the tokenizer's own chat template.", choices=TEMPLATES)
     adapter: str = option("", "LoRA adapter folder to merge into the model first.")
-    batch_size: int = option(32, "Prompts generated for at once.", minimum=1)
+    race: bool = option(True, "Stop scoring a candidate that can't win any more.")
+    screen: str = option("none", "Cheap score that rules out candidates before any answer.", choices=SCREENS)
+    draft: bool = option(True, "Check the best model's answers in one pass; generate from the first difference.")
+    batch_size: int = option(32, "Prompts generated for at once; 0 finds it by measurement.", minimum=0)
     device: str = option("auto", "Device to run on: auto, cpu, cuda, cuda:1, mps.")
     dtype: str = option("auto", "Weights' dtype; auto is the checkpoint's own.", choices=DTYPES)
     seed: int = option(0, "Seed of everything random.", minimum=0)

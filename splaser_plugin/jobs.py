@@ -15,19 +15,23 @@ from splaser_plugin.embedding import load_embedder
 from splaser_plugin.errors import ModelError
 from splaser_plugin.generation import Generator
 from splaser_plugin.loading import context_length, load_model
+from splaser_plugin.margin import MarginScorer
 from splaser_plugin.output import check_output, whole_folder
 from splaser_plugin.pairs import PairSet, load_pairs, pairs_from_rows
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.prompts import Prompter
+from splaser_plugin.racing import Race
 from splaser_plugin.recipe import Recipe, Step, carry_out, versions
 from splaser_plugin.scan import Scan, run_scan, scan_model, write_json
 from splaser_plugin.scoring import Scores, SemanticScorer
-from splaser_plugin.search import SearchResult, Trial, choose_candidates, search
+from splaser_plugin.search import Judge, SearchResult, Trial, choose_candidates, search
 from splaser_plugin.weights import Weights
 
 __all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs", "run_scan"]
 
 RESULTS_SCHEMA = "splaser.results/1"
+FORWARD_BATCH = 32
+"""Texts in one forward pass where the number of prompts generated for at once is found by measurement."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class LaserResult:
             },
             "baseline": _scores(self.search.baseline),
             "final": _scores(self.search.final),
+            "generated_tokens": self.search.generated_tokens,
             "candidates": [_trial(trial) for trial in self.search.trials],
         }
 
@@ -123,13 +128,22 @@ def laser_weights(
     progress.fact("device", f"{device}, {_dtype(model)}")
     progress.fact("pairs", pairs.summary)
     prompter = Prompter(tokenizer, config.template, context_length(model))
-    generator = Generator(model, prompter, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
-    embedder = load_embedder(config.embedder, weights, tokenizer, device, config.batch_size)
+    generator = Generator(
+        model,
+        prompter,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        use_drafts=config.draft,
+    )
+    at_once = config.batch_size or FORWARD_BATCH
+    embedder = load_embedder(config.embedder, weights, tokenizer, device, at_once)
     scorer = SemanticScorer(generator, embedder, pairs.pairs)
+    screen = MarginScorer(model, prompter, pairs.pairs, batch_size=at_once) if config.screen == "margin" else None
+    judge = Judge(scorer, race=Race(scorer.size, seed=config.seed) if config.race else None, screen=screen)
 
     scan = scan_model(weights, config=config, name=name, identity=weights.identity(), progress=progress)
     matrices, _ = weights.matrices(config.include, config.exclude)
-    found = search(weights, choose_candidates(scan, matrices, config.candidates), scorer, progress=progress)
+    found = search(weights, choose_candidates(scan, matrices, config.candidates), judge, progress=progress)
     recipe = Recipe(
         model=name,
         weights=scan.weights,
@@ -189,22 +203,25 @@ def _scores(scores: Scores) -> dict[str, Any]:
     return {
         "score": scores.mean,
         "per_pair": list(scores.values),
-        "answers": list(scores.answers),
+        "answers": [answer.text for answer in scores.answers],
         "generated_tokens": scores.generated_tokens,
     }
 
 
 def _trial(trial: Trial) -> dict[str, Any]:
-    candidate = trial.candidate
+    candidate, judgement = trial.candidate, trial.judgement
+    scores = judgement.scores
     return {
         "name": candidate.matrix.name,
         "rank": candidate.rank,
         "full_rank": min(candidate.matrix.shape),
         "snr": candidate.snr,
-        "score": trial.scores.mean,
-        "best_before": trial.best_before,
-        "verdict": "kept" if trial.kept else "restored",
-        "per_pair": list(trial.scores.values),
-        "generated_tokens": trial.scores.generated_tokens,
+        "verdict": judgement.verdict,
+        "score": scores.mean if scores else None,
+        "best_before": judgement.best_before,
+        "screen_change": judgement.screen_change,
+        "pairs_scored": list(scores.items) if scores else [],
+        "per_pair": list(scores.values) if scores else [],
+        "generated_tokens": scores.generated_tokens if scores else 0,
         "elapsed_s": round(trial.elapsed_s, 3),
     }

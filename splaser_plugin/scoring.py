@@ -1,4 +1,4 @@
-"""How good a model is at its task: one number a pair, higher is better."""
+"""How good a model is at its task: one number an item (a pair, as a rule), higher is better."""
 
 from __future__ import annotations
 
@@ -19,24 +19,52 @@ from splaser_plugin.pairs import Pair
 class Scores:
     """One measurement of a model."""
 
+    items: tuple[int, ...]
+    """What was scored: places in the scorer's items, ascending."""
     values: tuple[float, ...]
-    """One score for each pair, in the pairs' order."""
-    answers: tuple[str, ...]
-    """What the model said, in the pairs' order; empty for scorers that generate nothing."""
-    generated_tokens: int
+    """One score for each of them."""
+    answers: tuple[Answer, ...] = ()
+    """What the model said to each; empty for scorers that generate nothing."""
 
     @property
     def mean(self) -> float:
         return float(np.mean(self.values))
+
+    @property
+    def generated_tokens(self) -> int:
+        return sum(answer.generated for answer in self.answers)
+
+    def on(self, items: Sequence[int]) -> Scores:
+        """The same measurement, of these items only."""
+        place = {item: index for index, item in enumerate(self.items)}
+        places = [place[item] for item in sorted(items)]
+        answers = tuple(self.answers[index] for index in places) if self.answers else ()
+        return Scores(tuple(sorted(items)), tuple(self.values[index] for index in places), answers)
+
+    def joined(self, other: Scores) -> Scores:
+        """Two measurements of the same model, of different items, as one."""
+        both = Scores(self.items + other.items, self.values + other.values, self.answers + other.answers)
+        return both.on(both.items)
+
+    def differences(self, best: Scores) -> list[float]:
+        """This model's score minus that of `best`, for each of this measurement's items."""
+        return [mine - theirs for mine, theirs in zip(self.values, best.on(self.items).values, strict=True)]
 
 
 class Scorer(Protocol):
     """A ruler for the model it was made with."""
 
     name: str
+    size: int
+    """How many items it has."""
 
-    def score(self) -> Scores:
-        """Measure the model as it is now. Under several processes each does its part, and all get the whole."""
+    def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
+        """Measure the model as it is now on some of the items, given by their places.
+
+        like: a measurement of all items, of a model that is probably much the same; what is equal need not be
+        computed again, and nothing else follows from it.
+        Under several processes each does its part, and all get the whole.
+        """
 
 
 class SemanticScorer:
@@ -51,6 +79,7 @@ class SemanticScorer:
     def __init__(self, generator: Generator, embedder: Embedder, pairs: Sequence[Pair]) -> None:
         self.generator = generator
         self.embedder = embedder
+        self.size = len(pairs)
         self.prompts = [generator.prompter.tokens(pair.messages) for pair in pairs]
         texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs if pair.rejected is not None]
         vectors = embedder.embed(texts)
@@ -61,22 +90,36 @@ class SemanticScorer:
                 for pair, chosen in zip(pairs, vectors, strict=False)
             ]
         )
-        self._lengths = [0] * len(pairs)
 
-    def score(self) -> Scores:
-        answers = self.answers()
-        vectors = self.embedder.embed([answer.text for answer in answers])
-        values = (vectors * self._direction).sum(-1)
-        tokens = sum(len(answer.tokens) for answer in answers)
-        return Scores(tuple(values.tolist()), tuple(answer.text for answer in answers), tokens)
+    def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
+        answers = self.answers(items, like)
+        values = _known_values(items, answers, like)
+        new = [place for place in range(len(items)) if place not in values]
+        if new:
+            vectors = self.embedder.embed([answers[place].text for place in new])
+            products = (vectors * self._direction[[items[place] for place in new]]).sum(-1)
+            values.update(zip(new, products.tolist(), strict=True))
+        return Scores(tuple(items), tuple(values[place] for place in range(len(items))), tuple(answers))
 
-    def answers(self) -> list[Answer]:
-        """The model's answers, in the pairs' order."""
+    def answers(self, items: Sequence[int], like: Scores | None = None) -> list[Answer]:
+        """The model's answers to some of the prompts, in the order asked for."""
+        drafts = dict(zip(like.items, (answer.tokens for answer in like.answers), strict=True)) if like else {}
 
-        def generate(items: list[int]) -> list[Answer]:
-            prompts = [self.prompts[item] for item in items]
-            return self.generator.answer(prompts, [self._lengths[item] for item in items])
+        def generate(part: list[int]) -> list[Answer]:
+            return self.generator.answer([self.prompts[item] for item in part], [drafts.get(item, ()) for item in part])
 
-        answers = share(range(len(self.prompts)), generate)
-        self._lengths = [len(answer.tokens) for answer in answers]
-        return answers
+        return share(items, generate)
+
+
+def _known_values(items: Sequence[int], answers: Sequence[Answer], like: Scores | None) -> dict[int, float]:
+    """Place to value, for each answer that is the same text as in `like`.
+
+    This saves embeddings, and keeps equal answers equal: in another batch a vector differs in its last bits.
+    """
+    if like is None:
+        return {}
+    known = {
+        (item, answer.text): value for item, answer, value in zip(like.items, like.answers, like.values, strict=True)
+    }
+    said = [(item, answer.text) for item, answer in zip(items, answers, strict=True)]
+    return {place: known[each] for place, each in enumerate(said) if each in known}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from splaser_plugin.errors import MatrixError
 from splaser_plugin.matrices import Matrix
 from splaser_plugin.progress import SILENT, Progress
+from splaser_plugin.racing import Race, is_worse
 from splaser_plugin.scan import MatrixScan, Scan
 from splaser_plugin.scoring import Scorer, Scores
 from splaser_plugin.weights import Weights
@@ -26,15 +27,30 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """What the scores say about one candidate."""
+
+    verdict: str
+    """`kept`; `restored` after all items; `stopped` after some of them; `screened` before the first."""
+    scores: Scores | None
+    """Of the items it was scored on; None if it was screened out."""
+    best_before: float | None
+    """Mean score that had to be beaten: the best model's, on the same items."""
+    screen_change: float | None
+    """Change of the screen's mean score, if there is a screen."""
+
+
+@dataclass(frozen=True)
 class Trial:
     """One candidate tried."""
 
     candidate: Candidate
-    scores: Scores
-    kept: bool
-    best_before: float
-    """Mean score that had to be beaten."""
+    judgement: Judgement
     elapsed_s: float
+
+    @property
+    def kept(self) -> bool:
+        return self.judgement.verdict == "kept"
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,12 @@ class SearchResult:
     @property
     def kept(self) -> tuple[Candidate, ...]:
         return tuple(trial.candidate for trial in self.trials if trial.kept)
+
+    @property
+    def generated_tokens(self) -> int:
+        """By the baseline and all candidates."""
+        tried = [trial.judgement.scores for trial in self.trials if trial.judgement.scores is not None]
+        return sum(scores.generated_tokens for scores in (self.baseline, *tried))
 
 
 def choose_candidates(scan: Scan, matrices: Sequence[Matrix], count: int) -> list[Candidate]:
@@ -73,15 +95,14 @@ def _candidate(found: MatrixScan, matrix: Matrix, edge: str) -> Candidate:
 
 
 def search(
-    weights: Weights, candidates: Sequence[Candidate], scorer: Scorer, *, progress: Progress = SILENT
+    weights: Weights, candidates: Sequence[Candidate], judge: Judge, *, progress: Progress = SILENT
 ) -> SearchResult:
-    """Try each candidate on top of what was kept so far; keep it if the mean score is strictly better.
+    """Try each candidate on top of what was kept so far, and keep what the judge says is better.
 
-    Source of the rule: the published laser scripts. An exception or Ctrl-C leaves kept changes in place and
-    the undecided matrix bit for bit as it was.
+    An exception or Ctrl-C leaves kept changes in place and the undecided matrix bit for bit as it was.
     """
     with progress.phase("baseline", 1) as advance:
-        baseline = best = scorer.score()
+        baseline = judge.measure_baseline()
         advance(1)
     progress.fact("baseline score", f"{baseline.mean:+.4f}")
     trials: list[Trial] = []
@@ -90,17 +111,60 @@ def search(
             started = time.monotonic()
             with weights.trying(candidate.matrix) as attempt:
                 attempt.reduce(candidate.rank)
-                scores = scorer.score()
-                kept = accepts(scores, best)
-                if kept:
+                judgement = judge.judge()
+                if judgement.verdict == "kept":
                     attempt.keep()
-            trials.append(Trial(candidate, scores, kept, best.mean, time.monotonic() - started))
-            best = scores if kept else best
+            trials.append(Trial(candidate, judgement, time.monotonic() - started))
             progress.trial(trials[-1])
             advance(1)
-    return SearchResult(baseline, best, tuple(trials))
+    return SearchResult(baseline, judge.best, tuple(trials))
+
+
+class Judge:
+    """Compares the model as it is with the best so far, and holds what is known of the best.
+
+    race: stop scoring a candidate that can't win any more. screen: a cheaper scorer; what it calls worse is not
+    scored. With neither every candidate is scored on every item, and kept if the mean is strictly better: the
+    rule of the published laser scripts.
+    """
+
+    def __init__(self, scorer: Scorer, *, race: Race | None = None, screen: Scorer | None = None) -> None:
+        self._scorer = scorer
+        self._race = race
+        self._screen = screen
+        self.best = Scores((), ())
+        self._best_screened = Scores((), ())
+
+    def measure_baseline(self) -> Scores:
+        """Score the model as the best so far, on every item."""
+        self.best = self._scorer.score(range(self._scorer.size))
+        self._best_screened = self._screened()
+        return self.best
+
+    def judge(self) -> Judgement:
+        """Compare the model with the best so far, whose place it takes where the verdict is `kept`."""
+        screened = self._screened()
+        change = screened.mean - self._best_screened.mean if self._screen else None
+        if self._screen and is_worse(screened.differences(self._best_screened)):
+            return Judgement("screened", None, None, change)
+        scores = self._scores()
+        before = self.best.on(scores.items).mean
+        if len(scores.items) < self._scorer.size:
+            return Judgement("stopped", scores, before, change)
+        if not accepts(scores, self.best):
+            return Judgement("restored", scores, before, change)
+        self.best, self._best_screened = scores, screened
+        return Judgement("kept", scores, before, change)
+
+    def _screened(self) -> Scores:
+        return self._screen.score(range(self._screen.size)) if self._screen else Scores((), ())
+
+    def _scores(self) -> Scores:
+        if self._race:
+            return self._race.run(self._scorer, self.best)
+        return self._scorer.score(range(self._scorer.size), like=self.best)
 
 
 def accepts(scores: Scores, best: Scores) -> bool:
-    """The published rule: any strict improvement of the mean over the same pairs."""
+    """The published rule: any strict improvement of the mean over the same items."""
     return scores.mean > best.mean

@@ -14,7 +14,7 @@ from rich.progress import Progress as Bars
 from splaser_plugin.progress import Progress
 
 if TYPE_CHECKING:
-    from splaser_plugin.search import Trial
+    from splaser_plugin.search import Judgement, Trial
 
 
 class TerminalProgress(Progress):
@@ -47,11 +47,20 @@ class TerminalProgress(Progress):
     def trial(self, trial: Trial) -> None:
         self._trials += 1
         candidate = trial.candidate
-        change = trial.scores.mean - trial.best_before
-        verdict = "[green]kept[/green]" if trial.kept else "restored"
         self.console.print(
             f"{self._trials:>15}  {escape(candidate.matrix.name)}  rank {candidate.rank} of "
-            f"{min(candidate.matrix.shape)}  score {trial.scores.mean:+.4f} ({change:+.4f})  {verdict}",
+            f"{min(candidate.matrix.shape)}  {_outcome(trial.judgement)}",
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _outcome(judgement: Judgement) -> str:
+    if judgement.scores is None or judgement.best_before is None:
+        return f"screen {judgement.screen_change:+.4f}  screened"
+    change = judgement.scores.mean - judgement.best_before
+    verdict = {
+        "kept": "[green]kept[/green]",
+        "stopped": f"stopped after {len(judgement.scores.items)} pairs",
+    }.get(judgement.verdict, judgement.verdict)
+    return f"score {judgement.scores.mean:+.4f} ({change:+.4f})  {verdict}"

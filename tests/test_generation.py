@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 from splaser_plugin.errors import ModelError, PairsError
-from splaser_plugin.generation import Generator, evaluating
+from splaser_plugin.generation import BatchSize, Generator, evaluating
 from splaser_plugin.prompts import Prompter
 from tests.conftest import tiny_llama
 
@@ -38,7 +38,6 @@ def test_batched_answers_are_those_of_one_prompt_at_a_time(tiny_model, tokenizer
     ours = generator(tiny_model, tokenizer)
     slow = [one_at_a_time(tiny_model, prompt, ours.end_tokens, 12) for prompt in prompts]
     assert [answer.tokens for answer in ours.answer(prompts)] == slow
-    assert [answer.tokens for answer in ours.answer(prompts, expected=[3, 1, 9, 2, 7])] == slow
 
 
 @torch.no_grad()
@@ -50,6 +49,77 @@ def test_an_answer_stops_at_the_end_token(tiny_model, tokenizer, prompts):
     place = free[1].tokens.index(end)
     assert stopped[1].tokens == free[1].tokens[: place + 1]
     assert stopped[1].text == tokenizer.decode(free[1].tokens[:place]).strip()
+
+
+def drafts_of(answers, vocabulary):
+    """Right, right at first, wrong from the start, too long, and none."""
+    first, second, third, fourth, _ = (list(answer.tokens) for answer in answers)
+    return [first, [*second[:5], (second[5] + 1) % vocabulary, 7], [(third[0] + 1) % vocabulary], [*fourth, 5, 6], []]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+def test_drafts_change_nothing_but_what_is_generated(tiny_model, tokenizer, prompts, batch_size):
+    plain = generator(tiny_model, tokenizer, batch_size=batch_size).answer(prompts)
+    drafts = drafts_of(plain, 49152)
+    ours = generator(tiny_model, tokenizer, batch_size=batch_size)
+    drafted = ours.answer(prompts, drafts)
+    assert [(answer.text, answer.tokens) for answer in drafted] == [(answer.text, answer.tokens) for answer in plain]
+    assert [answer.generated for answer in plain] == [12] * 5
+    assert [answer.generated for answer in drafted] == [0, 6, 11, 0, 12]
+    unchecked = generator(tiny_model, tokenizer, batch_size=batch_size, use_drafts=False)
+    assert unchecked.answer(prompts, drafts) == plain
+
+
+@torch.no_grad()
+def test_a_draft_is_cut_at_the_models_end_token(tiny_model, tokenizer, prompts):
+    drafts = [answer.tokens for answer in generator(tiny_model, tokenizer).answer(prompts)]
+    tiny_model.generation_config.eos_token_id = [2, drafts[1][4]]
+    plain = generator(tiny_model, tokenizer).answer(prompts)
+    drafted = generator(tiny_model, tokenizer).answer(prompts, drafts)
+    assert [answer.tokens for answer in drafted] == [answer.tokens for answer in plain]
+    assert len(plain[1].tokens) <= 5
+
+
+@torch.no_grad()
+def test_drafts_that_fill_the_context_are_checked_within_it(tokenizer, prompts):
+    model = tiny_llama(max_position_embeddings=16)
+    ours = Generator(model, Prompter(tokenizer, context=16), max_new_tokens=99, batch_size=3)
+    plain = ours.answer(prompts)
+    drafted = ours.answer(prompts, [[*answer.tokens, 1, 2, 3] for answer in plain])
+    assert [answer.tokens for answer in drafted] == [answer.tokens for answer in plain]
+    assert not any(answer.generated for answer in drafted)
+
+
+def test_the_batch_doubles_while_tokens_come_faster():
+    size = BatchSize(0)
+    for rate, expected in [(100, 16), (180, 32), (190, 16), (900, 16)]:
+        size.took(size.now, 1000, 1000 / rate)
+        assert size.now == expected
+
+
+def test_a_batch_that_is_not_full_says_nothing_about_its_size():
+    size = BatchSize(0)
+    size.took(5, 1000, 1.0)
+    assert size.now == 8
+    size.took(8, 1000, 1.0)
+    size.halve()
+    size.took(8, 1000, 0.01)
+    assert size.now == 8
+
+
+def test_a_fixed_batch_stays():
+    size = BatchSize(24)
+    size.took(24, 1000, 1.0)
+    assert size.now == 24
+
+
+def test_measured_batches_give_the_same_answers(tiny_model, tokenizer, prompts):
+    ours = generator(tiny_model, tokenizer, batch_size=0)
+    many = prompts * 8
+    plain = generator(tiny_model, tokenizer).answer(prompts)
+    assert ours.answer(many) == plain * 8
+    assert ours.batch.now >= 8
 
 
 def test_the_models_own_sampling_settings_do_not_matter(tiny_model, tokenizer, prompts):
@@ -72,7 +142,7 @@ def test_running_out_of_memory_halves_the_batch_and_goes_on(tiny_model, tokenize
 
     monkeypatch.setattr(tiny_model, "generate", at_most_two)
     assert small.answer(prompts) == expected
-    assert small.batch_size == 2
+    assert small.batch.now == 2
 
 
 def test_generating_leaves_modes_and_random_state_alone(tiny_model, tokenizer, prompts):
@@ -93,10 +163,16 @@ def test_evaluating_restores_the_modes_after_an_error(tiny_model):
     assert all(module.training for module in tiny_model.modules())
 
 
+@torch.no_grad()
 def test_an_answer_never_outgrows_the_context(tokenizer, prompts):
     model = tiny_llama(max_position_embeddings=16)
-    answers = Generator(model, Prompter(tokenizer, context=16), max_new_tokens=99, batch_size=1).answer(prompts)
-    assert [len(answer.tokens) for answer in answers] == [16 - len(prompt) for prompt in prompts]
+    for batch_size in (1, 3):
+        ours = Generator(model, Prompter(tokenizer, context=16), max_new_tokens=99, batch_size=batch_size)
+        answers = ours.answer(prompts)
+        assert [len(answer.tokens) for answer in answers] == [16 - len(prompt) for prompt in prompts]
+        assert [answer.tokens for answer in answers] == [
+            one_at_a_time(model, prompt, ours.end_tokens, 16 - len(prompt)) for prompt in prompts
+        ]
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tokenizer):

@@ -9,7 +9,7 @@ from splaser_plugin.errors import EmbedderError
 from splaser_plugin.generation import Generator
 from splaser_plugin.pairs import pairs_from_rows
 from splaser_plugin.prompts import Prompter
-from splaser_plugin.scoring import SemanticScorer
+from splaser_plugin.scoring import Scores, SemanticScorer
 from splaser_plugin.weights import Weights
 
 CPU = torch.device("cpu")
@@ -34,10 +34,10 @@ def scorer_of(model, tokenizer, embedder, pairs):
 def test_a_score_is_the_difference_of_the_two_cosines(tiny_model, tokenizer, sentences, minilm, pairs):
     from sentence_transformers import SentenceTransformer
 
-    scores = scorer_of(tiny_model, tokenizer, sentences, pairs).score()
+    scores = scorer_of(tiny_model, tokenizer, sentences, pairs).score(range(len(pairs)))
     plain = SentenceTransformer(str(minilm), device="cpu")
     for row, answer, value in zip(pairs, scores.answers, scores.values, strict=True):
-        said, chosen, rejected = (plain.encode(text) for text in (answer, row["chosen"], row["rejected"]))
+        said, chosen, rejected = (plain.encode(text) for text in (answer.text, row["chosen"], row["rejected"]))
         assert value == pytest.approx(cosine(said, chosen) - cosine(said, rejected), abs=1e-5)
     assert scores.mean == pytest.approx(sum(scores.values) / len(pairs))
 
@@ -45,8 +45,8 @@ def test_a_score_is_the_difference_of_the_two_cosines(tiny_model, tokenizer, sen
 @pytest.mark.real
 def test_without_a_rejected_answer_only_the_first_cosine_counts(tiny_model, tokenizer, sentences):
     rows = [{"instruction": "Say hello.", "input": "", "output": "Hello!"}]
-    scores = scorer_of(tiny_model, tokenizer, sentences, rows).score()
-    said, chosen = sentences.embed([scores.answers[0], "Hello!"])
+    scores = scorer_of(tiny_model, tokenizer, sentences, rows).score([0])
+    said, chosen = sentences.embed([scores.answers[0].text, "Hello!"])
     assert scores.values[0] == pytest.approx(cosine(said, chosen), abs=1e-5)
 
 
@@ -79,8 +79,45 @@ def test_reference_answers_are_embedded_once(tiny_model, tokenizer, pairs):
     plain = embedder.embed
     embedder.embed = lambda texts: embedded.append(len(texts)) or plain(texts)
     scorer = scorer_of(tiny_model, tokenizer, embedder, pairs)
-    assert scorer.score() == scorer.score()
+    assert scorer.score(range(4)) == scorer.score(range(4))
     assert embedded == [8, 4, 4]
+
+
+def assert_same(scores, expected):
+    assert scores.items == expected.items
+    assert [answer.tokens for answer in scores.answers] == [answer.tokens for answer in expected.answers]
+    assert scores.values == pytest.approx(expected.values, abs=1e-6)
+
+
+def test_a_part_of_the_pairs_is_scored_as_in_the_whole(tiny_model, tokenizer, pairs):
+    embedder = SelfEmbedder(Weights(tiny_model), tokenizer, batch_size=4)
+    scorer = scorer_of(tiny_model, tokenizer, embedder, pairs)
+    whole = scorer.score(range(4))
+    part = scorer.score([1, 3])
+    assert_same(part, whole.on([3, 1]))
+    assert_same(part.joined(scorer.score([0, 2])), whole)
+
+
+def test_what_the_best_model_says_too_is_neither_generated_nor_embedded_again(tiny_model, tokenizer, pairs):
+    weights = Weights(tiny_model)
+    embedder = SelfEmbedder(weights, tokenizer, batch_size=4)
+    scorer = scorer_of(tiny_model, tokenizer, embedder, pairs)
+    best = scorer.score(range(4))
+    assert best.generated_tokens == 32
+    again = scorer.score([0, 2], like=best)
+    assert again.generated_tokens == 0
+    assert again.values == (best.values[0], best.values[2])
+    with weights.trying(weights.matrices()[0][0]) as attempt:
+        attempt.reduce(8)
+        plain, drafted = scorer.score(range(4)), scorer.score(range(4), like=best)
+    assert_same(drafted, plain)
+    assert plain.answers != best.answers
+    assert drafted.generated_tokens < plain.generated_tokens
+
+
+def test_differences_are_taken_on_the_same_items():
+    best = Scores((0, 1, 2), (0.5, 0.25, 1.0))
+    assert Scores((0, 2), (0.75, 0.5)).differences(best) == [0.25, -0.5]
 
 
 @pytest.mark.parametrize("name", ["./no-such-folder", "nobody/no-such-embedder"])

@@ -4,27 +4,37 @@ import pytest
 import torch
 
 from splaser_plugin.errors import MatrixError
+from splaser_plugin.racing import Race
 from splaser_plugin.scan import scan_model
 from splaser_plugin.scoring import Scores
-from splaser_plugin.search import Candidate, choose_candidates, search
+from splaser_plugin.search import Candidate, Judge, choose_candidates, search
 from splaser_plugin.weights import Weights
 from tests.conftest import tiny_llama
 
 
 class Planted:
-    """A ruler that knows how much each matrix, once changed, adds to the score."""
+    """A ruler that knows how much each matrix, once changed, adds to the score; pairs differ by some noise."""
 
     name = "planted"
 
-    def __init__(self, model, effects):
+    def __init__(self, model, effects, *, size=2, noise=0.0):
         self.before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         self.model = model
         self.effects = effects
+        self.size = size
+        spread = torch.randn(len(effects), size, generator=torch.Generator().manual_seed(0)) * noise
+        self.noise = dict(zip(effects, (spread - spread.mean(1, keepdim=True)).tolist(), strict=True))
+        self.asked = 0
 
-    def score(self):
-        changed = [name for name, each in self.model.named_parameters() if not torch.equal(each, self.before[name])]
-        total = sum(self.effects.get(name.removesuffix(".weight"), 0.0) for name in changed)
-        return Scores((total, total), (), 0)
+    def changed(self):
+        names = [name for name, each in self.model.named_parameters() if not torch.equal(each, self.before[name])]
+        return [name.removesuffix(".weight") for name in names]
+
+    def score(self, items, like=None):
+        self.asked += len(items)
+        changed = [name for name in self.changed() if name in self.effects]
+        values = [sum(self.effects[name] + self.noise[name][item] for name in changed) for item in items]
+        return Scores(tuple(items), tuple(map(float, values)))
 
 
 @pytest.fixture
@@ -35,14 +45,65 @@ def candidates(tiny_model):
 def test_keeps_exactly_what_makes_the_score_better(tiny_model, candidates):
     names = [candidate.matrix.name for candidate in candidates]
     scorer = Planted(tiny_model, dict(zip(names, [0.2, -0.1, 0.0, 0.3, -0.4], strict=True)))
-    found = search(Weights(tiny_model), candidates, scorer)
+    found = search(Weights(tiny_model), candidates, Judge(scorer))
     assert [trial.kept for trial in found.trials] == [True, False, False, True, False]
     assert found.baseline.mean == 0.0
     assert found.final.mean == pytest.approx(0.5)
     assert [candidate.matrix.name for candidate in found.kept] == [names[0], names[3]]
+    assert [trial.judgement.best_before for trial in found.trials] == pytest.approx([0.0, 0.2, 0.2, 0.2, 0.5])
     for candidate, trial in zip(candidates, found.trials, strict=True):
         parameter = tiny_model.get_parameter(candidate.matrix.parameter)
         assert torch.equal(parameter, scorer.before[candidate.matrix.parameter]) is not trial.kept
+
+
+def verdicts(found):
+    return [trial.judgement.verdict for trial in found.trials]
+
+
+def planted_search(candidates, effects, *, race=None, screen_effects=None, noise=0.1):
+    model = tiny_llama()
+    names = [candidate.matrix.name for candidate in candidates]
+    scorer = Planted(model, dict(zip(names, effects, strict=True)), size=128, noise=noise)
+    screen = Planted(model, dict(zip(names, screen_effects, strict=True)), size=128) if screen_effects else None
+    return search(Weights(model), candidates, Judge(scorer, race=race, screen=screen)), scorer
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_racing_keeps_what_the_whole_search_keeps_and_scores_less(candidates, seed):
+    effects = [-0.08, 0.01, -0.05, -0.1, 0.02]
+    exact, all_of_it = planted_search(candidates, effects)
+    raced, scored = planted_search(candidates, effects, race=Race(128, seed=seed))
+    assert raced.kept == exact.kept == (candidates[1], candidates[4])
+    assert raced.final == exact.final
+    assert scored.asked < 0.8 * all_of_it.asked
+
+
+def test_racing_in_which_nobody_falls_behind_is_the_whole_search(candidates):
+    effects = [0.1, 0.05, 0.0, 0.2, 0.1]
+    exact, _ = planted_search(candidates, effects)
+    raced, _ = planted_search(candidates, effects, race=Race(128))
+    assert [trial.judgement for trial in raced.trials] == [trial.judgement for trial in exact.trials]
+
+
+def test_a_stopped_candidate_is_compared_on_its_own_items(candidates):
+    found, _ = planted_search(candidates, [0.2, -0.3, 0.0, 0.0, 0.0], race=Race(128))
+    stopped = found.trials[1].judgement
+    assert stopped.verdict == "stopped"
+    assert len(stopped.scores.items) == len(stopped.scores.values) == 16
+    best = found.trials[0].judgement.scores
+    assert stopped.best_before == pytest.approx(sum(best.values[item] for item in stopped.scores.items) / 16)
+    assert stopped.scores.mean - stopped.best_before < 0
+
+
+def test_screened_candidates_are_not_scored(candidates):
+    found, scorer = planted_search(
+        candidates, [0.1, 0.1, 0.1, -0.1, 0.1], screen_effects=[0.3, -0.2, 0.1, 0.1, -0.1], noise=0.0
+    )
+    assert verdicts(found) == ["kept", "screened", "kept", "restored", "screened"]
+    assert scorer.asked == 128 * 4
+    changes = [trial.judgement.screen_change for trial in found.trials]
+    assert changes == pytest.approx([0.3, -0.2, 0.1, 0.1, -0.1])
+    assert found.trials[1].judgement.scores is None
 
 
 @pytest.mark.parametrize("raised", [RuntimeError, KeyboardInterrupt])
@@ -50,15 +111,15 @@ def test_an_interrupted_search_leaves_no_undecided_weight(tiny_model, candidates
     class Breaks(Planted):
         calls = 0
 
-        def score(self):
+        def score(self, items, like=None):
             self.calls += 1
             if self.calls == 4:
                 raise raised
-            return super().score()
+            return super().score(items, like)
 
     scorer = Breaks(tiny_model, {candidates[0].matrix.name: 1.0})
     with pytest.raises(raised):
-        search(Weights(tiny_model), candidates, scorer)
+        search(Weights(tiny_model), candidates, Judge(scorer))
     changed = [name for name, each in tiny_model.named_parameters() if not torch.equal(each, scorer.before[name])]
     assert changed == [candidates[0].matrix.parameter]
 

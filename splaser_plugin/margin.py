@@ -1,0 +1,69 @@
+"""How much likelier the model finds the chosen answer than the rejected one, without generating anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from splaser_plugin.distributed import share
+from splaser_plugin.generation import evaluating
+from splaser_plugin.pairs import Pair
+from splaser_plugin.prompts import Prompter
+from splaser_plugin.scoring import Scores
+from splaser_plugin.teacher_forcing import LOGITS_ROWS, forced_logits
+
+
+class MarginScorer:
+    """Mean log-probability of the chosen answer's tokens minus that of the rejected one's, in nats a token.
+
+    The tokens are those of the answer's text alone, without an end token, up to the end of the model's context.
+    Without a rejected answer only the first term counts.
+    batch_size: most answers in one forward pass. Raises PairsError when a prompt doesn't fit into the context.
+    """
+
+    name = "margin"
+
+    def __init__(self, model: Any, prompter: Prompter, pairs: Sequence[Pair], *, batch_size: int) -> None:
+        self.model = model
+        self.size = len(pairs)
+        self.prompts = [prompter.tokens(pair.messages) for pair in pairs]
+        self.answers = [
+            [_answer_tokens(prompter, prompt, text) for text in (pair.chosen, pair.rejected) if text is not None]
+            for pair, prompt in zip(pairs, self.prompts, strict=True)
+        ]
+        longest = max(len(answer) for answers in self.answers for answer in answers)
+        self.batch_size = max(1, min(batch_size, LOGITS_ROWS // longest))
+
+    def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
+        wanted = [(item, place) for item in items for place in range(len(self.answers[item]))]
+        means = dict(zip(wanted, share(wanted, self._means), strict=True))
+        values = (means[item, 0] - means.get((item, 1), 0.0) for item in items)
+        return Scores(tuple(items), tuple(values))
+
+    def _means(self, wanted: list[tuple[int, int]]) -> list[float]:
+        order = sorted(set(range(len(wanted))), key=lambda index: len(self.prompts[wanted[index][0]]))
+        means: dict[int, float] = {}
+        with evaluating(self.model):
+            for first in range(0, len(order), self.batch_size):
+                batch = order[first : first + self.batch_size]
+                answers = [self.answers[wanted[index][0]][wanted[index][1]] for index in batch]
+                prompts = [self.prompts[wanted[index][0]] for index in batch]
+                for index, answer, logits in zip(
+                    batch, answers, forced_logits(self.model, prompts, answers), strict=True
+                ):
+                    means[index] = _mean_log_probability(logits, answer)
+        return [means[index] for index in range(len(wanted))]
+
+
+def _answer_tokens(prompter: Prompter, prompt: list[int], text: str) -> list[int]:
+    tokens = prompter.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokens if prompter.context is None else tokens[: prompter.context - len(prompt)]
+
+
+def _mean_log_probability(logits: torch.Tensor, tokens: list[int]) -> float:
+    if not tokens:
+        return 0.0
+    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
+    return log_probabilities.gather(-1, torch.tensor(tokens, device=logits.device)[:, None]).mean().item()
