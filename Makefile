@@ -22,6 +22,8 @@ demo: setup
 test: lint types models
 	$(BIN)/python -m pytest
 
+include tests/integrations/integrations.mk
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,6 +33,7 @@ types: setup
 
 bench: models
 	$(BIN)/python tests/benchmarks/spectra.py
+	$(BIN)/python tests/benchmarks/scan_memory.py
 
 clean:
-	rm -rf $(VENV) .cache splaser-demo
+	rm -rf $(VENV) $(TOOLS) .cache splaser-demo

@@ -60,9 +60,8 @@ def main() -> None:
     )
     trainer.train()
     found = callback.result.search
-    print(
-        f"kept {len(found.kept)} of {len(found.trials)} candidates: {found.baseline.mean:+.4f} -> {found.final.mean:+.4f}"
-    )
+    print(f"kept {len(found.kept)} of {len(found.trials)} candidates")
+    print(f"score {found.baseline.mean:+.4f} before, {found.final.mean:+.4f} after, on the same pairs")
     print(f"the lasered model is in {options.output}/lasered")
 
 

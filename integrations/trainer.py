@@ -112,7 +112,7 @@ class LaserCallback(TrainerCallback):
                 written = self.result.save(Path(args.output_dir) / "lasered", overwrite=True)
                 logger.info("the lasered model is in %s", written)
 
-    def _laser(self, trainer: Trainer, model: Any) -> dict[str, float]:
+    def _laser(self, trainer: Any, model: Any) -> dict[str, float]:
         started = time.monotonic()
         unwrapped = trainer.accelerator.unwrap_model(model)
         with undisturbed():
@@ -138,7 +138,7 @@ class LaserCallback(TrainerCallback):
             "laser/seconds": self._seconds,
         }
 
-    def _rows(self, trainer: Trainer) -> Pairs:
+    def _rows(self, trainer: Any) -> Pairs:
         if self.pairs is not None:
             return self.pairs
         for name in ("eval_dataset", "train_dataset"):
@@ -158,7 +158,7 @@ class LaserCallback(TrainerCallback):
         scan = scan_model(Weights(model), config=self.config, name=getattr(model.config, "_name_or_path", ""))
         selection = choose(scan, top=self.top, fraction=self.fraction, by=self.by)
         freeze_all_but(model, selection.names)
-        if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", True):
+        if args.gradient_checkpointing and (dict(args.gradient_checkpointing_kwargs or {})).get("use_reentrant", True):
             model.enable_input_require_grads()
         trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
         total = sum(each.numel() for each in model.parameters())
@@ -198,7 +198,7 @@ def _without_end(rows: Iterable[Mapping[str, Any]], end: str | None) -> Iterator
         }
 
 
-def _calling_trainer() -> Trainer:
+def _calling_trainer() -> Any:
     """The trainer whose event this is: it hands itself to no callback, so it is looked up among the callers."""
     frame = sys._getframe(1)
     while frame is not None:
@@ -217,13 +217,13 @@ def _weights(model: Any) -> Weights:
     return MergedWeights(model)
 
 
-def _refuse(trainer: Trainer, args: TrainingArguments, model: Any) -> None:
+def _refuse(trainer: Any, args: TrainingArguments, model: Any) -> None:
     """Raise ModelError for what can't be lasered inside this trainer."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     if args.deepspeed is not None or trainer.is_deepspeed_enabled:
         raise ModelError(f"DeepSpeed keeps its own fp32 copies of the weights, which would undo the change. {OFFLINE}")
-    is_fsdp1 = trainer.is_fsdp_enabled and not getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2
+    is_fsdp1 = trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2
     if is_fsdp1 or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ModelError(f"FSDP version 1 flattens the weights. Use FSDP version 2 (fsdp_version: 2). {OFFLINE}")
     Weights(trainer.accelerator.unwrap_model(model))

@@ -116,11 +116,15 @@ def laser(
     from splaser_plugin.output import check_output
 
     check_output(output, overwrite=overwrite, inputs=(model, pairs))
+    from splaser_plugin.distributed import is_main, join_processes
     from splaser_plugin.jobs import laser as run_laser
 
+    join_processes()
     progress = _progress()
     result = run_laser(model, pairs, config=config, progress=progress)
     result.save(output, overwrite=overwrite)
+    if not is_main():
+        return
     if as_json:
         print(json.dumps(result.results(), allow_nan=False))
     _show_laser(result, output, progress)
@@ -213,6 +217,9 @@ def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:
 
 def main() -> None:
     """Entry point: one line for each error on purpose, exit 2 for wrong usage and 1 for the rest."""
+    from splaser_plugin.integrations.emit import app as emit
+
+    app.add_typer(emit, name="emit")
     try:
         app()
     except ConfigError as error:

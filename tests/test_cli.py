@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ from splaser_plugin.errors import CheckpointError
 from splaser_plugin.jobs import laser
 from splaser_plugin.loading import load_model
 from splaser_plugin.scan import Scan
-from tests.conftest import tiny_llama
+from tests.conftest import ROOT, tiny_llama
 from tests.test_jobs import QUICK
 
 FLAGS = ["--embedder", "self", "--max-new-tokens", "6", "--candidates", "4", "--device", "cpu", "--edge", "mp"]
@@ -146,11 +145,12 @@ def test_help_loads_nothing_heavy():
 @pytest.mark.real
 def test_the_real_models_go_through_scan_laser_and_apply(smollm2, minilm, tmp_path):
     """SmolLM2-135M and all-MiniLM-L6-v2, as the command line runs them."""
-    pairs = os.path.join(os.path.dirname(__file__), "..", "examples", "data", "pairs.jsonl")
+    pairs = ROOT / "examples" / "data" / "pairs.jsonl"
     splaser = [sys.executable, "-c", "from splaser_plugin.cli import main; main()"]
 
     def run(*arguments):
-        return subprocess.run([*splaser, *map(str, arguments)], capture_output=True, text=True, check=True, cwd=tmp_path)
+        command = [*splaser, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
 
     narrow = ["--include", "layers.24.self_attn", "--include", "layers.7.self_attn"]
     run("scan", smollm2, *narrow)
