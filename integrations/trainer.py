@@ -23,6 +23,7 @@ from splaser_plugin.jobs import LaserResult, laser_weights, read_pairs
 from splaser_plugin.pairs import PairSet
 from splaser_plugin.progress import Progress
 from splaser_plugin.scan import scan_model
+from splaser_plugin.search import SearchResult
 from splaser_plugin.selection import choose
 from splaser_plugin.weights import Weights
 
@@ -100,7 +101,7 @@ class LaserCallback(TrainerCallback):
         elif self.when == "before":
             trainer.log(self._laser(trainer, model))
         elif self.when == "init" and self.result is not None:
-            trainer.log(self._metrics())
+            trainer.log(self._metrics(self.result.search))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
@@ -109,7 +110,7 @@ class LaserCallback(TrainerCallback):
             trainer = _calling_trainer()
             trainer.log(self._laser(trainer, model))
             if self.result is not None:
-                written = self.result.save(Path(args.output_dir) / "lasered", overwrite=True)
+                written = self.result.save(Path(str(args.output_dir)) / "lasered", overwrite=True)
                 logger.info("the lasered model is in %s", written)
 
     def _laser(self, trainer: Any, model: Any) -> dict[str, float]:
@@ -125,10 +126,9 @@ class LaserCallback(TrainerCallback):
                 progress=_LoggedProgress(),
             )
         self._seconds = round(time.monotonic() - started, 3)
-        return self._metrics()
+        return self._metrics(self.result.search)
 
-    def _metrics(self) -> dict[str, float]:
-        found = self.result.search
+    def _metrics(self, found: SearchResult) -> dict[str, float]:
         return {
             "laser/score_before": found.baseline.mean,
             "laser/score_after": found.final.mean,
@@ -142,7 +142,7 @@ class LaserCallback(TrainerCallback):
         if self.pairs is not None:
             return self.pairs
         for name in ("eval_dataset", "train_dataset"):
-            dataset = getattr(trainer, name, None)
+            dataset: Any = getattr(trainer, name, None)
             if {"chosen", "rejected"} <= set(getattr(dataset, "column_names", None) or ()):
                 return _without_end(dataset, trainer.processing_class.eos_token)
         raise PairsError(
@@ -158,7 +158,8 @@ class LaserCallback(TrainerCallback):
         scan = scan_model(Weights(model), config=self.config, name=getattr(model.config, "_name_or_path", ""))
         selection = choose(scan, top=self.top, fraction=self.fraction, by=self.by)
         freeze_all_but(model, selection.names)
-        if args.gradient_checkpointing and (dict(args.gradient_checkpointing_kwargs or {})).get("use_reentrant", True):
+        checkpointing: Any = args.gradient_checkpointing_kwargs or {}
+        if args.gradient_checkpointing and checkpointing.get("use_reentrant", True):
             model.enable_input_require_grads()
         trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
         total = sum(each.numel() for each in model.parameters())
