@@ -14,6 +14,8 @@ from splaser_plugin.demo import prepare_embedder, prepare_model
 
 ROOT = Path(__file__).parents[1]
 
+torch.set_num_threads(1)  # the tiny models here are slower on two
+
 
 def tiny_llama(seed: int = 0, vocabulary: int = 49152, **changes):
     """A two-block Llama that speaks SmolLM2's vocabulary."""
