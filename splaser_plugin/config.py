@@ -80,7 +80,6 @@ class LaserConfig(ScanConfig):
     adapter: str = option("", "LoRA adapter folder to merge into the model first.")
     race: bool = option(True, "Stop scoring a candidate that can't win any more.")
     screen: str = option("none", "Cheap score that rules out candidates before any answer.", choices=SCREENS)
-    draft: bool = option(True, "Check the best model's answers in one pass; generate from the first difference.")
     batch_size: int = option(32, "Prompts generated for at once; 0 finds it by measurement.", minimum=0)
     device: str = option("auto", "Device to run on: auto, cpu, cuda, cuda:1, mps.")
     dtype: str = option("auto", "Weights' dtype; auto is the checkpoint's own.", choices=DTYPES)

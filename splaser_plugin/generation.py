@@ -14,7 +14,6 @@ from transformers import GenerationConfig
 
 from splaser_plugin.distributed import process_count
 from splaser_plugin.prompts import Prompter
-from splaser_plugin.teacher_forcing import LOGITS_ROWS, forced_logits
 
 FIRST_BATCH = 8
 LEAST_GAIN = 1.1
@@ -26,9 +25,7 @@ class Answer:
 
     text: str
     tokens: tuple[int, ...]
-    """The answer's ids, with the end token if the model came to one."""
-    generated: int
-    """How many of them were generated one by one; the others were a draft that the model agrees with."""
+    """Generated ids, with the end token if the model came to one."""
 
 
 class BatchSize:
@@ -64,49 +61,44 @@ class Generator:
 
     max_new_tokens: longest answer, in tokens; an answer also ends where the model's context does.
     batch_size: prompts at once, or 0 to find it by measurement; halved for good whenever the device runs out of
-    memory. use_drafts: check drafts by one forward pass, instead of only expecting answers of their lengths.
+    memory.
     """
 
-    def __init__(
-        self, model: Any, prompter: Prompter, *, max_new_tokens: int, batch_size: int, use_drafts: bool = True
-    ) -> None:
+    def __init__(self, model: Any, prompter: Prompter, *, max_new_tokens: int, batch_size: int) -> None:
         self.model = model
         self.prompter = prompter
         self.max_new_tokens = max_new_tokens
         self.is_sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
         self.batch = BatchSize(batch_size or FIRST_BATCH if self.is_sharded else batch_size)
-        self.use_drafts = use_drafts and not self.is_sharded
         self.end_tokens = _end_tokens(model, prompter)
         self._pad = prompter.tokenizer.pad_token_id
         if self._pad is None:
             self._pad = self.end_tokens[0] if self.end_tokens else 0
 
-    def answer(self, prompts: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]] | None = None) -> list[Answer]:
+    def answer(self, prompts: Sequence[Sequence[int]], expected: Sequence[int] | None = None) -> list[Answer]:
         """Greedy answers, in the prompts' order.
 
-        prompts: token ids. drafts: what the answers probably are, as token ids. They change how long it takes
-        and not what comes out, except where two tokens are equally likely up to rounding.
+        prompts: token ids. expected: guessed lengths of the answers, in tokens; prompts of similar lengths
+        are answered together, so that a batch doesn't wait for one long answer.
         """
-        drafts = drafts or [()] * len(prompts)
-        said = self._agreed(prompts, drafts) if self.use_drafts else [[] for _ in prompts]
-        agreed = [len(tokens) for tokens in said]
-        waiting = [index for index in range(len(prompts)) if self._room(prompts[index], said[index])]
-        waiting.sort(key=lambda index: (len(drafts[index]) - agreed[index], len(prompts[index])), reverse=True)
+        lengths = expected or [0] * len(prompts)
+        said: list[list[int]] = [[] for _ in prompts]
+        waiting = sorted(range(len(prompts)), key=lambda index: (lengths[index], len(prompts[index])), reverse=True)
         while waiting:
-            batch, waiting = waiting[: self.batch.now], waiting[self.batch.now :]
+            batch = waiting[: self.batch.now]
             try:
                 more = self._generate([prompts[index] for index in batch], [said[index] for index in batch])
             except torch.OutOfMemoryError:
                 if self.batch.now == 1 or self.is_sharded:
                     raise
                 self.batch.halve()
-                waiting = batch + waiting
                 continue
             for index, tokens in zip(batch, more, strict=True):
-                said[index] = said[index] + tokens
+                said[index] += tokens
+            waiting = waiting[len(batch) :]
             if not self.is_sharded:
                 waiting += [index for index in batch if self._room(prompts[index], said[index])]
-        return [self._answer(tokens, len(tokens) - known) for tokens, known in zip(said, agreed, strict=True)]
+        return [self._answer(tokens) for tokens in said]
 
     def _room(self, prompt: Sequence[int], said: Sequence[int]) -> int:
         """How many tokens an answer that goes on may still get."""
@@ -116,31 +108,6 @@ class Generator:
         if self.prompter.context is not None:
             room = min(room, self.prompter.context - len(prompt))
         return room - len(said)
-
-    def _agreed(self, prompts: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """As much of each draft as the model would say itself, and the token it says where it differs."""
-        said: list[list[int]] = [[] for _ in prompts]
-        waiting = [index for index in range(len(prompts)) if drafts[index]]
-        waiting.sort(key=lambda index: len(prompts[index]))
-        longest = max((len(draft) for draft in drafts), default=0)
-        size = max(1, LOGITS_ROWS // max(1, longest))
-        with evaluating(self.model):
-            while waiting:
-                batch = waiting[:size]
-                checked = [drafts[index][: self._room(prompts[index], ())] for index in batch]
-                try:
-                    logits = forced_logits(self.model, [prompts[index] for index in batch], checked)
-                except torch.OutOfMemoryError:
-                    if size == 1:
-                        raise
-                    size //= 2
-                    continue
-                for index, draft, rows in zip(batch, checked, logits, strict=True):
-                    own = rows.argmax(-1).tolist()
-                    same = next((place for place, token in enumerate(own) if token != draft[place]), len(own))
-                    said[index] = self._until_end(own[: same + 1])
-                waiting = waiting[len(batch) :]
-        return said
 
     @torch.no_grad()
     def _generate(self, prompts: list[Sequence[int]], said: list[list[int]]) -> list[list[int]]:
@@ -177,12 +144,12 @@ class Generator:
         ends = [tokens.index(end) for end in self.end_tokens if end in tokens]
         return tokens[: min(ends) + 1] if ends else tokens
 
-    def _answer(self, tokens: list[int], generated: int) -> Answer:
+    def _answer(self, tokens: list[int]) -> Answer:
         has_end = bool(tokens) and tokens[-1] in self.end_tokens
         text = self.prompter.tokenizer.decode(tokens[:-1] if has_end else tokens, skip_special_tokens=True)
         if self.prompter.stop_text:
             text = text.split(self.prompter.stop_text)[0]
-        return Answer(text.strip(), tuple(tokens), generated)
+        return Answer(text.strip(), tuple(tokens))
 
 
 @contextmanager

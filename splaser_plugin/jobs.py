@@ -128,13 +128,7 @@ def laser_weights(
     progress.fact("device", f"{device}, {_dtype(model)}")
     progress.fact("pairs", pairs.summary)
     prompter = Prompter(tokenizer, config.template, context_length(model))
-    generator = Generator(
-        model,
-        prompter,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        use_drafts=config.draft,
-    )
+    generator = Generator(model, prompter, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     at_once = config.batch_size or FORWARD_BATCH
     embedder = load_embedder(config.embedder, weights, tokenizer, device, at_once)
     scorer = SemanticScorer(generator, embedder, pairs.pairs)

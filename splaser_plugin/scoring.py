@@ -32,7 +32,7 @@ class Scores:
 
     @property
     def generated_tokens(self) -> int:
-        return sum(answer.generated for answer in self.answers)
+        return sum(len(answer.tokens) for answer in self.answers)
 
     def on(self, items: Sequence[int]) -> Scores:
         """The same measurement, of these items only."""
@@ -103,10 +103,13 @@ class SemanticScorer:
 
     def answers(self, items: Sequence[int], like: Scores | None = None) -> list[Answer]:
         """The model's answers to some of the prompts, in the order asked for."""
-        drafts = dict(zip(like.items, (answer.tokens for answer in like.answers), strict=True)) if like else {}
+        expected = (
+            {item: len(answer.tokens) for item, answer in zip(like.items, like.answers, strict=True)} if like else {}
+        )
 
         def generate(part: list[int]) -> list[Answer]:
-            return self.generator.answer([self.prompts[item] for item in part], [drafts.get(item, ()) for item in part])
+            lengths = [expected.get(item, 0) for item in part]
+            return self.generator.answer([self.prompts[item] for item in part], lengths)
 
         return share(items, generate)
 

@@ -44,6 +44,15 @@ def splaser(monkeypatch, capsys):
     return run
 
 
+def test_a_switch_can_be_turned_off(splaser, tiny_folder, pairs_file, tmp_path):
+    code, printed, _ = splaser(
+        "laser", tiny_folder, "--pairs", pairs_file, "-o", tmp_path / "out", "--no-race", "--json", *FLAGS
+    )
+    assert code == 0
+    assert json.loads((tmp_path / "out" / "recipe.json").read_text())["settings"]["race"] is False
+    assert "stopped" not in printed
+
+
 def test_scan_writes_the_scan_and_the_top_names(splaser, tiny_folder, tmp_path):
     out, top = tmp_path / "scan.json", tmp_path / "top.json"
     code, _, told = splaser("scan", tiny_folder, "-o", out, "--top", 1, "--top-json", top, "--exclude", "layers.1.mlp")

@@ -88,6 +88,21 @@ def test_results_hold_every_score(lasered):
     assert stored["pairs"] == {"source": "rows", "used": 3, "dropped": {}}
 
 
+@pytest.mark.parametrize("options", [{"race": False}, {"screen": "margin"}, {"batch_size": 0}])
+def test_ways_to_save_work_leave_traces_in_the_results(lasered, tiny_folder, options):
+    plain, _ = lasered
+    found = laser(tiny_folder, plain.pairs, config=LaserConfig(**QUICK, **options))
+    results = found.results()
+    assert results["generated_tokens"] > 0
+    for candidate in results["candidates"]:
+        scored = len(candidate["pairs_scored"])
+        assert len(candidate["per_pair"]) == scored == {"screened": 0}.get(candidate["verdict"], 3)
+        assert (candidate["score"] is None) == (candidate["best_before"] is None) == (scored == 0)
+        assert (candidate["screen_change"] is None) == (options.get("screen") is None)
+    if "screen" not in options:
+        assert found.recipe.steps == plain.recipe.steps
+
+
 def test_the_same_run_twice_gives_the_same_recipe(lasered, tiny_folder):
     first, _ = lasered
     again = laser(tiny_folder, first.pairs, config=LaserConfig(**QUICK))
@@ -147,6 +162,10 @@ def test_bad_input_is_refused_with_the_next_step(tiny_folder, tokenizer, pairs, 
         laser(tiny_llama(), pairs)
     with pytest.raises(ConfigError, match="--candidates: got 0, expected at least 1"):
         LaserConfig(candidates=0)
+    with pytest.raises(ConfigError, match="--screen: got 'cheap', expected one of none, margin"):
+        LaserConfig(screen="cheap")
+    with pytest.raises(ConfigError, match="--batch-size: got -1, expected at least 0"):
+        LaserConfig(batch_size=-1)
     with pytest.raises(ConfigError, match="--edge: got 'iqrr', expected one of iqr, mp, gavish-donoho"):
         LaserConfig(edge="iqrr")
     with pytest.raises(ConfigError, match="option 'sample' is not known; nearest: samples"):
