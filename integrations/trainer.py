@@ -23,7 +23,6 @@ from splaser_plugin.jobs import LaserResult, laser_weights, read_pairs
 from splaser_plugin.pairs import PairSet
 from splaser_plugin.progress import Progress
 from splaser_plugin.scan import scan_model
-from splaser_plugin.search import SearchResult
 from splaser_plugin.selection import choose
 from splaser_plugin.weights import Weights
 
@@ -101,7 +100,7 @@ class LaserCallback(TrainerCallback):
         elif self.when == "before":
             trainer.log(self._laser(trainer, model))
         elif self.when == "init" and self.result is not None:
-            trainer.log(self._metrics(self.result.search))
+            trainer.log(self._metrics(self.result))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
@@ -126,10 +125,11 @@ class LaserCallback(TrainerCallback):
                 progress=_LoggedProgress(),
             )
         self._seconds = round(time.monotonic() - started, 3)
-        return self._metrics(self.result.search)
+        return self._metrics(self.result)
 
-    def _metrics(self, found: SearchResult) -> dict[str, float]:
-        return {
+    def _metrics(self, result: LaserResult) -> dict[str, float]:
+        found = result.search
+        metrics = {
             "laser/score_before": found.baseline.mean,
             "laser/score_after": found.final.mean,
             "laser/matrices_tried": len(found.trials),
@@ -137,6 +137,10 @@ class LaserCallback(TrainerCallback):
             "laser/rank_removed": sum(min(each.matrix.shape) - each.rank for each in found.kept),
             "laser/seconds": self._seconds,
         }
+        if result.held_out is not None:
+            metrics["laser/held_out_difference"] = result.held_out.difference
+            metrics["laser/held_out_low"], metrics["laser/held_out_high"] = result.held_out.interval
+        return metrics
 
     def _rows(self, trainer: Any) -> Pairs:
         if self.pairs is not None:

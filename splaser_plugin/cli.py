@@ -115,7 +115,8 @@ def laser(
     """Reduce the noisiest matrices, one at a time, and keep what makes the model's own answers better."""
     from splaser_plugin.output import check_output
 
-    check_output(output, overwrite=overwrite, inputs=(model, pairs))
+    held_out = (config.held_out,) if config.held_out else ()
+    check_output(output, overwrite=overwrite, inputs=(model, pairs, *held_out))
     from splaser_plugin.distributed import is_main, join_processes
     from splaser_plugin.jobs import laser as run_laser
 

@@ -16,6 +16,7 @@ EDGES = ("iqr", "mp", "gavish-donoho")
 PRECISIONS = ("auto", "float32", "float64")
 TEMPLATES = ("auto", "chatml", "instruct")
 SCREENS = ("none", "margin")
+ACCEPT_RULES = ("improve", "confident")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -70,7 +71,11 @@ class ScanConfig:
 class LaserConfig(ScanConfig):
     """How a laser run is done: the pairs, the answers, the score and the search."""
 
-    samples: int = option(128, "Preference pairs to score on: the first usable ones.", minimum=1)
+    samples: int = option(128, "Pairs to read: the first usable ones, held-out ones among them.", minimum=1)
+    held_out_fraction: float = option(
+        0.3, "Part of the pairs kept for the verdict at the end; 0 searches on all.", minimum=0, maximum=0.9
+    )
+    held_out: str = option("", "File or data set for the verdict instead of a fraction, at most --samples of it.")
     max_prompt_chars: int = option(512, "Pairs with a longer prompt are dropped.", minimum=1)
     max_answer_chars: int = option(512, "Pairs with a longer answer are dropped.", minimum=1)
     max_new_tokens: int = option(512, "Longest answer the model may generate, in tokens.", minimum=1)
@@ -78,6 +83,10 @@ class LaserConfig(ScanConfig):
     embedder: str = option(DEFAULT_EMBEDDER, "Sentence-transformers model (folder or id), or 'self'.")
     template: str = option("auto", "Prompt format; auto is the tokenizer's own chat template.", choices=TEMPLATES)
     adapter: str = option("", "LoRA adapter folder to merge into the model first.")
+    accept: str = option("improve", "Keep any higher mean, or only what a test confirms.", choices=ACCEPT_RULES)
+    alpha: float = option(
+        0.05, "Risk that --accept confident keeps anything by luck, over all candidates.", minimum=0.0001, maximum=0.5
+    )
     race: bool = option(True, "Stop scoring a candidate that can't win any more.")
     screen: str = option("none", "Cheap score that rules out candidates before any answer.", choices=SCREENS)
     batch_size: int = option(32, "Prompts generated for at once; 0 finds it by measurement.", minimum=0)
@@ -90,11 +99,12 @@ def _check(each: dataclasses.Field[Any], value: Any) -> None:
     limits = each.metadata
     flag = "--" + each.name.replace("_", "-")
     expected = type(each.default)
-    if not isinstance(value, expected) or (expected is not bool and isinstance(value, bool)):
+    accepted = (int, float) if expected is float else expected
+    if not isinstance(value, accepted) or (expected is not bool and isinstance(value, bool)):
         raise ConfigError(f"{flag}: got {value!r}, expected {expected.__name__}.")
     if limits["choices"] and value not in limits["choices"]:
         raise ConfigError(f"{flag}: got '{value}', expected one of {', '.join(limits['choices'])}.")
-    if limits["minimum"] is not None and value < limits["minimum"]:
+    if limits["minimum"] is not None and not value >= limits["minimum"]:
         raise ConfigError(f"{flag}: got {value}, expected at least {limits['minimum']}.")
-    if limits["maximum"] is not None and value > limits["maximum"]:
+    if limits["maximum"] is not None and not value <= limits["maximum"]:
         raise ConfigError(f"{flag}: got {value}, expected at most {limits['maximum']}.")

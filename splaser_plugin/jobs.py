@@ -14,6 +14,7 @@ from splaser_plugin.distributed import is_main, wait_for_all
 from splaser_plugin.embedding import load_embedder
 from splaser_plugin.errors import ModelError
 from splaser_plugin.generation import Generator
+from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, split_by_set
 from splaser_plugin.loading import context_length, load_model
 from splaser_plugin.margin import MarginScorer
 from splaser_plugin.output import check_output, whole_folder
@@ -23,7 +24,7 @@ from splaser_plugin.prompts import Prompter
 from splaser_plugin.racing import Race
 from splaser_plugin.recipe import Recipe, Step, carry_out, versions
 from splaser_plugin.scan import Scan, run_scan, scan_model, write_json
-from splaser_plugin.scoring import Scores, SemanticScorer
+from splaser_plugin.scoring import Scorer, Scores, SemanticScorer
 from splaser_plugin.search import Judge, SearchResult, Trial, choose_candidates, search
 from splaser_plugin.weights import Weights
 
@@ -43,7 +44,14 @@ class LaserResult:
     scan: Scan
     recipe: Recipe
     search: SearchResult
-    pairs: PairSet
+    split: Split
+    held_out: HeldOut | None
+    """The verdict; None where no pairs are held out."""
+
+    @property
+    def pairs(self) -> PairSet:
+        """All pairs that were read, but those of --held-out."""
+        return self.split.pairs
 
     @property
     def model(self) -> Any:
@@ -64,6 +72,7 @@ class LaserResult:
             "final": _scores(self.search.final),
             "generated_tokens": self.search.generated_tokens,
             "candidates": [_trial(trial) for trial in self.search.trials],
+            "held_out": _verdict(self.held_out, self.split),
         }
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
@@ -102,7 +111,7 @@ def laser(
     leaves the kept changes and no undecided one.
     """
     config = config or LaserConfig()
-    pair_set = read_pairs(pairs, config)
+    split = read_pairs(pairs, config)
     name = str(model)
     if isinstance(model, nn.Module):
         if tokenizer is None:
@@ -110,13 +119,13 @@ def laser(
         name = _name_of(model)
     else:
         model, tokenizer = load_model(model, device=config.device, dtype=config.dtype, adapter=config.adapter)
-    return laser_weights(Weights(model), tokenizer, pair_set, config=config, name=name, progress=progress)
+    return laser_weights(Weights(model), tokenizer, split, config=config, name=name, progress=progress)
 
 
 def laser_weights(
     weights: Weights,
     tokenizer: Any,
-    pairs: PairSet,
+    split: Split,
     *,
     config: LaserConfig,
     name: str,
@@ -126,18 +135,32 @@ def laser_weights(
     model: Any = weights.model
     device = next(iter(weights.parameters.values())).device
     progress.fact("device", f"{device}, {_dtype(model)}")
-    progress.fact("pairs", pairs.summary)
+    progress.fact("pairs", split.pairs.summary)
+    progress.fact("held out", split.reason)
     prompter = Prompter(tokenizer, config.template, context_length(model))
     generator = Generator(model, prompter, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     at_once = config.batch_size or FORWARD_BATCH
     embedder = load_embedder(config.embedder, weights, tokenizer, device, at_once)
-    scorer = SemanticScorer(generator, embedder, pairs.pairs)
-    screen = MarginScorer(model, prompter, pairs.pairs, batch_size=at_once) if config.screen == "margin" else None
-    judge = Judge(scorer, race=Race(scorer.size, seed=config.seed) if config.race else None, screen=screen)
+    scorer = SemanticScorer(generator, embedder, split.search)
+    held_out = SemanticScorer(generator, embedder, split.held_out) if split.held_out else None
+    screen = MarginScorer(model, prompter, split.search, batch_size=at_once) if config.screen == "margin" else None
 
     scan = scan_model(weights, config=config, name=name, identity=weights.identity(), progress=progress)
     matrices, _ = weights.matrices(config.include, config.exclude)
-    found = search(weights, choose_candidates(scan, matrices, config.candidates), judge, progress=progress)
+    candidates = choose_candidates(scan, matrices, config.candidates)
+    judge = Judge(
+        scorer,
+        race=Race(scorer.size, seed=config.seed) if config.race else None,
+        screen=screen,
+        risk=config.alpha / len(candidates) if config.accept == "confident" else None,
+    )
+    base = _measure(held_out, "held-out base", progress)
+    found = search(weights, candidates, judge, progress=progress)
+    result = _measure(held_out, "held-out result", progress, like=base) if found.kept else base
+    verdict = compare(base, result, seed=config.seed) if base and result else None
+    if verdict is not None:
+        progress.fact("held out", verdict.summary)
+        progress.fact("verdict", verdict.verdict)
     recipe = Recipe(
         model=name,
         weights=scan.weights,
@@ -149,7 +172,17 @@ def laser_weights(
         settings=config.to_dict(),
         versions=versions(),
     )
-    return LaserResult(weights, tokenizer, scan, recipe, found, pairs)
+    return LaserResult(weights, tokenizer, scan, recipe, found, split, verdict)
+
+
+def _measure(scorer: Scorer | None, name: str, progress: Progress, like: Scores | None = None) -> Scores | None:
+    """The model as it is, on everything the scorer has; None where there is no scorer."""
+    if scorer is None:
+        return None
+    with progress.phase(name, 1) as advance:
+        scores = scorer.score(range(scorer.size), like=like)
+        advance(1)
+    return scores
 
 
 def apply_recipe(
@@ -177,8 +210,15 @@ def _name_of(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
 
 
-def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]], config: LaserConfig) -> PairSet:
-    """The pairs that a run with this configuration uses, from whatever form they come in."""
+def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]], config: LaserConfig) -> Split:
+    """The pairs that a run with this configuration uses, from whatever form they come in: to search on and held out."""
+    pair_set = _pair_set(pairs, config)
+    if config.held_out:
+        return split_by_set(pair_set, _pair_set(config.held_out, config))
+    return split_by_prompt(pair_set, config.held_out_fraction, config.seed)
+
+
+def _pair_set(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]], config: LaserConfig) -> PairSet:
     if isinstance(pairs, PairSet):
         return pairs
     limits: dict[str, Any] = {
@@ -199,6 +239,23 @@ def _scores(scores: Scores) -> dict[str, Any]:
         "per_pair": list(scores.values),
         "answers": [answer.text for answer in scores.answers],
         "generated_tokens": scores.generated_tokens,
+    }
+
+
+def _verdict(held_out: HeldOut | None, split: Split) -> dict[str, Any]:
+    if held_out is None:
+        return {"pairs": 0, "split": split.reason, "verdict": None}
+    return {
+        "pairs": len(split.held_out),
+        "split": split.reason,
+        "verdict": held_out.verdict,
+        "difference": held_out.difference,
+        "interval": list(held_out.interval),
+        "better": held_out.better,
+        "worse": held_out.worse,
+        "equal": held_out.equal,
+        "base": _scores(held_out.base),
+        "result": _scores(held_out.result),
     }
 
 

@@ -12,6 +12,7 @@ from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.racing import Race, is_worse
 from splaser_plugin.scan import MatrixScan, Scan
 from splaser_plugin.scoring import Scorer, Scores
+from splaser_plugin.statistics import is_improvement
 from splaser_plugin.weights import Weights
 
 
@@ -126,12 +127,17 @@ class Judge:
     race: stop scoring a candidate that can't win any more. screen: a cheaper scorer; what it calls worse is not
     scored. With neither every candidate is scored on every item, and kept if the mean is strictly better: the
     rule of the published laser scripts.
+    risk: keep only what a one-sided paired test calls better at this level, for each candidate; None keeps any
+    higher mean.
     """
 
-    def __init__(self, scorer: Scorer, *, race: Race | None = None, screen: Scorer | None = None) -> None:
+    def __init__(
+        self, scorer: Scorer, *, race: Race | None = None, screen: Scorer | None = None, risk: float | None = None
+    ) -> None:
         self._scorer = scorer
         self._race = race
         self._screen = screen
+        self._risk = risk
         self.best = Scores((), ())
         self._best_screened = Scores((), ())
 
@@ -151,10 +157,14 @@ class Judge:
         before = self.best.on(scores.items).mean
         if len(scores.items) < self._scorer.size:
             return Judgement("stopped", scores, before, change)
-        if not accepts(scores, self.best):
+        if not self._accepts(scores):
             return Judgement("restored", scores, before, change)
         self.best, self._best_screened = scores, screened
         return Judgement("kept", scores, before, change)
+
+    def _accepts(self, scores: Scores) -> bool:
+        is_higher = accepts(scores, self.best)
+        return is_higher and (self._risk is None or is_improvement(scores.differences(self.best), self._risk))
 
     def _screened(self) -> Scores:
         return self._screen.score(range(self._screen.size)) if self._screen else Scores((), ())

@@ -9,6 +9,9 @@ from statistics import NormalDist
 
 import numpy as np
 
+RESAMPLES = 10_000
+NUMBERS_AT_ONCE = 2**20
+
 
 def upper_bound(sample: Sequence[float], population: float, risk: float) -> float:
     """A value that the mean of the whole population exceeds with a probability of about `risk` at most.
@@ -22,6 +25,48 @@ def upper_bound(sample: Sequence[float], population: float, risk: float) -> floa
     values = np.asarray(sample, dtype=np.float64)
     spread = values.std(ddof=1) * math.sqrt((1 - len(values) / population) / len(values))
     return float(values.mean() + t_quantile(1 - risk, len(values) - 1) * spread)
+
+
+def is_improvement(differences: Sequence[float], risk: float) -> bool:
+    """One-sided paired t test: whether the mean that these differences are a sample of is above zero.
+
+    risk: probability of a wrong yes.
+    """
+    return can_reach(differences, risk) and upper_bound([-each for each in differences], math.inf, risk) < 0
+
+
+def can_reach(differences: Sequence[float], risk: float) -> bool:
+    """Whether enough differences aren't zero for a one-sided sign test to reach this level, did they all agree.
+
+    Where most pairs are equal, Student's t and the bootstrap would call it sure after two or three of them.
+    """
+    return 0.5 ** int(np.count_nonzero(differences)) <= risk
+
+
+def paired_bootstrap(
+    differences: Sequence[float], *, risk: float, seed: int, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """Interval for the mean of the population that these differences are a sample of, in their unit.
+
+    differences: of pairs, result minus base, at least 2. risk: probability that the mean lies outside, half on
+    either side. The expanded percentile interval of Hesterberg 2015 (What Teachers Should Know About the
+    Bootstrap, section 5.3): quantiles of resampled means, at levels that make it as wide as Student's t where
+    the values are normal. Against 12 to 60 values, many of them zero as where answers stay the same, BCa and
+    studentised intervals missed their level by more.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    count = len(values)
+    random = np.random.default_rng(seed)
+    rows = max(1, NUMBERS_AT_ONCE // count)
+    means = np.concatenate(
+        [
+            values[random.integers(count, size=(min(rows, resamples - start), count))].mean(1)
+            for start in range(0, resamples, rows)
+        ]
+    )
+    tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * t_quantile(1 - risk / 2, count - 1))
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 @cache

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -141,3 +142,46 @@ def test_a_model_without_noise_has_no_candidates():
         weights.write(matrix, torch.eye(*matrix.shape))
     with pytest.raises(MatrixError, match=r"every singular value of all 14 matrices signal.*another --edge"):
         choose_candidates(scan_model(weights), weights.matrices()[0], 5)
+
+
+class Noise:
+    """A ruler under which each measurement is a new model: noise around a mean."""
+
+    name = "noise"
+    size = 64
+
+    def __init__(self, seed):
+        self.random = np.random.default_rng(seed)
+        self.mean = 0.0
+
+    def score(self, items, like=None):
+        return Scores(tuple(items), tuple(self.random.normal(self.mean, 0.1, len(items)).tolist()))
+
+
+def kept_of_noise(seed, *, risk, raced, planted=None):
+    """Which of 15 candidates are kept; all are noise, but the planted one is 0.1 better."""
+    scorer = Noise(seed)
+    judge = Judge(scorer, risk=risk, race=Race(scorer.size, seed=seed) if raced else None)
+    judge.measure_baseline()
+    kept = []
+    for candidate in range(15):
+        scorer.mean = 0.1 if candidate == planted else 0.0
+        if judge.judge().verdict == "kept":
+            kept.append(candidate)
+    return kept
+
+
+@pytest.mark.parametrize("raced", [False, True])
+def test_of_pure_noise_the_confident_rule_keeps_something_in_at_most_5_percent_of_searches(raced):
+    assert np.mean([bool(kept_of_noise(seed, risk=0.05 / 15, raced=raced)) for seed in range(400)]) <= 0.05
+
+
+def test_of_pure_noise_the_published_rule_nearly_always_keeps_something():
+    assert np.mean([bool(kept_of_noise(seed, risk=None, raced=False)) for seed in range(400)]) > 0.9
+
+
+@pytest.mark.parametrize("raced", [False, True])
+def test_the_confident_rule_finds_a_planted_improvement(raced):
+    found = [kept_of_noise(seed, risk=0.05 / 15, raced=raced, planted=7) for seed in range(100)]
+    assert np.mean([7 in kept for kept in found]) > 0.9
+    assert np.mean([kept == [7] for kept in found]) > 0.85

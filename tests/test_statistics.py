@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from splaser_plugin.statistics import t_cumulative, t_quantile, upper_bound
+from splaser_plugin.statistics import can_reach, is_improvement, paired_bootstrap, t_cumulative, t_quantile, upper_bound
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 15, 31, 126, 501])
@@ -49,3 +49,65 @@ def test_the_bound_moves_and_scales_with_the_values(sample, shift, scale):
     moved = [scale * value + shift for value in sample]
     expected = scale * upper_bound(sample, 50, 0.05) + shift
     assert upper_bound(moved, 50, 0.05) == pytest.approx(expected, abs=1e-9)
+
+
+def planted(random, kind):
+    """(60 differences, the true mean)"""
+    if kind == "normal":
+        return random.normal(0.02, 0.1, 60), 0.02
+    return np.where(random.random(60) < 0.5, 0.0, random.normal(0.02, 0.1, 60)), 0.01
+
+
+@pytest.mark.parametrize("kind", ["normal", "half unchanged"])
+def test_the_bootstrap_interval_covers_the_truth_as_often_as_promised(kind):
+    random = np.random.default_rng(1)
+    covered = 0
+    for seed in range(1000):
+        differences, truth = planted(random, kind)
+        low, high = paired_bootstrap(differences, risk=0.05, seed=seed, resamples=1000)
+        covered += low <= truth <= high
+    assert 930 <= covered <= 970
+
+
+def test_the_bootstrap_interval_of_normal_values_is_as_wide_as_students():
+    for size in (8, 20, 60):
+        values = np.array(stats.norm.ppf((np.arange(size) + 0.5) / size))
+        low, high = paired_bootstrap(values, risk=0.05, seed=0, resamples=50_000)
+        reach = stats.t.ppf(0.975, size - 1) * values.std(ddof=1) / np.sqrt(size)
+        assert (low, high) == pytest.approx((-reach, reach), rel=0.06)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=40), st.floats(-5, 5), st.floats(0.1, 10))
+def test_the_interval_moves_and_scales_with_the_values_and_holds_their_mean(values, shift, scale):
+    def interval(of):
+        return paired_bootstrap(of, risk=0.05, seed=3, resamples=200)
+
+    low, high = interval(values)
+    assert interval(values) == (low, high)
+    assert low - 1e-12 <= np.mean(values) <= high + 1e-12
+    moved = interval([scale * value + shift for value in values])
+    assert moved == pytest.approx((scale * low + shift, scale * high + shift), abs=1e-9)
+
+
+def test_many_resamples_are_drawn_a_part_at_a_time_with_the_same_result(monkeypatch):
+    values = np.random.default_rng(0).normal(size=30)
+    whole = paired_bootstrap(values, risk=0.05, seed=0, resamples=500)
+    monkeypatch.setattr("splaser_plugin.statistics.NUMBERS_AT_ONCE", 1000)
+    assert paired_bootstrap(values, risk=0.05, seed=0, resamples=500) == whole
+
+
+@pytest.mark.parametrize("risk", [0.05, 0.05 / 15])
+def test_an_improvement_is_what_scipys_paired_test_calls_one(risk):
+    random = np.random.default_rng(2)
+    for mean in np.linspace(-0.02, 0.08, 50):
+        differences = random.normal(mean, 0.1, 40).tolist()
+        expected = stats.ttest_1samp(differences, 0.0, alternative="greater").pvalue < risk
+        assert is_improvement(differences, risk) == expected
+
+
+@pytest.mark.parametrize(("risk", "fewest"), [(0.05, 5), (0.025, 6), (0.05 / 15, 9)])
+def test_a_few_changed_pairs_among_many_equal_ones_show_nothing(risk, fewest):
+    for changed in (fewest - 1, fewest):
+        differences = [0.1] * changed + [0.0] * (100 - changed)
+        assert is_improvement(differences, risk) is can_reach(differences, risk) is (changed == fewest)
+    assert not is_improvement([0.5], 0.05)

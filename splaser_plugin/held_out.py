@@ -1,0 +1,133 @@
+"""Pairs that the search never sees, and what they say about its result."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from splaser_plugin.errors import PairsError
+from splaser_plugin.pairs import Pair, PairSet
+from splaser_plugin.scoring import Scores
+from splaser_plugin.statistics import can_reach, paired_bootstrap
+
+RISK = 0.05
+LEAST = 6
+"""Pairs that each part needs: fewer can't reach a verdict at this risk, even if all of them agree."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Preference pairs in two parts that have no prompt in common, letter case and spaces aside."""
+
+    pairs: PairSet
+    """What was read, before a part of it was held out."""
+    search: tuple[Pair, ...]
+    held_out: tuple[Pair, ...]
+    """Empty: there is no verdict."""
+    reason: str
+    """Which pairs are held out, or why none are; for people."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The base model and the result, measured on the held-out pairs."""
+
+    base: Scores
+    result: Scores
+    difference: float
+    """Mean of result minus base."""
+    interval: tuple[float, float]
+    """95 % interval of that mean over all pairs of this kind, by paired bootstrap."""
+    better: int
+    """Pairs with a higher score than the base's."""
+    worse: int
+    equal: int
+    verdict: str
+    """`better`, `worse`, or `no difference` and what that means."""
+
+    @property
+    def summary(self) -> str:
+        """One line for people: the difference, its interval, and the pairs counted."""
+        low, high = self.interval
+        return (
+            f"{self.difference:+.4f} (95 % interval {low:+.4f} to {high:+.4f}) on {len(self.base.items)} pairs: "
+            f"{self.better} better, {self.worse} worse, {self.equal} equal"
+        )
+
+
+def split_by_prompt(pairs: PairSet, fraction: float, seed: int = 0) -> Split:
+    """Hold out that fraction of the pairs: those whose prompts have the lowest seeded hashes.
+
+    A prompt is its last user turn here, and stays whole, so a few pairs more may be held out. The order of the
+    pairs doesn't matter. Nothing is held out where either side would have fewer than 6 pairs.
+    """
+    if fraction == 0:
+        return Split(pairs, pairs.pairs, (), "none, as asked for: no verdict")
+    chosen = _lowest_hashes(Counter(map(_prompt, pairs)), round(fraction * len(pairs)), seed)
+    held_out = tuple(pair for pair in pairs if _prompt(pair) in chosen)
+    search = tuple(pair for pair in pairs if _prompt(pair) not in chosen)
+    if min(len(held_out), len(search)) < LEAST:
+        reason = (
+            f"none, so no verdict: {len(pairs)} pairs would be split into {len(search)} to search on and "
+            f"{len(held_out)} held out, and each part needs {LEAST}. Raise --samples, or give --held-out FILE."
+        )
+        return Split(pairs, pairs.pairs, (), reason)
+    return Split(pairs, search, held_out, f"{len(held_out)} pairs; {len(search)} to search on")
+
+
+def split_by_set(pairs: PairSet, held_out: PairSet) -> Split:
+    """Search on all pairs, and hold out those of the other set whose prompts aren't among them.
+
+    Raises PairsError when fewer than 6 are left.
+    """
+    searched = {_prompt(pair) for pair in pairs}
+    others = tuple(pair for pair in held_out if _prompt(pair) not in searched)
+    left_out = len(held_out) - len(others)
+    if len(others) < LEAST:
+        raise PairsError(
+            f"{held_out.source}: {len(others)} pairs to hold out ({left_out} have a prompt that is searched on), "
+            f"expected at least {LEAST}. Give --held-out more pairs, or leave it out to split --pairs."
+        )
+    dropped = f"; {left_out} left out, whose prompts are searched on" if left_out else ""
+    return Split(pairs, pairs.pairs, others, f"{len(others)} pairs of {held_out.source}{dropped}")
+
+
+def compare(base: Scores, result: Scores, *, seed: int = 0) -> HeldOut:
+    """What two measurements of the same pairs say. Give `base` itself as the result where nothing was kept."""
+    differences = np.array(result.differences(base))
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    low, high = paired_bootstrap(differences, risk=RISK, seed=seed)
+    verdict = f"no difference that {len(differences)} pairs can show"
+    if result is base:
+        verdict = "no difference: nothing was kept"
+    elif can_reach(differences, RISK / 2) and (low > 0 or high < 0):
+        verdict = "better" if low > 0 else "worse"
+    return HeldOut(
+        base=base,
+        result=result,
+        difference=float(differences.mean()),
+        interval=(low, high),
+        better=better,
+        worse=worse,
+        equal=len(differences) - better - worse,
+        verdict=verdict,
+    )
+
+
+def _lowest_hashes(pairs_of: Mapping[str, int], wanted: int, seed: int) -> set[str]:
+    """The prompts of lowest hash that have `wanted` pairs together, or a few more. pairs_of: prompt to pairs."""
+    chosen: set[str] = set()
+    for prompt in sorted(pairs_of, key=lambda prompt: hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()):
+        if wanted <= 0:
+            break
+        chosen.add(prompt)
+        wanted -= pairs_of[prompt]
+    return chosen
+
+
+def _prompt(pair: Pair) -> str:
+    return " ".join(pair.prompt.casefold().split())
