@@ -98,8 +98,9 @@ def split_by_set(pairs: PairSet, held_out: PairSet) -> Split:
 
 def compare(base: Scores, result: Scores, *, seed: int = 0) -> HeldOut:
     """What two measurements of the same pairs say. Give `base` itself as the result where nothing was kept."""
-    differences = np.array(result.differences(base))
-    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    differences = result.differences(base)
+    better = sum(each > 0 for each in differences)
+    worse = sum(each < 0 for each in differences)
     low, high = paired_bootstrap(differences, risk=RISK, seed=seed)
     verdict = f"no difference that {len(differences)} pairs can show"
     if result is base:
@@ -109,7 +110,7 @@ def compare(base: Scores, result: Scores, *, seed: int = 0) -> HeldOut:
     return HeldOut(
         base=base,
         result=result,
-        difference=float(differences.mean()),
+        difference=float(np.mean(differences)),
         interval=(low, high),
         better=better,
         worse=worse,

@@ -53,6 +53,22 @@ def test_a_switch_can_be_turned_off(splaser, tiny_folder, pairs_file, tmp_path):
     assert "stopped" not in printed
 
 
+def test_the_verdict_on_held_out_pairs_is_printed_and_stored(splaser, tiny_folder, pairs_file, tmp_path):
+    held_out = ROOT / "examples" / "data" / "held_out.jsonl"
+    rules = ["--held-out", held_out, "--samples", 10, "--accept", "confident", "--alpha", 0.1]
+    code, _, told = splaser("laser", tiny_folder, "--pairs", pairs_file, "-o", tmp_path / "out", *FLAGS, *rules)
+    assert code == 0, told
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())["held_out"]
+    assert stored["pairs"] == 10
+    assert f"verdict  {stored['verdict']}" in told
+    assert f"10 pairs of {held_out}" in told.replace("\n", "")
+    settings = json.loads((tmp_path / "out" / "recipe.json").read_text())["settings"]
+    assert (settings["held_out"], settings["accept"], settings["alpha"]) == (str(held_out), "confident", 0.1)
+    code, _, told = splaser("laser", tiny_folder, "--pairs", pairs_file, "-o", held_out, *FLAGS, "--held-out", held_out)
+    assert code == 1
+    assert "would overwrite" in told
+
+
 def test_scan_writes_the_scan_and_the_top_names(splaser, tiny_folder, tmp_path):
     out, top = tmp_path / "scan.json", tmp_path / "top.json"
     code, _, told = splaser("scan", tiny_folder, "-o", out, "--top", 1, "--top-json", top, "--exclude", "layers.1.mlp")
@@ -111,6 +127,9 @@ def test_a_lora_adapter_is_merged_first(tiny_folder, pairs, tmp_path):
         (["laser", "MODEL", "--pairs", "PAIRS", "-o", "MODEL"], 1, "OutputError: "),
         (["laser", "MODEL", "--pairs", "PAIRS", "-o", "out", "--embedder", "./none"], 1, "EmbedderError: "),
         (["laser", "MODEL", "--pairs", "PAIRS", "-o", "out", "--device", "cuda:9"], 2, "ConfigError: --device cuda:9"),
+        (["laser", "MODEL", "--pairs", "PAIRS", "-o", "out", "--held-out", "PAIRS"], 1, "PairsError: "),
+        (["laser", "MODEL", "--pairs", "PAIRS", "-o", "out", "--accept", "all"], 2, "--accept: got 'all'"),
+        (["laser", "MODEL", "--pairs", "PAIRS", "-o", "out", "--held-out-fraction", "1"], 2, "at most 0.9"),
         (["apply", "nothing.json", "MODEL", "-o", "out"], 1, "RecipeError: nothing.json"),
     ],
 )

@@ -49,7 +49,7 @@ def test_the_split_depends_on_the_seed_and_not_on_the_order():
 
 
 def test_duplicates_never_straddle():
-    rows = []
+    rows: list[dict[str, object]] = []
     for number in range(200):
         for form in (f"What is {number}?", f"  what  is {number}?\n", f"WHAT IS {number}?"):
             rows.append({"prompt": form, "chosen": f"Yes, {form}", "rejected": "No."})

@@ -64,7 +64,7 @@ def test_the_bootstrap_interval_covers_the_truth_as_often_as_promised(kind):
     covered = 0
     for seed in range(1000):
         differences, truth = planted(random, kind)
-        low, high = paired_bootstrap(differences, risk=0.05, seed=seed, resamples=1000)
+        low, high = paired_bootstrap(differences.tolist(), risk=0.05, seed=seed, resamples=1000)
         covered += low <= truth <= high
     assert 930 <= covered <= 970
 
@@ -72,7 +72,7 @@ def test_the_bootstrap_interval_covers_the_truth_as_often_as_promised(kind):
 def test_the_bootstrap_interval_of_normal_values_is_as_wide_as_students():
     for size in (8, 20, 60):
         values = np.array(stats.norm.ppf((np.arange(size) + 0.5) / size))
-        low, high = paired_bootstrap(values, risk=0.05, seed=0, resamples=50_000)
+        low, high = paired_bootstrap(values.tolist(), risk=0.05, seed=0, resamples=50_000)
         reach = stats.t.ppf(0.975, size - 1) * values.std(ddof=1) / np.sqrt(size)
         assert (low, high) == pytest.approx((-reach, reach), rel=0.06)
 
@@ -90,7 +90,7 @@ def test_the_interval_moves_and_scales_with_the_values_and_holds_their_mean(valu
 
 
 def test_many_resamples_are_drawn_a_part_at_a_time_with_the_same_result(monkeypatch):
-    values = np.random.default_rng(0).normal(size=30)
+    values = np.random.default_rng(0).normal(size=30).tolist()
     whole = paired_bootstrap(values, risk=0.05, seed=0, resamples=500)
     monkeypatch.setattr("splaser_plugin.statistics.NUMBERS_AT_ONCE", 1000)
     assert paired_bootstrap(values, risk=0.05, seed=0, resamples=500) == whole

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import random
 import types
 
@@ -15,7 +16,7 @@ from splaser_plugin.errors import ConfigError, ModelError, PairsError
 from splaser_plugin.integrations.merged import MergedWeights
 from splaser_plugin.recipe import Recipe
 from splaser_plugin.weights import Weights
-from tests.conftest import tiny_llama
+from tests.conftest import ROOT, tiny_llama
 
 CONFIG = LaserConfig(embedder="self", max_new_tokens=6, candidates=4, edge="mp")
 SENTENCES = ["The cat sat on the mat.", "Rain falls mainly in spring.", "Bread needs flour.", "Stars are far."]
@@ -114,6 +115,18 @@ def test_metrics_reach_the_log_history_and_the_reporters(trainer_of, pairs):
     assert expected.items() <= logs.seen.items()
     assert logs.seen["laser/seconds"] > 0
     assert expected.items() <= trainer.state.log_history[-1].items()
+
+
+def test_the_held_out_difference_is_a_metric(trainer_of):
+    held_out = str(ROOT / "examples" / "data" / "held_out.jsonl")
+    callback = LaserCallback(when="after", pairs=held_out, config=dataclasses.replace(CONFIG, samples=24))
+    trainer = trainer_of(tiny_llama(), callback)
+    trainer.train()
+    verdict = callback.result.held_out
+    assert len(verdict.base.items) == 7
+    logged = trainer.state.log_history[-1]
+    assert logged["laser/held_out_difference"] == verdict.difference
+    assert (logged["laser/held_out_low"], logged["laser/held_out_high"]) == verdict.interval
 
 
 def test_before_training_the_same_parameters_are_lasered_in_place(trainer_of, pairs):
