@@ -51,8 +51,8 @@ def paired_bootstrap(
     differences: of pairs, result minus base, at least 2. risk: probability that the mean lies outside, half on
     either side. The expanded percentile interval of Hesterberg 2015 (What Teachers Should Know About the
     Bootstrap, section 5.3): quantiles of resampled means, at levels that make it as wide as Student's t where
-    the values are normal. Against 12 to 60 values, many of them zero as where answers stay the same, BCa and
-    studentised intervals missed their level by more.
+    the values are normal. With many zeros, as where answers stay the same, BCa and studentised intervals missed
+    their level by more; with strongly skewed values (exponential, 60 of them) this one covers 93 % instead of 95.
     """
     values = np.asarray(differences, dtype=np.float64)
     count = len(values)
