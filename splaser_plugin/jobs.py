@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from splaser_plugin.acceptance import Confident, Improve
 from splaser_plugin.config import LaserConfig
 from splaser_plugin.distributed import is_main, wait_for_all
 from splaser_plugin.embedding import load_embedder
@@ -127,13 +128,7 @@ def laser_weights(
     device = next(iter(weights.parameters.values())).device
     progress.fact("device", f"{device}, {_dtype(model)}")
     progress.fact("pairs", pairs.summary)
-    prompter = Prompter(tokenizer, config.template, context_length(model))
-    generator = Generator(model, prompter, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
-    at_once = config.batch_size or FORWARD_BATCH
-    embedder = load_embedder(config.embedder, weights, tokenizer, device, at_once)
-    scorer = SemanticScorer(generator, embedder, pairs.pairs)
-    screen = MarginScorer(model, prompter, pairs.pairs, batch_size=at_once) if config.screen == "margin" else None
-    judge = Judge(scorer, race=Race(scorer.size, seed=config.seed) if config.race else None, screen=screen)
+    judge = _judge(weights, tokenizer, pairs, config)
 
     scan = scan_model(weights, config=config, name=name, identity=weights.identity(), progress=progress)
     matrices, _ = weights.matrices(config.include, config.exclude)
@@ -150,6 +145,22 @@ def laser_weights(
         versions=versions(),
     )
     return LaserResult(weights, tokenizer, scan, recipe, found, pairs)
+
+
+def _judge(weights: Weights, tokenizer: Any, pairs: PairSet, config: LaserConfig) -> Judge:
+    """The scorer, the rule and the ways to save work that the configuration asks for."""
+    model: Any = weights.model
+    device = next(iter(weights.parameters.values())).device
+    prompter = Prompter(tokenizer, config.template, context_length(model))
+    generator = Generator(model, prompter, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
+    at_once = config.batch_size or FORWARD_BATCH
+    scorer = SemanticScorer(generator, load_embedder(config.embedder, weights, tokenizer, device, at_once), pairs.pairs)
+    return Judge(
+        scorer,
+        acceptance=Confident(config.alpha, config.candidates) if config.accept == "confident" else Improve(),
+        race=Race(scorer.size, seed=config.seed) if config.race else None,
+        screen=MarginScorer(model, prompter, pairs.pairs, batch_size=at_once) if config.screen == "margin" else None,
+    )
 
 
 def apply_recipe(

@@ -24,6 +24,16 @@ def upper_bound(sample: Sequence[float], population: float, risk: float) -> floa
     return float(values.mean() + t_quantile(1 - risk, len(values) - 1) * spread)
 
 
+def least_significant_mean(sample: Sequence[float], size: int, risk: float) -> float:
+    """The mean of `size` values from which a one-sided t test says that the true mean is above zero.
+
+    sample: some or all of the values, at least 2, for their spread. risk: probability that the test says so of
+    a true mean of zero. Source: Student 1908.
+    """
+    spread = float(np.std(sample, ddof=1)) / math.sqrt(size)
+    return t_quantile(1 - risk, size - 1) * spread
+
+
 @cache
 def t_quantile(probability: float, degrees: int) -> float:
     """Quantile of Student's t distribution. degrees: degrees of freedom, at least 1."""

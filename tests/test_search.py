@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from splaser_plugin.acceptance import Confident
 from splaser_plugin.errors import MatrixError
 from splaser_plugin.racing import Race
 from splaser_plugin.scan import scan_model
@@ -60,12 +61,13 @@ def verdicts(found):
     return [trial.judgement.verdict for trial in found.trials]
 
 
-def planted_search(candidates, effects, *, race=None, screen_effects=None, noise=0.1):
+def planted_search(candidates, effects, *, acceptance=None, race=None, screen_effects=None, noise=0.1):
     model = tiny_llama()
     names = [candidate.matrix.name for candidate in candidates]
     scorer = Planted(model, dict(zip(names, effects, strict=True)), size=128, noise=noise)
     screen = Planted(model, dict(zip(names, screen_effects, strict=True)), size=128) if screen_effects else None
-    return search(Weights(model), candidates, Judge(scorer, race=race, screen=screen)), scorer
+    judge = Judge(scorer, acceptance=acceptance, race=race, screen=screen)
+    return search(Weights(model), candidates, judge), scorer
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -76,6 +78,15 @@ def test_racing_keeps_what_the_whole_search_keeps_and_scores_less(candidates, se
     assert raced.kept == exact.kept == (candidates[1], candidates[4])
     assert raced.final == exact.final
     assert scored.asked < 0.8 * all_of_it.asked
+
+
+def test_confident_keeps_only_what_is_no_luck(candidates):
+    effects = [0.005, 0.08, -0.02, 0.01, 0.0]
+    found, _ = planted_search(candidates, effects, acceptance=Confident(0.05, 5))
+    assert verdicts(found) == ["restored", "kept", "restored", "restored", "restored"]
+    raced, _ = planted_search(candidates, effects, acceptance=Confident(0.05, 5), race=Race(128))
+    assert raced.kept == found.kept
+    assert "stopped" in verdicts(raced)
 
 
 def test_racing_in_which_nobody_falls_behind_is_the_whole_search(candidates):
