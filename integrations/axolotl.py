@@ -39,6 +39,16 @@ SPECTRUM, SPLASER = "SpectrumPlugin", "SPLaserPlugin"
 PLUGIN = f"splaser_plugin.integrations.axolotl.{SPLASER}"
 LASER = ("before", "after")
 
+STAND_INS: dict[str, dict[str, Any]] = {
+    "sft": {"datasets": [{"path": "mhenrichsen/alpaca_2k_test", "type": "alpaca"}]},
+    "dpo": {
+        "rl": "dpo",
+        "chat_template": "tokenizer_default",
+        "datasets": [{"path": "Intel/orca_dpo_pairs", "split": "train", "type": "chatml.intel"}],
+    },
+}
+"""Public data sets of Axolotl's own documentation, for a configuration without one of the user's."""
+
 
 def __getattr__(name: str) -> Any:
     """`SPLaserPlugin`, as Axolotl asks for it; its base class comes from Axolotl, which the rest doesn't need."""
@@ -65,7 +75,8 @@ def axolotl_yaml(
     """
     if laser is not None and (laser not in LASER or not plugin or plan.dataset is None):
         raise ConfigError(f"--laser: got '{laser}', expected {' or '.join(LASER)}, with --plugin and --dataset.")
-    lines = header(plan, run)
+    stand_in = "" if base or plan.dataset else STAND_INS[plan.stage]["datasets"][0]["path"]
+    lines = header(plan, run, stand_in)
     if plugin:
         lines.append("The plugin makes this choice itself, and logs 'splaser: training ... matrices'.")
         lines.append("Where that line is missing from the log it isn't installed, and everything is trained.")
@@ -98,12 +109,10 @@ def axolotl_yaml(
 
 def axolotl_config(plan: Plan, what: Mapping[str, Any]) -> dict[str, Any]:
     """A complete configuration, as Axolotl's keys and values. what: those that say what is trained."""
-    if plan.dataset is None:
-        raise ConfigError("--dataset is missing. Give the training data, or a configuration of your own with --base.")
     return {
         "base_model": plan.base_model,
         **what,
-        **_data(plan.dataset, plan.stage),
+        **(_data(plan.dataset, plan.stage) if plan.dataset else STAND_INS[plan.stage]),
         "val_set_size": 0.0,
         "sequence_len": 2048,
         "micro_batch_size": 2,

@@ -55,6 +55,9 @@ if __name__ == "__main__":
     run_exp(OmegaConf.to_container(options), callbacks=[FreezeCallback(TRAINED)])
 '''
 
+STAND_INS = {"sft": "alpaca_en_demo", "dpo": "dpo_en_demo"}
+"""Data sets that come with LLaMA-Factory, for a configuration without one of the user's."""
+
 
 def llamafactory_yaml(
     plan: Plan,
@@ -70,7 +73,7 @@ def llamafactory_yaml(
     """
     if plan.mode == "unfrozen":
         raise ConfigError("--mode unfrozen: LLaMA-Factory's YAML can freeze whole blocks only. Write a runner script.")
-    lines = header(plan, run)
+    lines = header(plan, run, _stand_in(plan, base))
     if base is None:
         return new_yaml(llamafactory_config(plan, dataset_dir), lines)
     values, without = _base_changes(plan, base, dataset_dir)
@@ -89,13 +92,11 @@ def runner_script(
         values = {key: value for key, value in values.items() if key not in without} | changes
     trained = [name.removesuffix(".weight") for name in trained_parameters(plan.selection)]
     body = RUNNER.format(trained=_literal(trained), options=_literal(values))
-    return comment(header(plan, run)) + body
+    return comment(header(plan, run, _stand_in(plan, base))) + body
 
 
 def llamafactory_config(plan: Plan, dataset_dir: Path = Path()) -> dict[str, Any]:
     """A complete configuration, as LLaMA-Factory's keys and values."""
-    if plan.dataset is None:
-        raise ConfigError("--dataset is missing. Give the training data, or a configuration of your own with --base.")
     preference = {"pref_beta": 0.1, "pref_loss": "sigmoid"} if plan.stage == "dpo" else {}
     return {
         "model_name_or_path": plan.base_model,
@@ -103,7 +104,7 @@ def llamafactory_config(plan: Plan, dataset_dir: Path = Path()) -> dict[str, Any
         "do_train": True,
         **targets(plan, {}),
         **preference,
-        **_data(plan.dataset, plan.stage, dataset_dir),
+        **(_data(plan.dataset, plan.stage, dataset_dir) if plan.dataset else {"dataset": STAND_INS[plan.stage]}),
         "cutoff_len": 2048,
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 8,
@@ -117,6 +118,10 @@ def llamafactory_config(plan: Plan, dataset_dir: Path = Path()) -> dict[str, Any
         "report_to": "none",
         "output_dir": plan.output_dir or "outputs/splaser",
     }
+
+
+def _stand_in(plan: Plan, base: Path | None) -> str:
+    return "" if base or plan.dataset else STAND_INS[plan.stage]
 
 
 def targets(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:

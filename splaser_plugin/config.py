@@ -15,8 +15,8 @@ from splaser_plugin.errors import ConfigError, nearest
 EDGES = ("iqr", "mp", "gavish-donoho")
 PRECISIONS = ("auto", "float32", "float64")
 TEMPLATES = ("auto", "chatml", "instruct")
+ACCEPTANCES = ("improve", "confident")
 SCREENS = ("none", "margin")
-ACCEPT_RULES = ("improve", "confident")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -83,10 +83,8 @@ class LaserConfig(ScanConfig):
     embedder: str = option(DEFAULT_EMBEDDER, "Sentence-transformers model (folder or id), or 'self'.")
     template: str = option("auto", "Prompt format; auto is the tokenizer's own chat template.", choices=TEMPLATES)
     adapter: str = option("", "LoRA adapter folder to merge into the model first.")
-    accept: str = option("improve", "Keep any higher mean, or only what a test confirms.", choices=ACCEPT_RULES)
-    alpha: float = option(
-        0.05, "Risk that --accept confident keeps anything by luck, over all candidates.", minimum=0.0001, maximum=0.5
-    )
+    accept: str = option("improve", "What is kept: any better mean, or only a significant one.", choices=ACCEPTANCES)
+    alpha: float = option(0.05, "Chance that --accept confident keeps anything of no use.", minimum=1e-6, maximum=0.5)
     race: bool = option(True, "Stop scoring a candidate that can't win any more.")
     screen: str = option("none", "Cheap score that rules out candidates before any answer.", choices=SCREENS)
     batch_size: int = option(32, "Prompts generated for at once; 0 finds it by measurement.", minimum=0)

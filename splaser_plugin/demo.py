@@ -24,16 +24,18 @@ def run_demo(out: Path, cache: Path, *, overwrite: bool = False, progress: Progr
     Raises MissingExtraError when one of the two model wheels isn't installed.
     """
     check_output(out, overwrite=overwrite)
-    config = LaserConfig(
-        embedder=str(prepare_embedder()),
-        samples=24,
-        candidates=6,
-        max_new_tokens=48,
-        device="cpu",
-        batch_size=24,
-    )
-    model = prepare_model(cache)
-    with as_file(files("splaser_plugin.example_data") / "pairs.jsonl") as pairs:
+    model, embedder = prepare_model(cache), prepare_embedder()
+    examples = files("splaser_plugin.example_data")
+    with as_file(examples / "pairs.jsonl") as pairs, as_file(examples / "held_out.jsonl") as held_out:
+        config = LaserConfig(
+            embedder=str(embedder),
+            held_out=str(held_out),
+            samples=24,
+            candidates=6,
+            max_new_tokens=48,
+            device="cpu",
+            batch_size=24,
+        )
         result = laser(model, pairs, config=config, progress=progress)
     result.save(out, overwrite=overwrite)
     return result

@@ -93,11 +93,11 @@ class Generator:
                     raise
                 self.batch.halve()
                 continue
+            waiting = waiting[len(batch) :]
             for index, tokens in zip(batch, more, strict=True):
                 said[index] += tokens
-            waiting = waiting[len(batch) :]
-            if not self.is_sharded:
-                waiting += [index for index in batch if self._room(prompts[index], said[index])]
+                if tokens and not self.is_sharded and self._room(prompts[index], said[index]):
+                    waiting.append(index)
         return [self._answer(tokens) for tokens in said]
 
     def _room(self, prompt: Sequence[int], said: Sequence[int]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from splaser_plugin.acceptance import Confident, Improve
 from splaser_plugin.config import LaserConfig
 from splaser_plugin.distributed import is_main, wait_for_all
 from splaser_plugin.embedding import load_embedder
@@ -143,17 +144,16 @@ def laser_weights(
     embedder = load_embedder(config.embedder, weights, tokenizer, device, at_once)
     scorer = SemanticScorer(generator, embedder, split.search)
     held_out = SemanticScorer(generator, embedder, split.held_out) if split.held_out else None
-    screen = MarginScorer(model, prompter, split.search, batch_size=at_once) if config.screen == "margin" else None
+    judge = Judge(
+        scorer,
+        acceptance=Confident(config.alpha, config.candidates) if config.accept == "confident" else Improve(),
+        race=Race(scorer.size, seed=config.seed) if config.race else None,
+        screen=MarginScorer(model, prompter, split.search, batch_size=at_once) if config.screen == "margin" else None,
+    )
 
     scan = scan_model(weights, config=config, name=name, identity=weights.identity(), progress=progress)
     matrices, _ = weights.matrices(config.include, config.exclude)
     candidates = choose_candidates(scan, matrices, config.candidates)
-    judge = Judge(
-        scorer,
-        race=Race(scorer.size, seed=config.seed) if config.race else None,
-        screen=screen,
-        risk=config.alpha / len(candidates) if config.accept == "confident" else None,
-    )
     base = _measure(held_out, "held-out base", progress)
     found = search(weights, candidates, judge, progress=progress)
     result = _measure(held_out, "held-out result", progress, like=base) if found.kept else base

@@ -33,7 +33,7 @@ class MarginScorer:
             [_answer_tokens(prompter, prompt, text) for text in (pair.chosen, pair.rejected) if text is not None]
             for pair, prompt in zip(pairs, self.prompts, strict=True)
         ]
-        longest = max(len(answer) for answers in self.answers for answer in answers)
+        longest = max(1, *(len(answer) for answers in self.answers for answer in answers))
         self.batch_size = max(1, min(batch_size, LOGITS_ROWS // longest))
 
     def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
@@ -43,17 +43,19 @@ class MarginScorer:
         return Scores(tuple(items), tuple(values))
 
     def _means(self, wanted: list[tuple[int, int]]) -> list[float]:
-        order = sorted(set(range(len(wanted))), key=lambda index: len(self.prompts[wanted[index][0]]))
+        """Mean log-probability of each of these answers, given by item and place."""
+        prompts = [self.prompts[item] for item, _ in wanted]
+        answers = [self.answers[item][place] for item, place in wanted]
+        order = sorted(range(len(wanted)), key=lambda index: len(prompts[index]) + len(answers[index]))
         means: dict[int, float] = {}
         with evaluating(self.model):
             for first in range(0, len(order), self.batch_size):
                 batch = order[first : first + self.batch_size]
-                answers = [self.answers[wanted[index][0]][wanted[index][1]] for index in batch]
-                prompts = [self.prompts[wanted[index][0]] for index in batch]
-                for index, answer, logits in zip(
-                    batch, answers, forced_logits(self.model, prompts, answers), strict=True
-                ):
-                    means[index] = _mean_log_probability(logits, answer)
+                found = forced_logits(
+                    self.model, [prompts[index] for index in batch], [answers[index] for index in batch]
+                )
+                for index, logits in zip(batch, found, strict=True):
+                    means[index] = _mean_log_probability(logits, answers[index])
         return [means[index] for index in range(len(wanted))]
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 
+from splaser_plugin.acceptance import Acceptance
 from splaser_plugin.scoring import Scorer, Scores
 from splaser_plugin.statistics import upper_bound
 
-RISK = 0.05
+RISK = 0.1
 FIRST = 16
 
 
@@ -19,10 +18,11 @@ class Race:
     """In which order all candidates of a search meet the items, and when they stop.
 
     The order is random, the same for every candidate: first 16 items, then as many again as there were, and so
-    on. After each part a candidate stops whose mean difference to the best model is bound to end below zero.
+    on. After each part a candidate stops whose mean difference to the best model is bound to end below what
+    acceptance asks for.
 
-    size: number of items. seed: of their order. risk: probability that a candidate is stopped though it would
-    have been no worse in the end; the parts share it evenly.
+    size: number of items. seed: of their order. risk: probability that a candidate is stopped that would have
+    been accepted; the parts share it evenly.
     Source of the idea: Maron & Moore 1994 (Hoeffding races).
     """
 
@@ -33,19 +33,13 @@ class Race:
         self.parts = [sorted(order[start:end]) for start, end in pairwise(ends)]
         self.risk = risk / max(1, len(self.parts) - 1)
 
-    def run(self, scorer: Scorer, best: Scores) -> Scores:
+    def run(self, scorer: Scorer, best: Scores, acceptance: Acceptance) -> Scores:
         """Scores of the model as it is now: of all items, or of those it was stopped after."""
         scores = Scores((), ())
         for part in self.parts:
             scores = scores.joined(scorer.score(part, like=best))
-            if len(scores.items) < self.size and is_worse(scores.differences(best), self.size, self.risk):
+            differences = scores.differences(best)
+            bar = acceptance.bar(differences, self.size)
+            if len(scores.items) < self.size and upper_bound(differences, self.size, self.risk) < bar:
                 break
         return scores
-
-
-def is_worse(differences: Sequence[float], population: float = math.inf, risk: float = RISK) -> bool:
-    """Whether the mean of the population that these differences are a sample of is below zero.
-
-    population: how many there are in all. risk: probability of a wrong yes.
-    """
-    return len(differences) > 1 and upper_bound(differences, population, risk) < 0

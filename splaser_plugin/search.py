@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from splaser_plugin.acceptance import Acceptance, Improve
 from splaser_plugin.errors import MatrixError
 from splaser_plugin.matrices import Matrix
 from splaser_plugin.progress import SILENT, Progress
-from splaser_plugin.racing import Race, is_worse
+from splaser_plugin.racing import Race
 from splaser_plugin.scan import MatrixScan, Scan
 from splaser_plugin.scoring import Scorer, Scores
-from splaser_plugin.statistics import is_improvement
+from splaser_plugin.statistics import upper_bound
 from splaser_plugin.weights import Weights
+
+SCREEN_RISK = 0.05
 
 
 @dataclass(frozen=True)
@@ -124,20 +128,23 @@ def search(
 class Judge:
     """Compares the model as it is with the best so far, and holds what is known of the best.
 
-    race: stop scoring a candidate that can't win any more. screen: a cheaper scorer; what it calls worse is not
-    scored. With neither every candidate is scored on every item, and kept if the mean is strictly better: the
-    rule of the published laser scripts.
-    risk: keep only what a one-sided paired test calls better at this level, for each candidate; None keeps any
-    higher mean.
+    acceptance: the rule; the published one if not given. race: stop scoring a candidate that can't win any more.
+    screen: a cheaper scorer; what it calls worse is not scored. With the scorer alone every candidate is scored
+    on every item, as in the published laser scripts.
     """
 
     def __init__(
-        self, scorer: Scorer, *, race: Race | None = None, screen: Scorer | None = None, risk: float | None = None
+        self,
+        scorer: Scorer,
+        *,
+        acceptance: Acceptance | None = None,
+        race: Race | None = None,
+        screen: Scorer | None = None,
     ) -> None:
         self._scorer = scorer
+        self._acceptance = acceptance or Improve()
         self._race = race
         self._screen = screen
-        self._risk = risk
         self.best = Scores((), ())
         self._best_screened = Scores((), ())
 
@@ -151,30 +158,26 @@ class Judge:
         """Compare the model with the best so far, whose place it takes where the verdict is `kept`."""
         screened = self._screened()
         change = screened.mean - self._best_screened.mean if self._screen else None
-        if self._screen and is_worse(screened.differences(self._best_screened)):
+        if self._screen and is_worse(screened, self._best_screened):
             return Judgement("screened", None, None, change)
         scores = self._scores()
         before = self.best.on(scores.items).mean
         if len(scores.items) < self._scorer.size:
             return Judgement("stopped", scores, before, change)
-        if not self._accepts(scores):
+        if not self._acceptance.accepts(scores, self.best):
             return Judgement("restored", scores, before, change)
         self.best, self._best_screened = scores, screened
         return Judgement("kept", scores, before, change)
-
-    def _accepts(self, scores: Scores) -> bool:
-        is_higher = accepts(scores, self.best)
-        return is_higher and (self._risk is None or is_improvement(scores.differences(self.best), self._risk))
 
     def _screened(self) -> Scores:
         return self._screen.score(range(self._screen.size)) if self._screen else Scores((), ())
 
     def _scores(self) -> Scores:
         if self._race:
-            return self._race.run(self._scorer, self.best)
+            return self._race.run(self._scorer, self.best, self._acceptance)
         return self._scorer.score(range(self._scorer.size), like=self.best)
 
 
-def accepts(scores: Scores, best: Scores) -> bool:
-    """The published rule: any strict improvement of the mean over the same items."""
-    return scores.mean > best.mean
+def is_worse(scores: Scores, best: Scores) -> bool:
+    """Whether a one-sided t test says, at a risk of 0.05, that the mean went down."""
+    return len(scores.items) > 1 and upper_bound(scores.differences(best), math.inf, SCREEN_RISK) < 0

@@ -27,14 +27,6 @@ def upper_bound(sample: Sequence[float], population: float, risk: float) -> floa
     return float(values.mean() + t_quantile(1 - risk, len(values) - 1) * spread)
 
 
-def is_improvement(differences: Sequence[float], risk: float) -> bool:
-    """One-sided paired t test: whether the mean that these differences are a sample of is above zero.
-
-    risk: probability of a wrong yes.
-    """
-    return can_reach(differences, risk) and upper_bound([-each for each in differences], math.inf, risk) < 0
-
-
 def can_reach(differences: Sequence[float], risk: float) -> bool:
     """Whether enough differences aren't zero for a one-sided sign test to reach this level, did they all agree.
 
@@ -67,6 +59,16 @@ def paired_bootstrap(
     tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * t_quantile(1 - risk / 2, count - 1))
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def least_significant_mean(sample: Sequence[float], size: int, risk: float) -> float:
+    """The mean of `size` values from which a one-sided t test says that the true mean is above zero.
+
+    sample: some or all of the values, at least 2, for their spread. risk: probability that the test says so of
+    a true mean of zero. Source: Student 1908.
+    """
+    spread = float(np.std(sample, ddof=1)) / math.sqrt(size)
+    return t_quantile(1 - risk, size - 1) * spread
 
 
 @cache

@@ -74,6 +74,8 @@ def trainer(folder: Path, model_folder: str, *, sharded: bool, when: str) -> Non
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     ids = tokenizer("The cat sat on the mat and looked out.")["input_ids"]
     callback = LaserCallback(when=when, pairs=PAIRS, config=CONFIG)
+    if sharded and "WORLD_SIZE" in os.environ:
+        shard(model)
     arguments = TrainingArguments(
         output_dir=str(folder / "run"), max_steps=1, per_device_train_batch_size=1, learning_rate=1e-3, use_cpu=True,
         report_to=[], save_strategy="no", disable_tqdm=True,
@@ -83,9 +85,6 @@ def trainer(folder: Path, model_folder: str, *, sharded: bool, when: str) -> Non
         processing_class=tokenizer, callbacks=[callback],
     )  # fmt: skip
     if sharded:
-        if "WORLD_SIZE" in os.environ:
-            dist.destroy_process_group()
-            shard(model)
         Ending.end(made)
     else:
         made.train()

@@ -44,7 +44,7 @@ def accelerate() -> list[str]:
 
 
 def torchrun() -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 
 
 def run(launcher: list[str], kind: str, folder: Path, model: Path) -> dict:

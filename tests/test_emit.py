@@ -364,8 +364,6 @@ def test_data_the_tool_has_no_format_for_is_refused(command, row, folder):
 @pytest.mark.parametrize(
     ("command", "error", "message"),
     [
-        ("axolotl -o c.yml", ConfigError, "--dataset is missing"),
-        ("llamafactory -o c.yml", ConfigError, "--dataset is missing"),
         ("axolotl --mode full -o c.yml --dataset pairs.jsonl", ConfigError, "--mode: got 'full', expected one of"),
         ("axolotl --rl kto -o c.yml --dataset pairs.jsonl", ConfigError, "--rl: got 'kto', expected dpo"),
         ("llamafactory --stage kto -o c.yml --dataset pairs.jsonl", ConfigError, "--stage: got 'kto'"),
@@ -410,6 +408,19 @@ def test_a_base_that_would_train_something_else_is_refused(command, base, messag
     Path("mine.yml").write_text(base)
     with pytest.raises(ConfigError, match=message):
         emit(f"{command} --base mine.yml -o c.yml")
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_without_a_data_set_a_public_one_stands_in_and_the_file_says_so(stage, folder):
+    emit(f"axolotl {'--rl dpo' if stage == 'dpo' else ''} -o axolotl.yml")
+    emit(f"llamafactory --stage {stage} -o llamafactory.yml")
+    axolotl, llamafactory = Path("axolotl.yml").read_text(), Path("llamafactory.yml").read_text()
+    stand_in = yaml.safe_load(axolotl)["datasets"][0]["path"]
+    assert f"no --dataset was given, so {stand_in} stands in for yours" in axolotl
+    assert yaml.safe_load(axolotl).get("rl", "sft") == stage
+    stand_in = yaml.safe_load(llamafactory)["dataset"]
+    assert f"no --dataset was given, so {stand_in} stands in for yours" in llamafactory
+    assert yaml.safe_load(llamafactory)["stage"] == stage
 
 
 def test_what_exists_is_not_overwritten_unasked(folder):

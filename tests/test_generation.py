@@ -106,6 +106,11 @@ def test_running_out_of_memory_halves_the_batch_and_goes_on(tiny_model, tokenize
     assert small.batch.now == 2
 
 
+def test_a_model_that_generates_nothing_gives_empty_answers(tiny_model, tokenizer, prompts, monkeypatch):
+    monkeypatch.setattr(tiny_model, "generate", lambda input_ids, **rest: input_ids)
+    assert [answer.text for answer in generator(tiny_model, tokenizer).answer(prompts)] == [""] * 5
+
+
 def test_generating_leaves_modes_and_random_state_alone(tiny_model, tokenizer, prompts):
     tiny_model.train()
     tiny_model.model.layers[0].eval()

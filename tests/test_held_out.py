@@ -103,7 +103,7 @@ def test_the_configuration_says_how_pairs_are_split():
         ({"held_out_fraction": -0.1}, "--held-out-fraction: got -0.1, expected at least 0"),
         ({"held_out_fraction": float("nan")}, "--held-out-fraction: got nan"),
         ({"held_out_fraction": True}, "--held-out-fraction: got True, expected float"),
-        ({"alpha": 0.0}, "--alpha: got 0.0, expected at least 0.0001"),
+        ({"alpha": 0.0}, "--alpha: got 0.0, expected at least 1e-06"),
         ({"accept": "harmless"}, "--accept: got 'harmless', expected one of improve, confident"),
     ],
 )
@@ -190,7 +190,7 @@ def held_out_scores(model, tokenizer, pairs):
 
 
 def test_where_nothing_is_kept_no_answer_is_generated_for_the_verdict(tokenizer, monkeypatch):
-    monkeypatch.setattr("splaser_plugin.search.accepts", lambda scores, best: False)
+    monkeypatch.setattr("splaser_plugin.acceptance.Improve.accepts", lambda rule, scores, best: False)
     model = tiny_llama()
     before = states(model)
     result = laser(model, PAIRS, config=CONFIG, tokenizer=tokenizer)

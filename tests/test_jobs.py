@@ -88,7 +88,7 @@ def test_results_hold_every_score(lasered):
     assert stored["pairs"] == {"source": "rows", "used": 3, "dropped": {}}
 
 
-@pytest.mark.parametrize("options", [{"race": False}, {"screen": "margin"}, {"batch_size": 0}])
+@pytest.mark.parametrize("options", [{"race": False}, {"screen": "margin"}, {"batch_size": 0}, {"accept": "confident"}])
 def test_ways_to_save_work_leave_traces_in_the_results(lasered, tiny_folder, options):
     plain, _ = lasered
     found = laser(tiny_folder, plain.pairs, config=LaserConfig(**QUICK, **options))
@@ -99,7 +99,9 @@ def test_ways_to_save_work_leave_traces_in_the_results(lasered, tiny_folder, opt
         assert len(candidate["per_pair"]) == scored == {"screened": 0}.get(candidate["verdict"], 3)
         assert (candidate["score"] is None) == (candidate["best_before"] is None) == (scored == 0)
         assert (candidate["screen_change"] is None) == (options.get("screen") is None)
-    if "screen" not in options:
+    if "accept" in options:
+        assert len(found.search.kept) < len(plain.search.kept)
+    elif "screen" not in options:
         assert found.recipe.steps == plain.recipe.steps
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from splaser_plugin.acceptance import Confident, Improve
 from splaser_plugin.errors import MatrixError
 from splaser_plugin.racing import Race
 from splaser_plugin.scan import scan_model
@@ -61,12 +62,13 @@ def verdicts(found):
     return [trial.judgement.verdict for trial in found.trials]
 
 
-def planted_search(candidates, effects, *, race=None, screen_effects=None, noise=0.1):
+def planted_search(candidates, effects, *, acceptance=None, race=None, screen_effects=None, noise=0.1):
     model = tiny_llama()
     names = [candidate.matrix.name for candidate in candidates]
     scorer = Planted(model, dict(zip(names, effects, strict=True)), size=128, noise=noise)
     screen = Planted(model, dict(zip(names, screen_effects, strict=True)), size=128) if screen_effects else None
-    return search(Weights(model), candidates, Judge(scorer, race=race, screen=screen)), scorer
+    judge = Judge(scorer, acceptance=acceptance, race=race, screen=screen)
+    return search(Weights(model), candidates, judge), scorer
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -77,6 +79,15 @@ def test_racing_keeps_what_the_whole_search_keeps_and_scores_less(candidates, se
     assert raced.kept == exact.kept == (candidates[1], candidates[4])
     assert raced.final == exact.final
     assert scored.asked < 0.8 * all_of_it.asked
+
+
+def test_confident_keeps_only_what_is_no_luck(candidates):
+    effects = [0.005, 0.08, -0.02, 0.01, 0.0]
+    found, _ = planted_search(candidates, effects, acceptance=Confident(0.05, 5))
+    assert verdicts(found) == ["restored", "kept", "restored", "restored", "restored"]
+    raced, _ = planted_search(candidates, effects, acceptance=Confident(0.05, 5), race=Race(128))
+    assert raced.kept == found.kept
+    assert "stopped" in verdicts(raced)
 
 
 def test_racing_in_which_nobody_falls_behind_is_the_whole_search(candidates):
@@ -158,10 +169,10 @@ class Noise:
         return Scores(tuple(items), tuple(self.random.normal(self.mean, 0.1, len(items)).tolist()))
 
 
-def kept_of_noise(seed, *, risk, raced, planted=None):
+def kept_of_noise(seed, acceptance, *, raced, planted=None):
     """Which of 15 candidates are kept; all are noise, but the planted one is 0.1 better."""
     scorer = Noise(seed)
-    judge = Judge(scorer, risk=risk, race=Race(scorer.size, seed=seed) if raced else None)
+    judge = Judge(scorer, acceptance=acceptance, race=Race(scorer.size, seed=seed) if raced else None)
     judge.measure_baseline()
     kept = []
     for candidate in range(15):
@@ -173,15 +184,15 @@ def kept_of_noise(seed, *, risk, raced, planted=None):
 
 @pytest.mark.parametrize("raced", [False, True])
 def test_of_pure_noise_the_confident_rule_keeps_something_in_at_most_5_percent_of_searches(raced):
-    assert np.mean([bool(kept_of_noise(seed, risk=0.05 / 15, raced=raced)) for seed in range(400)]) <= 0.05
+    assert np.mean([bool(kept_of_noise(seed, Confident(0.05, 15), raced=raced)) for seed in range(400)]) <= 0.05
 
 
 def test_of_pure_noise_the_published_rule_nearly_always_keeps_something():
-    assert np.mean([bool(kept_of_noise(seed, risk=None, raced=False)) for seed in range(400)]) > 0.9
+    assert np.mean([bool(kept_of_noise(seed, Improve(), raced=False)) for seed in range(400)]) > 0.9
 
 
 @pytest.mark.parametrize("raced", [False, True])
 def test_the_confident_rule_finds_a_planted_improvement(raced):
-    found = [kept_of_noise(seed, risk=0.05 / 15, raced=raced, planted=7) for seed in range(100)]
+    found = [kept_of_noise(seed, Confident(0.05, 15), raced=raced, planted=7) for seed in range(100)]
     assert np.mean([7 in kept for kept in found]) > 0.9
     assert np.mean([kept == [7] for kept in found]) > 0.85

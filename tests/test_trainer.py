@@ -177,7 +177,7 @@ def test_training_with_nothing_kept_is_bit_for_bit_plain_training(when, trainer_
         return states(model), settings, draws, [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
     plain = run()
-    monkeypatch.setattr("splaser_plugin.search.accepts", lambda scores, best: False)
+    monkeypatch.setattr("splaser_plugin.acceptance.Improve.accepts", lambda rule, scores, best: False)
     callback = LaserCallback(when=when, pairs=pairs, config=CONFIG)
     with_callback = run(callback)
     assert len(callback.result.search.trials) == 4
@@ -190,14 +190,14 @@ def test_an_error_inside_the_callback_leaves_the_weights_as_they_were(raised, tr
     model = tiny_llama()
     taken = {}
 
-    def breaks(scores, best):
+    def breaks(rule, scores, best):
         raise raised
 
     class AtTheEnd(TrainerCallback):
         def on_train_end(self, args, state, control, model=None, **rest):
             taken["weights"] = states(model)
 
-    monkeypatch.setattr("splaser_plugin.search.accepts", breaks)
+    monkeypatch.setattr("splaser_plugin.acceptance.Improve.accepts", breaks)
     trainer = trainer_of(model, AtTheEnd(), LaserCallback(when="after", pairs=pairs, config=CONFIG))
     with pytest.raises(raised):
         trainer.train()
