@@ -202,7 +202,8 @@ def scan_checkpoint(
 ) -> Scan:
     """Scan safetensors straight from disk, holding one matrix (or a batch of small experts) and the next one.
 
-    output: see `run_scan`. Several processes each read their own part of the matrices.
+    output: see `run_scan`. Several processes each read their own part of the matrices; the result is the same
+    to the last bit where each computes on as many threads as the one.
     Raises CheckpointError, MatrixError or SpectrumError; with `output` OutputError.
     """
     from splaser_plugin.checkpoint import read_tensors

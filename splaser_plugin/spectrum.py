@@ -33,7 +33,7 @@ _ATTEMPTS = {
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _FLOAT64_DEVICES = ("cpu", "cuda")
 _BLOCK_BYTES = 32 * 2**20
-_PANEL = 256
+_PANEL = 192
 _BATCH_BYTES = 8 * 2**20
 _BATCH_OF_AT_LEAST = 8
 
@@ -43,7 +43,7 @@ def singular_values(weight: Tensor, *, precision: Precision = "auto") -> np.ndar
 
     weight: (rows, columns), any float dtype (float8 too), any device, any strides.
     precision: `auto` and `float64` give the thresholds, sums and snr of every edge to 1e-6 relative and the
-    exact ranks, as a full SVD in float64 does. `float32` takes about half as long and gives them to about
+    exact ranks, as a full SVD in float64 does. `float32` takes about 0.6 of the time and gives them to about
     1 %; a weight too ill-conditioned for that is computed in float64.
     Returns (min(rows, columns),) float64, descending, in the weight's unit. Beside the weight, memory holds
     two square float64 matrices of the short side, or one and a block of 32 MiB; where the SVD is needed,
