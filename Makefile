@@ -34,6 +34,7 @@ types: setup
 bench: models
 	$(BIN)/python tests/benchmarks/spectra.py
 	$(BIN)/python tests/benchmarks/scan_memory.py
+	$(BIN)/python tests/benchmarks/search.py
 
 clean:
 	rm -rf $(VENV) $(TOOLS) .cache splaser-demo
