@@ -17,9 +17,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from splaser_plugin.config import LaserConfig
 from splaser_plugin.distributed import is_main
+from splaser_plugin.embedding import SentenceEmbedder
 from splaser_plugin.errors import ConfigError, ModelError, PairsError
+from splaser_plugin.held_out import Split
 from splaser_plugin.integrations.freeze import freeze_all_but
 from splaser_plugin.jobs import LaserResult, laser_weights, read_pairs
+from splaser_plugin.output import check_output
 from splaser_plugin.pairs import PairSet
 from splaser_plugin.progress import Progress
 from splaser_plugin.scan import scan_model
@@ -78,6 +81,7 @@ class LaserCallback(TrainerCallback):
         self.by = by
         self.result: LaserResult | None = None
         self.selection: Any = None
+        self._split: Split | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
@@ -101,6 +105,8 @@ class LaserCallback(TrainerCallback):
             trainer.log(self._laser(trainer, model))
         elif self.when == "init" and self.result is not None:
             trainer.log(self._metrics(self.result))
+        elif self.when == "after":
+            self._check_what_training_would_be_lost_on(trainer, args, model)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
@@ -109,8 +115,16 @@ class LaserCallback(TrainerCallback):
             trainer = _calling_trainer()
             trainer.log(self._laser(trainer, model))
             if self.result is not None:
-                written = self.result.save(Path(str(args.output_dir)) / "lasered", overwrite=True)
+                written = self.result.save(_output(args), overwrite=True)
                 logger.info("the lasered model is in %s", written)
+
+    def _check_what_training_would_be_lost_on(self, trainer: Any, args: TrainingArguments, model: Any) -> None:
+        """Raise now what would otherwise be raised after hours of training."""
+        with undisturbed():
+            self._split = read_pairs(self._rows(trainer), self.config)
+            check_output(_output(args), overwrite=True, inputs=(_name(trainer.accelerator.unwrap_model(model)),))
+            if self.config.embedder != "self":
+                SentenceEmbedder(self.config.embedder, torch.device("cpu"))
 
     def _laser(self, trainer: Any, model: Any) -> dict[str, float]:
         started = time.monotonic()
@@ -119,9 +133,9 @@ class LaserCallback(TrainerCallback):
             self.result = laser_weights(
                 _weights(unwrapped),
                 trainer.processing_class,
-                read_pairs(self._rows(trainer), self.config),
+                self._split or read_pairs(self._rows(trainer), self.config),
                 config=self.config,
-                name=getattr(unwrapped.config, "_name_or_path", "") or type(unwrapped).__name__,
+                name=_name(unwrapped),
                 progress=_LoggedProgress(),
             )
         self._seconds = round(time.monotonic() - started, 3)
@@ -212,6 +226,14 @@ def _calling_trainer() -> Any:
             return caller
         frame = frame.f_back  # type: ignore[assignment]
     raise ConfigError("LaserCallback is called by a transformers Trainer, and only by one.")
+
+
+def _output(args: TrainingArguments) -> Path:
+    return Path(str(args.output_dir)) / "lasered"
+
+
+def _name(model: Any) -> str:
+    return getattr(model.config, "_name_or_path", "") or type(model).__name__
 
 
 def _weights(model: Any) -> Weights:

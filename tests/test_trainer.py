@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from splaser_plugin import LaserCallback, LaserConfig
-from splaser_plugin.errors import ConfigError, ModelError, PairsError
+from splaser_plugin.errors import ConfigError, EmbedderError, ModelError, OutputError, PairsError
 from splaser_plugin.integrations.merged import MergedWeights
 from splaser_plugin.recipe import Recipe
 from splaser_plugin.weights import Weights
@@ -283,6 +283,24 @@ def test_pairs_come_from_the_trainers_own_data_if_they_have_text(trainer_of, pai
     trainer.eval_dataset = Dataset.from_list(pairs)
     trainer.train()
     assert len(callback.result.pairs) == len(pairs)
+
+
+def test_what_would_stop_the_laser_after_training_stops_it_before(trainer_of, pairs, tmp_path):
+    class Trains(TrainerCallback):
+        def on_step_begin(self, args, state, control, **rest):
+            raise AssertionError("training began")
+
+    bad = [
+        (LaserCallback(pairs=tmp_path / "none.jsonl", config=CONFIG), PairsError, "no such file"),
+        (LaserCallback(pairs=pairs, config=LaserConfig(embedder="./none")), EmbedderError, "no such folder"),
+    ]
+    for callback, error, message in bad:
+        with pytest.raises(error, match=message):
+            trainer_of(tiny_llama(), callback, Trains()).train()
+    (tmp_path / "run" / "lasered").mkdir(parents=True)
+    (tmp_path / "run" / "lasered" / "mine.txt").write_text("x")
+    with pytest.raises(OutputError, match=r"no recipe\.json"):
+        trainer_of(tiny_llama(), LaserCallback(pairs=pairs, config=CONFIG), Trains()).train()
 
 
 @pytest.mark.parametrize(
