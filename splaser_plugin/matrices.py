@@ -91,8 +91,8 @@ def stored_matrices(
             _Parameter(
                 name,
                 tensor.shape,
-                embedding=_looks_like_embedding(name),
-                transposed=transposed and len(tensor.shape) == 2 and _block_index(name) is not None,
+                embedding=looks_like_embedding(name),
+                transposed=transposed and len(tensor.shape) == 2 and block_index(name) is not None,
                 tied_to=embedding if tied and is_head and embedding else None,
             )
         )
@@ -204,14 +204,14 @@ def _reason_to_skip(parameter: _Parameter, *, named: bool) -> str | None:
         return None
     if parameter.embedding:
         return "an embedding"
-    if _block_index(parameter.name) is None:
+    if block_index(parameter.name) is None:
         return "outside the blocks (a head or a projection of the embeddings)"
     return None
 
 
 def _matrices_in(parameter: _Parameter, name: str) -> list[Matrix]:
-    kind = _type_in_block(name)
-    block = _block_index(name)
+    kind = type_in_block(name)
+    block = block_index(name)
     if len(parameter.shape) == 3:
         experts, rows, columns = parameter.shape
         return [
@@ -252,17 +252,19 @@ def _module_name(parameter_name: str) -> str:
     return parameter_name.removesuffix(".weight")
 
 
-def _block_index(name: str) -> int | None:
+def block_index(name: str) -> int | None:
+    """The first number among the segments of a parameter or module name; None outside the blocks."""
     return next((int(segment) for segment in _segments(name) if segment.isdecimal()), None)
 
 
-def _type_in_block(name: str) -> str:
+def type_in_block(name: str) -> str:
+    """A name without what stands before and at the block's number, and without expert numbers."""
     segments = _segments(name)
     start = next((i + 1 for i, segment in enumerate(segments) if segment.isdecimal()), 0)
     return ".".join(segment for segment in segments[start:] if not segment.isdecimal())
 
 
-def _looks_like_embedding(name: str) -> bool:
+def looks_like_embedding(name: str) -> bool:
     """For checkpoints, where module classes aren't known: by the module's own name."""
     module = _segments(_module_name(name))[-1]
     return module in {"wte", "wpe"} or "embed" in module.split("_") or module.startswith("embed")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from splaser_plugin.config import ScanConfig
 from splaser_plugin.errors import ConfigError, RecipeError
-from splaser_plugin.matrices import Skipped, _block_index, _type_in_block
+from splaser_plugin.matrices import Skipped, block_index, type_in_block
 from splaser_plugin.scan import MatrixScan, Scan, read_json, write_json
 
 LARGEST = sys.float_info.max
@@ -76,7 +76,7 @@ def published_from_dict(stored: Any, source: str) -> PublishedScan:
     for name, kind, figure in _entries(stored, source):
         if name in matrices:
             raise RecipeError(f"{source}: {name} occurs twice. Take it out of all but one module type.")
-        matrices[name] = PublishedSnr(name, kind, _block_index(name), _figure(name, figure, source))
+        matrices[name] = PublishedSnr(name, kind, block_index(name), _figure(name, figure, source))
     return PublishedScan(Path(source).name, tuple(matrices.values()))
 
 
@@ -115,7 +115,7 @@ def _entries(stored: dict[str, Any], source: str) -> Iterator[tuple[str, str, An
     """(name, type, figure) of each weight."""
     for key, value in stored.items():
         if isinstance(value, dict) and "snr" in value:
-            yield key, str(value.get("type") or _type_in_block(key)), value["snr"]
+            yield key, str(value.get("type") or type_in_block(key)), value["snr"]
         elif isinstance(value, dict) and value and not any(isinstance(each, dict) for each in value.values()):
             for name, figure in value.items():
                 yield name, key, figure

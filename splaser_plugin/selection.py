@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from splaser_plugin.config import ScanConfig
 from splaser_plugin.errors import ConfigError, MatrixError, RankError, nearest
-from splaser_plugin.matrices import _looks_like_embedding, compile_pattern
+from splaser_plugin.matrices import compile_pattern, looks_like_embedding
 from splaser_plugin.published import PublishedScan, PublishedSnr
 from splaser_plugin.scan import MatrixScan, Scan
 
@@ -214,7 +214,7 @@ def is_head(name: str) -> bool:
 
 
 def is_embedding(name: str) -> bool:
-    return not is_head(name) and _looks_like_embedding(name)
+    return not is_head(name) and looks_like_embedding(name)
 
 
 def is_norm(name: str) -> bool:
