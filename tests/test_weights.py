@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -62,6 +64,27 @@ def test_a_kept_change_stays(tiny_model):
         changed = weights.read(matrix).clone()
         attempt.keep()
     assert torch.equal(weights.read(matrix), changed)
+
+
+def tensor_bytes():
+    """Of all storages that any living tensor has."""
+    gc.collect()
+    storages = (each.untyped_storage() for each in gc.get_objects() if isinstance(each, torch.Tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_only_the_matrix_being_tried_is_held_twice(tiny_model, kept):
+    weights = Weights(tiny_model)
+    matrix = weights.matrices()[0][3]
+    size = weights.read(matrix).nbytes
+    before = tensor_bytes()
+    with weights.trying(matrix) as attempt:
+        attempt.reduce(2)
+        assert tensor_bytes() == before + size
+        if kept:
+            attempt.keep()
+    assert tensor_bytes() == before
 
 
 def test_originals_come_back_inside_and_only_there(tiny_model):
