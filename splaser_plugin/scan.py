@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-import numpy as np
-
 from splaser_plugin import __version__
-from splaser_plugin.config import EDGES, ScanConfig
-from splaser_plugin.edges import EdgeFit, fit_edges
+from splaser_plugin.config import ScanConfig
 from splaser_plugin.errors import RecipeError, SpectrumError
-from splaser_plugin.matrices import Matrix, Skipped
-from splaser_plugin.output import whole_file
+from splaser_plugin.matrices import Matrix
 from splaser_plugin.progress import SILENT, Progress
+from splaser_plugin.scan_records import SCHEMA, MatrixScan, Scan, matrix_scan, rank_key, read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,99 +26,20 @@ if TYPE_CHECKING:
     _Read: TypeAlias = Callable[[Sequence[Matrix], Sequence[Matrix]], Iterator[tuple[Matrix, Tensor]]]
     """This process's matrices with their weights, in order, given those and all that the processes want."""
 
-SCHEMA = "splaser.scan/1"
-BATCH_ENTRIES = 2**22
-"""Most entries of experts that are computed together: 32 MiB in float64."""
-QUANTILES = 256
-"""Most values kept of one spectrum, for drawing."""
+__all__ = [
+    "MatrixScan",
+    "Scan",
+    "matrix_scan",
+    "rank_key",
+    "read_json",
+    "run_scan",
+    "scan_checkpoint",
+    "scan_model",
+    "write_json",
+]
 
-
-@dataclass(frozen=True)
-class MatrixScan:
-    """What the scan found in one matrix."""
-
-    name: str
-    type: str
-    block: int | None
-    shape: tuple[int, int]
-    max_singular_value: float
-    min_singular_value: float
-    edges: dict[str, EdgeFit]
-    spectrum: tuple[float, ...]
-    """At most 256 singular values, evenly spaced by order, largest first, to 6 digits: for drawing only."""
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> MatrixScan:
-        """The record that `asdict` turned into `stored`. Raises KeyError or TypeError when it isn't whole."""
-        return cls(
-            **{
-                **stored,
-                "shape": tuple(stored["shape"]),
-                "spectrum": tuple(stored["spectrum"]),
-                "edges": {edge: EdgeFit(**stored["edges"][edge]) for edge in EDGES},
-            }
-        )
-
-
-@dataclass(frozen=True)
-class Scan:
-    """The scan of one model."""
-
-    model: str
-    """Folder or hub id."""
-    weights: str
-    """Identity of the weights that were scanned (sha256)."""
-    edge: str
-    """The edge that ranking and reducing go by, unless another is asked for."""
-    matrices: tuple[MatrixScan, ...]
-    skipped: tuple[Skipped, ...]
-    precision: str = "auto"
-    version: str = ""
-    """Of the program that made it; empty when it was put together otherwise."""
-
-    def ranked(self, by: str = "snr", edge: str | None = None) -> list[MatrixScan]:
-        """Matrices from the lowest to the highest `by` (a number of `EdgeFit`), never tied by file order.
-
-        A matrix without noise values (its snr is None) stands above all others; among its kind the one
-        whose smallest singular value is farther above the threshold stands higher. Then the name decides.
-        """
-        edge = edge or self.edge
-        return sorted(self.matrices, key=lambda matrix: rank_key(matrix, by, edge))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, **asdict(self)}
-
-    def save(self, path: str | Path) -> None:
-        write_json(path, self.to_dict())
-
-    @classmethod
-    def from_dict(cls, stored: Any, source: str = "scan") -> Scan:
-        """Raises RecipeError when `stored` is no scan of this version."""
-        if not isinstance(stored, dict) or stored.get("schema") != SCHEMA:
-            got = stored.get("schema") if isinstance(stored, dict) else type(stored).__name__
-            raise RecipeError(f"{source}: schema is {got!r}, expected '{SCHEMA}'. Make it anew with splaser scan.")
-        try:
-            return cls(
-                **{key: stored[key] for key in ("model", "weights", "edge")},
-                matrices=tuple(MatrixScan.from_dict(each) for each in stored["matrices"]),
-                skipped=tuple(Skipped(**each) for each in stored["skipped"]),
-                **{key: stored[key] for key in ("precision", "version") if key in stored},
-            )
-        except (KeyError, TypeError) as error:
-            raise RecipeError(f"{source}: not a whole scan ({error}). Make it anew with splaser scan.") from error
-
-    @classmethod
-    def load(cls, path: str | Path) -> Scan:
-        """Read a scan.json. Raises RecipeError when it is missing, damaged or of another version."""
-        return cls.from_dict(read_json(path), str(path))
-
-
-def rank_key(matrix: MatrixScan, by: str, edge: str) -> tuple[bool, float, str, int, str]:
-    """Sort key of `Scan.ranked`."""
-    value = getattr(matrix.edges[edge], by)
-    above = (matrix.min_singular_value - matrix.edges[edge].threshold) / (matrix.max_singular_value or 1.0)
-    strength = above if value is None else value
-    return value is None, strength, matrix.type, -1 if matrix.block is None else matrix.block, matrix.name
+BATCH_ENTRIES = 2**20
+"""Most entries of experts that are computed together: 8 MiB in float64, of which a handful of copies are needed."""
 
 
 def run_scan(
@@ -260,7 +177,7 @@ def _known(
     """Records of `matrices` that a finished scan at `path` or the journal of an unfinished one has already."""
     shapes = {matrix.name: matrix.shape for matrix in matrices}
     finished = [record for record in _finished(path, empty) if shapes.get(record.name) == record.shape]
-    left = [record for record in map(_record_or_none, journal.resume()) if record is not None]
+    left = journal.resume(_record_or_none)
     known = {record.name: record for record in [*finished, *left] if shapes.get(record.name) == record.shape}
     if journal.other_settings:
         which = ", ".join(journal.other_settings)
@@ -275,7 +192,7 @@ def _known(
 def _record_or_none(stored: Mapping[str, Any]) -> MatrixScan | None:
     try:
         return MatrixScan.from_dict(stored)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, OverflowError):
         return None
 
 
@@ -328,7 +245,7 @@ def _measure(
             for batch in mine:
                 records = _measure_batch([next(weights) for _ in batch], cast("Precision", precision))
                 if journal is not None:
-                    journal.append([asdict(record) for record in records])
+                    journal.append([record.to_dict() for record in records])
                 found += records
                 advance(len(records))
             for _ in weights:
@@ -360,38 +277,3 @@ def _measure_batch(batch: list[tuple[Matrix, Tensor]], precision: Precision) -> 
 def _with_records(empty: Scan, matrices: Sequence[Matrix], records: Iterable[MatrixScan]) -> Scan:
     by_name = {record.name: record for record in records}
     return replace(empty, matrices=tuple(by_name[matrix.name] for matrix in matrices))
-
-
-def matrix_scan(matrix: Matrix, values: np.ndarray) -> MatrixScan:
-    """The record of one matrix. values: all its singular values, descending, float64."""
-    places = np.linspace(0, len(values) - 1, min(QUANTILES, len(values))).round().astype(int)
-    return MatrixScan(
-        name=matrix.name,
-        type=matrix.type,
-        block=matrix.block,
-        shape=matrix.shape,
-        max_singular_value=float(values[0]),
-        min_singular_value=float(values[-1]),
-        edges=fit_edges(values, matrix.shape),
-        spectrum=tuple(float(f"{value:.6g}") for value in values[places]),
-    )
-
-
-def read_json(path: str | Path) -> Any:
-    """A JSON file's content. Raises RecipeError when it is missing or no JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: can't be read ({error.strerror}). Check the path.") from error
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{path}: not JSON ({error}). It may be half written; make it anew.") from error
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON with a final newline, whole or not at all; refuses nan and infinity.
-
-    Raises OutputError when the file can't be written.
-    """
-    with whole_file(path) as file:
-        json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
-        file.write("\n")

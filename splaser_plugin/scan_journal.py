@@ -6,11 +6,13 @@ import errno
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from splaser_plugin.errors import OutputError
+
+_Record = TypeVar("_Record")
 
 SCHEMA = "splaser.scan-journal/1"
 SUFFIX = ".journal.jsonl"
@@ -35,17 +37,18 @@ class ScanJournal:
         self._resumed = False
         self._synced_s = 0.0
 
-    def resume(self) -> list[dict[str, Any]]:
+    def resume(self, make: Callable[[dict[str, Any]], _Record | None]) -> list[_Record]:
         """Records that an earlier scan of the same settings left, in the order they were made.
 
-        Damaged lines, as a crash may leave them, are passed over. From here until `close`, `remove` or the
+        make: what each is turned into; None is for one that can't be used. Damaged lines, as a crash may leave
+        them, are passed over. From here until `close`, `remove` or the
         process's end nobody else can resume.
         Raises OutputError when another scan is at work there, or the file is none of ours or can't be written.
         """
         try:
             self._descriptor = _open_locked(self.path)
             self._resumed = True
-            records = self._read(self._descriptor)
+            records = self._read(self._descriptor, make)
         except OSError as error:
             raise self._cant("be opened", error) from error
         return records
@@ -88,8 +91,8 @@ class ScanJournal:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _read(self, descriptor: int) -> list[dict[str, Any]]:
-        records: list[dict[str, Any]] = []
+    def _read(self, descriptor: int, make: Callable[[dict[str, Any]], _Record | None]) -> list[_Record]:
+        records: list[_Record] = []
         others: set[str] = set()
         line = b"\n"
         with os.fdopen(os.dup(descriptor), "rb") as file:
@@ -104,7 +107,9 @@ class ScanJournal:
                 differing = [key for key, value in self.settings.items() if stored.get(key) != value]
                 others.update(differing)
                 if not differing and isinstance(stored.get("record"), dict):
-                    records.append(stored["record"])
+                    record = make(stored["record"])
+                    if record is not None:
+                        records.append(record)
         if not records:
             self.other_settings = tuple(sorted(others))
             os.ftruncate(descriptor, 0)

@@ -122,6 +122,7 @@ def test_a_saved_scan_comes_back_equal_and_has_the_documented_fields(tiny_model,
     scan.save(tmp_path / "scan.json")
     assert Scan.load(tmp_path / "scan.json") == scan
     stored = json.loads((tmp_path / "scan.json").read_text())
+    assert stored == json.loads(json.dumps(scan.to_dict()))
     assert stored["schema"] == "splaser.scan/1"
     assert (stored["model"], stored["edge"]) == ("tiny", "mp")
     first = stored["matrices"][0]
@@ -181,6 +182,15 @@ def test_a_damaged_scan_is_refused(tmp_path, text, message):
         Scan.load(tmp_path / "scan.json")
 
 
+@pytest.mark.parametrize("spectrum", [["1"], [10**400], 7])
+def test_a_scan_whose_spectrum_is_not_of_numbers_is_refused(tiny_model, tmp_path, spectrum):
+    stored = scan_model(Weights(tiny_model)).to_dict()
+    stored["matrices"][0]["spectrum"] = spectrum
+    (tmp_path / "scan.json").write_text(json.dumps(stored))
+    with pytest.raises(RecipeError, match="not a whole scan"):
+        Scan.load(tmp_path / "scan.json")
+
+
 def test_a_missing_scan_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"can't be read \(No such file"):
         Scan.load(tmp_path / "scan.json")
@@ -215,19 +225,39 @@ def test_ctrl_c_says_how_to_go_on_and_keeps_what_is_finished(tmp_path):
     assert lines_of(tmp_path / "scan.json.journal.jsonl") >= 6
 
 
+class Interrupted(Notes):
+    """Ctrl-C after so many matrices."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def _advance(self, steps):
+        super()._advance(steps)
+        if self.computed >= self.after:
+            raise KeyboardInterrupt
+
+
 def test_only_what_an_interrupted_scan_lacks_is_computed(tmp_path):
-    weights = layers()
-    model = open_checkpoint(save_single(tmp_path / "model", weights))
-    broken = {**weights, "model.layers.4.mlp.up_proj.weight": torch.full((24, 48), float("nan"))}
-    # the samples that tell weights apart are the same, since a scan of the broken ones fails before it is written
-    output = tmp_path / "scan.json"
-    with pytest.raises(SpectrumError, match=r"layers\.4"):
-        scan_checkpoint(open_checkpoint(save_single(tmp_path / "broken", broken)), output=output)
+    model, output = open_checkpoint(save_single(tmp_path / "model", layers())), tmp_path / "scan.json"
+    with pytest.raises(KeyboardInterrupt):
+        scan_checkpoint(model, output=output, progress=Interrupted(after=4))
     notes = Notes()
-    scan = scan_checkpoint(model, output=output, progress=notes)
-    assert notes.computed == 6, "a journal of other weights was used"
-    assert "other weights" in notes.facts["journal"]
-    assert scan == scan_checkpoint(model)
+    assert scan_checkpoint(model, output=output, progress=notes) == scan_checkpoint(model)
+    assert notes.computed == 2
+    assert notes.facts == {"scanned before": "4 of 6 matrices, so the others are left"}
+
+
+def test_a_journal_of_other_weights_is_not_used_which_is_said(tmp_path):
+    model, output = open_checkpoint(save_single(tmp_path / "model", layers())), tmp_path / "scan.json"
+    other = open_checkpoint(save_single(tmp_path / "other", layers(seed=1)))
+    with pytest.raises(KeyboardInterrupt):
+        scan_checkpoint(other, output=output, progress=Interrupted(after=4))
+    notes = Notes()
+    assert scan_checkpoint(model, output=output, progress=notes) == scan_checkpoint(model)
+    assert notes.computed == 6
+    journal = tmp_path / "scan.json.journal.jsonl"
+    assert notes.facts == {"journal": f"{journal} was left by another scan (other weights), so it is not used"}
 
 
 def test_a_finished_scan_is_not_computed_again_and_another_edge_needs_no_other(tmp_path):
@@ -335,7 +365,7 @@ def test_a_scan_in_parts_has_the_same_bits_also_where_experts_are_computed_toget
     output.write_text(json.dumps(stored))
     notes = Notes()
     assert scan_checkpoint(model, output=output, progress=notes) == whole
-    assert notes.computed < len(whole.matrices) or len(whole.matrices) < 3
+    assert 0 < notes.computed < len(whole.matrices)
     assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 

@@ -23,7 +23,7 @@ RECORDS = [{"name": f"layers.{number}.w", "spectrum": [1.5, number / 7]} for num
 def left_by_an_earlier_scan(output, records=RECORDS, **changes):
     """A journal as a killed scan leaves it."""
     journal = ScanJournal(output, {**SETTINGS, **changes})
-    journal.resume()
+    journal.resume(dict)
     journal.append(records[:2])
     journal.append(records[2:])
     journal.close()
@@ -33,7 +33,7 @@ def left_by_an_earlier_scan(output, records=RECORDS, **changes):
 def resumed(output):
     journal = ScanJournal(output, SETTINGS)
     try:
-        return journal.resume()
+        return journal.resume(dict)
     finally:
         journal.close()
 
@@ -55,7 +55,7 @@ def test_a_journal_cut_anywhere_gives_its_whole_lines_and_goes_on_after_them(tmp
     path.write_bytes(cut)
     whole = RECORDS[: cut.count(b"\n")]
     journal = ScanJournal(output, SETTINGS)
-    found = journal.resume()
+    found = journal.resume(dict)
     if content.startswith(cut + b"\n"):  # all but the line's end was written
         whole = RECORDS[: len(whole) + 1]
     assert found == whole
@@ -82,7 +82,7 @@ def test_records_of_other_weights_or_settings_are_not_used_and_the_difference_is
     output = tmp_path / "scan.json"
     path = left_by_an_earlier_scan(output, **changes)
     journal = ScanJournal(output, SETTINGS)
-    assert journal.resume() == []
+    assert journal.resume(dict) == []
     assert journal.other_settings == tuple(changes)
     assert path.stat().st_size == 0
     journal.append(RECORDS)
@@ -93,7 +93,7 @@ def test_records_of_other_weights_or_settings_are_not_used_and_the_difference_is
 def test_a_second_scan_on_the_same_output_is_refused_and_harms_nothing(tmp_path):
     output = tmp_path / "scan.json"
     first = ScanJournal(output, SETTINGS)
-    first.resume()
+    first.resume(dict)
     first.append(RECORDS[:1])
     with pytest.raises(OutputError, match=r"scan\.json\.journal\.jsonl: another scan is at work there\. Wait"):
         resumed(output)
@@ -108,7 +108,7 @@ def test_the_lock_ends_with_the_process_that_held_it(tmp_path):
         from pathlib import Path
         from splaser_plugin.scan_journal import ScanJournal
         journal = ScanJournal(Path(sys.argv[1]), {})
-        journal.resume()
+        journal.resume(dict)
         journal.append([{}])
         os.kill(os.getpid(), 9)
     """
@@ -116,14 +116,14 @@ def test_the_lock_ends_with_the_process_that_held_it(tmp_path):
     run = subprocess.run([sys.executable, "-c", code, tmp_path / "scan.json"])
     assert run.returncode == -9
     journal = ScanJournal(tmp_path / "scan.json", {})
-    assert journal.resume() == [{}]
+    assert journal.resume(dict) == [{}]
     journal.close()
 
 
 def test_several_writers_share_one_file(tmp_path):
     output = tmp_path / "scan.json"
     main, other = ScanJournal(output, SETTINGS), ScanJournal(output, SETTINGS)
-    main.resume()
+    main.resume(dict)
     for number, record in enumerate(RECORDS):
         (main, other)[number % 2].append([record])
     main.close()
@@ -140,7 +140,7 @@ def test_a_process_that_does_not_see_the_main_ones_file_writes_none(tmp_path):
 
 def test_a_finished_journal_is_removed_and_an_empty_one_is_not_left(tmp_path):
     journal = ScanJournal(tmp_path / "scan.json", SETTINGS)
-    journal.resume()
+    journal.resume(dict)
     journal.append(RECORDS)
     journal.remove()
     journal.close()
@@ -160,7 +160,7 @@ def test_what_can_not_be_opened_or_written_is_refused(tmp_path):
     with pytest.raises(OutputError, match=r"can't be opened \(No such file or directory\)\. Make room there"):
         resumed(tmp_path / "absent" / "scan.json")
     journal = ScanJournal(tmp_path / "scan.json", SETTINGS)
-    journal.resume()
+    journal.resume(dict)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
     try:
@@ -175,7 +175,7 @@ def test_what_can_not_be_opened_or_written_is_refused(tmp_path):
 
 def test_nothing_that_is_not_json_is_written(tmp_path):
     journal = ScanJournal(tmp_path / "scan.json", SETTINGS)
-    journal.resume()
+    journal.resume(dict)
     with pytest.raises(ValueError, match="not JSON compliant"):
         journal.append([{"snr": float("nan")}])
     journal.append([{"name": "a\nb\u2028<script>"}])

@@ -196,7 +196,7 @@ def main() -> None:
         model.mkdir()
         print("writing the checkpoint ...", file=sys.stderr, flush=True)
         if arguments.experts:
-            tensors = write_experts(model, 64, 128, dtype)
+            tensors = write_experts(model, 256, 512, dtype)
             name = f"experts, {arguments.dtype}"
         else:
             largest_bytes = 4 * arguments.hidden * (arguments.hidden * 8 // 3)
