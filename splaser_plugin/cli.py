@@ -113,17 +113,12 @@ def laser(
     as_json: Json = False,
 ) -> None:
     """Reduce the noisiest matrices, one at a time, and keep what makes the model's own answers better."""
-    from splaser_plugin.output import check_output
-
-    held_out = (config.held_out,) if config.held_out else ()
-    check_output(output, overwrite=overwrite, inputs=(model, pairs, *held_out))
     from splaser_plugin.distributed import is_main, join_processes
     from splaser_plugin.jobs import laser as run_laser
 
     join_processes()
     progress = _progress()
-    result = run_laser(model, pairs, config=config, progress=progress)
-    result.save(output, overwrite=overwrite)
+    result = run_laser(model, pairs, config=config, output=output, overwrite=overwrite, progress=progress)
     if not is_main():
         return
     if as_json:

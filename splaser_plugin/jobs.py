@@ -1,8 +1,9 @@
-"""The whole jobs, as the command line and Python callers run them: scan, laser, apply."""
+"""The whole jobs, as the command line and Python callers run them: laser and apply."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,26 @@ from torch import nn
 
 from splaser_plugin.acceptance import Confident, Improve
 from splaser_plugin.config import LaserConfig
-from splaser_plugin.distributed import is_main, wait_for_all
+from splaser_plugin.distributed import in_main
 from splaser_plugin.embedding import load_embedder
 from splaser_plugin.errors import ModelError
 from splaser_plugin.generation import Generator
 from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, split_by_set
+from splaser_plugin.laser_journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.loading import context_length, load_model
 from splaser_plugin.margin import MarginScorer
-from splaser_plugin.output import check_output, whole_folder
-from splaser_plugin.pairs import PairSet, load_pairs, pairs_from_rows
+from splaser_plugin.output import check_output, check_space, whole_folder
+from splaser_plugin.pairs import PairSet, load_pairs, pairs_from_rows, pairs_sha256
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.prompts import Prompter
 from splaser_plugin.racing import Race
 from splaser_plugin.recipe import Recipe, Step, carry_out, versions
-from splaser_plugin.scan import Scan, run_scan, scan_model, write_json
+from splaser_plugin.scan import Scan, scan_model, write_json
 from splaser_plugin.scoring import Scorer, Scores, SemanticScorer
 from splaser_plugin.search import Judge, SearchResult, Trial, choose_candidates, search
-from splaser_plugin.weights import Weights
+from splaser_plugin.weights import Weights, model_name
 
-__all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs", "run_scan"]
+__all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs"]
 
 RESULTS_SCHEMA = "splaser.results/1"
 FORWARD_BATCH = 32
@@ -80,18 +82,21 @@ class LaserResult:
         """Write the model, its tokenizer, scan.json, recipe.json and results.json: all of them or nothing.
 
         Under several processes all have to call it, and the main one writes.
-        Raises OutputError when the folder exists and isn't empty.
+        Raises OutputError when the folder exists and isn't empty, or can't be written.
         """
-        path = check_output(out, overwrite=overwrite, inputs=(self.recipe.model,))
+        path = Path(out).expanduser().resolve()
         state = self.weights.state_dict()
-        if is_main():
-            with whole_folder(path) as folder:
+
+        def write() -> None:
+            check_output(out, overwrite=overwrite, inputs=(self.recipe.model,))
+            with whole_folder(path, needed=self.weights.size) as folder:
                 self.model.save_pretrained(folder, state_dict=state)
                 self.tokenizer.save_pretrained(folder)
                 self.scan.save(folder / "scan.json")
                 self.recipe.save(folder / "recipe.json")
                 write_json(folder / "results.json", self.results())
-        wait_for_all()
+
+        in_main(write)
         return path
 
 
@@ -101,6 +106,8 @@ def laser(
     *,
     config: LaserConfig | None = None,
     tokenizer: Any = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> LaserResult:
     """Reduce the noisiest matrices of a model wherever that makes its answers better.
@@ -108,19 +115,45 @@ def laser(
     model: a folder, .gguf file or hub id, or a loaded causal language model, which is changed in place.
     pairs: a file or data set name (see `load_pairs`), a PairSet, or rows in any format that `load_pairs` reads.
     tokenizer: needed only with a loaded model.
+    output: folder to write, as `LaserResult.save` does. What was found is kept in its journal.jsonl until then, so
+    that after a crash the same call goes on where it stopped. overwrite: replace the output of an earlier run, and
+    throw away a journal of other settings.
     Raises a SplaserError before any weight is changed when something can't be used; whatever is raised later
     leaves the kept changes and no undecided one.
     """
     config = config or LaserConfig()
+    if output is None:
+        return _laser(model, pairs, config, tokenizer, Journal(), None, progress)
+    named = (model, pairs, config.held_out)
+    given = tuple(each for each in named if isinstance(each, (str, Path)) and str(each))
+    path = check_output(output, overwrite=overwrite, inputs=given)
+    with closing(LaserJournal(path, anew=overwrite)) as journal:
+        result = _laser(model, pairs, config, tokenizer, journal, path, progress)
+        result.save(output, overwrite=overwrite)
+    return result
+
+
+def _laser(
+    model: Any,
+    pairs: str | Path | PairSet | Iterable[Mapping[str, Any]],
+    config: LaserConfig,
+    tokenizer: Any,
+    journal: Journal,
+    output: Path | None,
+    progress: Progress,
+) -> LaserResult:
     split = read_pairs(pairs, config)
     name = str(model)
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise ModelError("a loaded model was given without its tokenizer. Pass tokenizer=...")
-        name = _name_of(model)
+        name = model_name(model)
     else:
         model, tokenizer = load_model(model, device=config.device, dtype=config.dtype, adapter=config.adapter)
-    return laser_weights(Weights(model), tokenizer, split, config=config, name=name, progress=progress)
+    weights = Weights(model)
+    if output is not None:
+        in_main(lambda: check_space(output, weights.size))
+    return laser_weights(weights, tokenizer, split, config=config, name=name, journal=journal, progress=progress)
 
 
 def laser_weights(
@@ -130,9 +163,11 @@ def laser_weights(
     *,
     config: LaserConfig,
     name: str,
+    journal: Journal | None = None,
     progress: Progress = SILENT,
 ) -> LaserResult:
     """The job of `laser` on weights that are loaded already, wherever they live. name: how the model is called."""
+    journal = journal or Journal()
     model: Any = weights.model
     device = next(iter(weights.parameters.values())).device
     progress.fact("device", f"{device}, {_dtype(model)}")
@@ -142,21 +177,44 @@ def laser_weights(
     generator = Generator(model, prompter, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     at_once = config.batch_size or FORWARD_BATCH
     embedder = load_embedder(config.embedder, weights, tokenizer, device, at_once)
-    scorer = SemanticScorer(generator, embedder, split.search)
-    held_out = SemanticScorer(generator, embedder, split.held_out) if split.held_out else None
-    judge = Judge(
-        scorer,
-        acceptance=Confident(config.alpha, config.candidates) if config.accept == "confident" else Improve(),
-        race=Race(scorer.size, seed=config.seed) if config.race else None,
-        screen=MarginScorer(model, prompter, split.search, batch_size=at_once) if config.screen == "margin" else None,
-    )
 
-    scan = scan_model(weights, config=config, name=name, identity=weights.identity(), progress=progress)
+    def recorded(scorer: Scorer) -> Scorer:
+        return RecordedScorer(scorer, journal)
+
+    scorer = recorded(SemanticScorer(generator, embedder, split.search))
+    held_out = recorded(SemanticScorer(generator, embedder, split.held_out)) if split.held_out else None
+    screen = None
+    if config.screen == "margin":
+        screen = recorded(MarginScorer(model, prompter, split.search, batch_size=at_once))
+
+    run: dict[str, Any] = {
+        "weights": weights.identity(),
+        "pairs": pairs_sha256(split.search),
+        "held_out": pairs_sha256(split.held_out),
+        "settings": config.to_dict(),
+        "versions": versions(),
+    }
+    if found := journal.begin(run):
+        progress.fact("going on", f"{found} measurements were left by a run that was stopped; none is made again")
+
+    def scanned() -> Scan:
+        return scan_model(weights, config=config, name=name, identity=run["weights"], progress=progress)
+
+    scan = journal.once("scan", (), scanned, Scan.to_dict, Scan.from_dict)
     matrices, _ = weights.matrices(config.include, config.exclude)
     candidates = choose_candidates(scan, matrices, config.candidates)
+    judge = Judge(
+        scorer,
+        acceptance=Confident(config.alpha, len(candidates)) if config.accept == "confident" else Improve(),
+        race=Race(scorer.size, seed=config.seed) if config.race else None,
+        screen=screen,
+    )
+    journal.subject = "base model, held out"
     base = _measure(held_out, "held-out base", progress)
-    found = search(weights, candidates, judge, progress=progress)
-    result = _measure(held_out, "held-out result", progress, like=base) if found.kept else base
+    journal.subject = "base model"
+    searched = search(weights, candidates, judge, journal=journal, progress=progress)
+    journal.subject = "result, held out"
+    result = _measure(held_out, "held-out result", progress, like=base) if searched.kept else base
     verdict = compare(base, result, seed=config.seed) if base and result else None
     if verdict is not None:
         progress.fact("held out", verdict.summary)
@@ -166,13 +224,13 @@ def laser_weights(
         weights=scan.weights,
         dtype=_dtype(model),
         steps=tuple(
-            Step(each.matrix.name, each.rank, each.edge, each.threshold, each.matrix.shape) for each in found.kept
+            Step(each.matrix.name, each.rank, each.edge, each.threshold, each.matrix.shape) for each in searched.kept
         ),
-        scores={"baseline": found.baseline.mean, "final": found.final.mean},
+        scores={"baseline": searched.baseline.mean, "final": searched.final.mean},
         settings=config.to_dict(),
         versions=versions(),
     )
-    return LaserResult(weights, tokenizer, scan, recipe, found, split, verdict)
+    return LaserResult(weights, tokenizer, scan, recipe, searched, split, verdict)
 
 
 def _measure(scorer: Scorer | None, name: str, progress: Progress, like: Scores | None = None) -> Scores | None:
@@ -204,10 +262,6 @@ def apply_recipe(
         loaded, tokenizer = load_model(model, device=device, dtype=recipe.dtype, adapter=adapter)
     carry_out(recipe, Weights(loaded), progress=progress)
     return loaded, tokenizer
-
-
-def _name_of(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
 
 
 def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]], config: LaserConfig) -> Split:
