@@ -104,7 +104,7 @@ def test_the_configuration_says_how_pairs_are_split():
         ({"held_out_fraction": float("nan")}, "--held-out-fraction: got nan"),
         ({"held_out_fraction": True}, "--held-out-fraction: got True, expected float"),
         ({"alpha": 0.0}, "--alpha: got 0.0, expected at least 1e-06"),
-        ({"accept": "harmless"}, "--accept: got 'harmless', expected one of improve, confident"),
+        ({"accept": "all"}, "--accept: got 'all', expected one of auto, improve, confident, harmless"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
