@@ -61,6 +61,8 @@ class HeldOut:
     """`better`, `worse`, or `no difference` and what that means."""
     unit: str = "pairs"
     """What the items are: `pairs`, or `windows` of text."""
+    loss_verdict: str = ""
+    """Whether a loss of the tolerance can be ruled out, where there is a tolerance."""
 
     @property
     def summary(self) -> str:
@@ -129,10 +131,12 @@ def split_by_set(pairs: PairSet, held_out: PairSet) -> Split:
     return Split(pairs, pairs.pairs, others, f"{len(others)} pairs of {held_out.source}{dropped}")
 
 
-def compare(base: Scores, result: Scores, *, seed: int = 0, unit: str = "pairs") -> HeldOut:
+def compare(
+    base: Scores, result: Scores, *, seed: int = 0, unit: str = "pairs", tolerance: float | None = None
+) -> HeldOut:
     """What two measurements of the same items say. Give `base` itself as the result where nothing was kept.
 
-    unit: what the items are, `pairs` or `windows`.
+    unit: what the items are, `pairs` or `windows`. tolerance: loss of the mean that counts as none.
     """
     differences = result.differences(base)
     better = sum(each > 0 for each in differences)
@@ -153,7 +157,16 @@ def compare(base: Scores, result: Scores, *, seed: int = 0, unit: str = "pairs")
         equal=len(differences) - better - worse,
         verdict=verdict,
         unit=unit,
+        loss_verdict=_loss_verdict(low, tolerance),
     )
+
+
+def _loss_verdict(low: float, tolerance: float | None) -> str:
+    if tolerance is None:
+        return ""
+    if low > -tolerance:
+        return f"loses less than the tolerance of {tolerance:g}"
+    return f"a loss of the tolerance of {tolerance:g} can't be ruled out"
 
 
 def _lowest_hashes(counts: Mapping[str, int], wanted: int, seed: int) -> set[str]:

@@ -163,10 +163,13 @@ def laser_weights(
     base = _measure(held_out, "held-out base", progress)
     found = search(weights, candidates, judge, progress=progress)
     result = _measure(held_out, "held-out result", progress, like=base) if found.kept else base
-    verdict = compare(base, result, seed=config.seed, unit=config.unit) if base and result else None
+    tolerance = config.tolerance if config.acceptance == "harmless" else None
+    verdict = None
+    if base and result:
+        verdict = compare(base, result, seed=config.seed, unit=config.unit, tolerance=tolerance)
     if verdict is not None:
         progress.fact("held out", verdict.summary)
-        progress.fact("verdict", verdict.verdict)
+        progress.fact("verdict", "; ".join(filter(None, (verdict.verdict, verdict.loss_verdict))))
     recipe = Recipe(
         model=name,
         weights=scan.weights,
@@ -285,6 +288,7 @@ def _verdict(held_out: HeldOut | None, split: Split) -> dict[str, Any]:
         "pairs": len(held_out.base.items),
         "split": split.reason,
         "verdict": held_out.verdict,
+        "loss_verdict": held_out.loss_verdict or None,
         "difference": held_out.difference,
         "interval": list(held_out.interval),
         "better": held_out.better,
