@@ -5,22 +5,54 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from splaser_plugin.config import LaserConfig, ScanConfig
-from splaser_plugin.errors import ConfigError, SplaserError
+from splaser_plugin.config import LaserConfig, Options, ScanConfig
+from splaser_plugin.errors import ConfigError, SplaserError, printable
 
 if TYPE_CHECKING:
     from splaser_plugin.jobs import LaserResult
     from splaser_plugin.progress import Progress
     from splaser_plugin.scan import Scan
 
+STOPPED = 130
+"""Exit code after Ctrl-C or SIGTERM."""
+RESUMED = ("scan",)
+"""Commands that go on where they were stopped."""
+
+
+class Commands(TyperGroup):
+    """Ctrl-C and SIGTERM end every command alike: one line that says how to go on, and the exit code `STOPPED`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        stop_on_sigterm()
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            again = shlex.join(["splaser", *sys.argv[1:]])
+            resumed = ctx.invoked_subcommand in RESUMED
+            next_step = "What is finished is kept; go on with" if resumed else "Start again with"
+            print(f"stopped. {next_step}: {printable(again)}", file=sys.stderr)
+            raise typer.Exit(STOPPED) from None
+
+
+def stop_on_sigterm() -> None:
+    """Have SIGTERM raise KeyboardInterrupt in the main thread, as Ctrl-C does. In another thread it does nothing."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Find the weight matrices worth training, and reduce the noisy ones where that makes answers better.",
     no_args_is_help=True,
     add_completion=False,
@@ -33,7 +65,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON to stdout.")]
 
 
-def options_of(config_class: type[ScanConfig]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def options_of(config_class: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one flag for each field of a configuration, passed to it as the argument `config`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -87,11 +119,7 @@ def scan(
 
     join_processes()
     progress = _progress(transformers=model.endswith(".gguf"))
-    try:
-        found = run_scan(model, config=config, output=output, progress=progress)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with the matrices that are left.", file=sys.stderr)
-        raise typer.Exit(130) from None
+    found = run_scan(model, config=config, output=output, progress=progress)
     if not is_main():
         return
     if top_json is not None:
@@ -106,7 +134,9 @@ def scan(
 def laser(
     *,
     model: Model,
-    pairs: Annotated[str, typer.Option(help="Preference pairs: a json, jsonl, csv or parquet file, or a data set.")],
+    pairs: Annotated[
+        str, typer.Option(help="Preference pairs: a json, jsonl, csv or parquet file, or a data set.")
+    ] = "",
     output: Output,
     config: LaserConfig,
     overwrite: Overwrite = False,
@@ -206,6 +236,8 @@ def _show_scan(found: Scan, output: Path, progress: Progress) -> None:
 def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:
     found = result.search
     progress.fact("kept", f"{len(found.kept)} of {len(found.trials)} candidates")
+    removed, total = found.parameters_removed, sum(each.numel() for each in result.model.parameters())
+    progress.fact("parameters", f"{removed:,} of {total:,} removed, if stored as factors")
     progress.fact("score", f"{found.baseline.mean:+.4f} before, {found.final.mean:+.4f} after, on the same pairs")
     progress.fact("model", str(output))
     progress.fact("rebuild", f"splaser apply {output / 'recipe.json'} {result.recipe.model} -o ANOTHER_FOLDER")
@@ -219,11 +251,8 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except SplaserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped; nothing was written.", file=sys.stderr)
-        sys.exit(130)

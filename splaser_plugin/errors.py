@@ -42,6 +42,14 @@ class EmbedderError(SplaserError):
     """The embedding model can't be loaded or used."""
 
 
+class TextError(SplaserError):
+    """A text can't be read, or is too short for what is asked of it."""
+
+
+class ScorerError(SplaserError):
+    """A scorer of the user's own can't be loaded, or returns no usable scores."""
+
+
 class RecipeError(SplaserError):
     """A recipe or scan file is damaged, of another version, or made for another model."""
 
@@ -52,6 +60,19 @@ class OutputError(SplaserError):
 
 class MissingExtraError(SplaserError):
     """An optional package is needed; the message has the exact command that installs it."""
+
+
+MESSAGE_CHARS = 4000
+
+
+def printable(text: str, max_chars: int = MESSAGE_CHARS) -> str:
+    """`text` as a terminal may get it, on one line: what isn't printable is spelled out, and the middle left out.
+
+    Escapes, other control characters and changes of writing direction are spelled as in Python: `\\x1b`.
+    """
+    if len(text) > max_chars:
+        text = f"{text[: max_chars // 2]} ... {text[-(max_chars // 2) :]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

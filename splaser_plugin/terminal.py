@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as without_markup
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from splaser_plugin.errors import printable
 from splaser_plugin.progress import Progress
 
 if TYPE_CHECKING:
@@ -55,12 +56,18 @@ class TerminalProgress(Progress):
         )
 
 
+def escape(text: str) -> str:
+    """Names and texts from strangers, as they may be printed: without rich's markup or control characters."""
+    return without_markup(printable(text))
+
+
 def _outcome(judgement: Judgement) -> str:
     if judgement.scores is None or judgement.best_before is None:
         return f"screen {judgement.screen_change:+.4f}  screened"
     change = judgement.scores.mean - judgement.best_before
     verdict = {
         "kept": "[green]kept[/green]",
-        "stopped": f"stopped after {len(judgement.scores.items)} pairs",
+        "stopped": f"stopped after {len(judgement.scores.items)} items",
+        "guarded": f"guarded at {judgement.guard_loss:.4f}" if judgement.guard_loss is not None else "guarded",
     }.get(judgement.verdict, judgement.verdict)
     return f"score {judgement.scores.mean:+.4f} ({change:+.4f})  {verdict}"
