@@ -17,6 +17,7 @@ PRECISIONS = ("auto", "float32", "float64")
 TEMPLATES = ("auto", "chatml", "instruct")
 ACCEPTANCES = ("improve", "confident")
 SCREENS = ("none", "margin")
+SAVES = ("dense", "factored")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -87,6 +88,7 @@ class LaserConfig(ScanConfig):
     alpha: float = option(0.05, "Chance that --accept confident keeps anything of no use.", minimum=1e-6, maximum=0.5)
     race: bool = option(True, "Stop scoring a candidate that can't win any more.")
     screen: str = option("none", "Cheap score that rules out candidates before any answer.", choices=SCREENS)
+    save: str = option("dense", "Reduced matrices on disk: whole, or as two factors where smaller.", choices=SAVES)
     batch_size: int = option(32, "Prompts generated for at once; 0 finds it by measurement.", minimum=0)
     device: str = option("auto", "Device to run on: auto, cpu, cuda, cuda:1, mps.")
     dtype: str = option("auto", "Weights' dtype; auto is the checkpoint's own.", choices=DTYPES)

@@ -14,6 +14,7 @@ from splaser_plugin.config import LaserConfig
 from splaser_plugin.distributed import is_main, wait_for_all
 from splaser_plugin.embedding import load_embedder
 from splaser_plugin.errors import ModelError
+from splaser_plugin.factored import parameter_counts, save_model
 from splaser_plugin.generation import Generator
 from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, split_by_set
 from splaser_plugin.loading import context_length, load_model
@@ -59,6 +60,11 @@ class LaserResult:
         """The model, lasered in place."""
         return self.weights.model
 
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """How many numbers the dense model has, and how many `save` writes."""
+        return parameter_counts(self.weights)
+
     def results(self) -> dict[str, Any]:
         """The content of results.json."""
         return {
@@ -87,7 +93,7 @@ class LaserResult:
         state = self.weights.state_dict()
         if is_main():
             with whole_folder(path) as folder:
-                self.model.save_pretrained(folder, state_dict=state)
+                save_model(self.weights, folder, state)
                 self.tokenizer.save_pretrained(folder)
                 self.scan.save(folder / "scan.json")
                 self.recipe.save(folder / "recipe.json")
@@ -134,6 +140,8 @@ def laser_weights(
     progress: Progress = SILENT,
 ) -> LaserResult:
     """The job of `laser` on weights that are loaded already, wherever they live. name: how the model is called."""
+    if config.save == "factored":
+        weights.keep_factors()
     model: Any = weights.model
     device = next(iter(weights.parameters.values())).device
     progress.fact("device", f"{device}, {_dtype(model)}")
@@ -197,14 +205,27 @@ def apply_recipe(
 
     Raises RecipeError when the model isn't the recipe's.
     """
+    weights, tokenizer = lasered_weights(recipe, model, device=device, progress=progress)
+    return weights.model, tokenizer
+
+
+def lasered_weights(
+    recipe: Recipe | str | Path,
+    model: str | Path | nn.Module,
+    *,
+    device: str = "auto",
+    progress: Progress = SILENT,
+) -> tuple[Weights, Any]:
+    """The same as `apply_recipe`, as weights that `factored.save_model` can write."""
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     tokenizer = None
     loaded: Any = model
     if not isinstance(model, nn.Module):
         adapter = recipe.settings.get("adapter", "")
         loaded, tokenizer = load_model(model, device=device, dtype=recipe.dtype, adapter=adapter)
-    carry_out(recipe, Weights(loaded), progress=progress)
-    return loaded, tokenizer
+    weights = Weights(loaded)
+    carry_out(recipe, weights, progress=progress)
+    return weights, tokenizer
 
 
 def _name_of(model: nn.Module) -> str:

@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from splaser_plugin import LaserConfig, expand, laser, load
+from splaser_plugin.cli import main
+from splaser_plugin.errors import CheckpointError, ModelError
+from splaser_plugin.factored import CONFIG_KEY, FactoredLinear, factorize, is_factorable, save_model
+from splaser_plugin.jobs import apply_recipe, run_scan
+from splaser_plugin.loading import load_model
+from splaser_plugin.weights import Weights
+from tests.conftest import tiny_llama
+from tests.reference import truncate
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def small_llama(**changes):
+    return tiny_llama(vocabulary=64, attention_bias=True, **changes)
+
+
+def small_gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=2, bos_token_id=1)
+    ).eval()
+
+
+def lasered(model, rank=5):
+    """Every matrix of the first block reduced, as factors."""
+    weights = Weights(model)
+    weights.keep_factors()
+    for matrix in weights.matrices()[0]:
+        if matrix.block == 0:
+            weights.reduce(matrix, rank)
+    return weights
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model whose first block is factored, and the folder it was saved to."""
+    weights = lasered(small_llama())
+    save_model(weights, tmp_path / "factored", None)
+    return weights, tmp_path / "factored"
+
+
+def same_state(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@given(
+    rows=st.integers(1, 24), columns=st.integers(1, 24), seed=st.integers(0, 2**31), exponent=st.integers(-12, 12),
+    dtype=st.sampled_from(DTYPES), fraction=st.floats(0, 1),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_factors_multiply_to_the_best_approximation_but_for_rounding(rows, columns, seed, exponent, dtype, fraction):
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(rows, columns, generator=generator, dtype=torch.float64) * 2.0**exponent).to(dtype)
+    rank = 1 + round(fraction * (min(rows, columns) - 1))
+    factors = factorize(weight, rank)
+    assert factors.left.shape == (rows, rank) and factors.right.shape == (rank, columns)
+    assert factors.left.dtype == factors.right.dtype == factors.product().dtype == dtype
+    best = truncate(weight, rank)
+    error = (factors.product().double() - best).norm() / best.norm()
+    assert error < 3 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+def test_factors_of_extreme_weights_are_finite_and_balanced(scale):
+    weight = torch.randn(12, 20, generator=torch.Generator().manual_seed(0)) * scale
+    factors = factorize(weight, 4)
+    torch.testing.assert_close(factors.left.norm(dim=0), factors.right.norm(dim=1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(factors.product().double(), truncate(weight, 4), rtol=1e-4, atol=scale * 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", [small_llama, small_gpt2])
+def test_the_expanded_model_is_the_lasered_one_bit_for_bit(make, dtype, tmp_path):
+    weights = lasered(make().to(dtype))
+    save_model(weights, tmp_path / "factored", None)
+    weights.model.save_pretrained(tmp_path / "dense")
+    loaded = load(tmp_path / "factored")
+    assert any(isinstance(module, FactoredLinear) for module in loaded.modules())
+    assert same_state(expand(loaded), weights.model)
+    assert [type(module) for module in loaded.modules()] == [type(module) for module in weights.model.modules()]
+    loaded.save_pretrained(tmp_path / "expanded")
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert (tmp_path / "expanded" / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
+
+
+@pytest.mark.parametrize("make", [small_llama, small_gpt2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factored_layers_compute_what_the_dense_ones_do(make, dtype, tmp_path):
+    weights = lasered(make().to(dtype))
+    save_model(weights, tmp_path, None)
+    loaded = load(tmp_path)
+    assert not loaded.training and loaded.dtype == dtype
+    assert type(loaded) is type(weights.model)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        dense, factored = weights.model(ids).logits.float(), loaded(ids).logits.float()
+    assert (factored - dense).norm() < 20 * torch.finfo(dtype).eps * dense.norm()
+
+
+def test_the_model_gets_smaller_by_what_the_ranks_say(saved):
+    weights, folder = saved
+    stored = load_file(folder / "model.safetensors")
+    loaded = load(folder)
+    removed = sum(32 * n - 5 * (32 + n) for n in (32, 16, 16, 32, 64, 64, 64))
+    dense = sum(parameter.numel() for parameter in weights.model.parameters())
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == dense - removed
+    assert sum(tensor.numel() for tensor in stored.values()) == dense - removed
+    weights.model.save_pretrained(folder / "dense")
+    sizes = [(place / "model.safetensors").stat().st_size for place in (folder / "dense", folder)]
+    assert 4 * removed - 1000 < sizes[0] - sizes[1] <= 4 * removed
+
+
+def test_only_what_takes_less_room_is_factored():
+    model = small_llama()
+    matrices = {matrix.name: matrix for matrix in Weights(model).matrices()[0]}
+    query = matrices["model.layers.0.self_attn.q_proj"]
+    assert is_factorable(model, query, 15) and not is_factorable(model, query, 16)
+    weights = Weights(model)
+    weights.keep_factors()
+    dense = Weights(small_llama())
+    for each in (weights, dense):
+        each.reduce(query, 16)
+    assert torch.equal(weights.read(query), dense.read(query))
+    assert not weights.factors
+
+
+def test_experts_stay_dense():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2, head_dim=8,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    for matrix in Weights(model).matrices()[0]:
+        assert is_factorable(model, matrix, 1) == (matrix.expert is None and matrix.type != "mlp.gate")
+
+
+def test_a_mixture_of_experts_comes_back_whole(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2, head_dim=8,
+    )  # fmt: skip
+    weights = lasered(MixtralForCausalLM(config).eval(), rank=2)
+    assert {matrix.type for matrix in weights.factors} == {f"self_attn.{each}_proj" for each in "qkvo"}
+    save_model(weights, tmp_path, None)
+    assert same_state(expand(load(tmp_path)), weights.model)
+
+
+def test_an_undone_reduction_leaves_the_factors_of_the_one_before():
+    weights = Weights(small_llama())
+    weights.keep_factors()
+    matrix = weights.matrices()[0][0]
+    with weights.trying(matrix) as attempt:
+        attempt.reduce(3)
+    assert not weights.factors
+    with weights.trying(matrix) as attempt:
+        attempt.reduce(6)
+        attempt.keep()
+    kept = weights.factors[matrix]
+    with weights.trying(matrix) as attempt:
+        attempt.reduce(2)
+    assert weights.factors[matrix] is kept
+    assert torch.equal(kept.product(), weights.read(matrix))
+
+
+def test_a_matrix_that_was_trained_since_is_stored_as_it_is_now(tmp_path):
+    weights = lasered(small_llama())
+    trained, other = list(weights.factors)[:2]
+    with torch.no_grad():
+        weights.parameters[trained.parameter][0, 0] += 1
+    save_model(weights, tmp_path, None)
+    loaded = load(tmp_path)
+    assert type(loaded.get_submodule(trained.name)) is nn.Linear
+    assert isinstance(loaded.get_submodule(other.name), FactoredLinear)
+    assert same_state(expand(loaded), weights.model)
+
+
+def test_nothing_reduced_is_a_plain_model(tmp_path):
+    weights = Weights(small_llama())
+    weights.keep_factors()
+    save_model(weights, tmp_path, None)
+    assert CONFIG_KEY not in json.loads((tmp_path / "config.json").read_text())
+    assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path), weights.model)
+    assert same_state(load(tmp_path), weights.model)
+
+
+def test_saving_a_loaded_model_and_loading_it_again_changes_nothing(saved, tmp_path):
+    _, folder = saved
+    loaded = load(folder)
+    loaded.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
+    again = load(tmp_path / "again")
+    assert same_state(again, loaded)
+    assert getattr(again.config, CONFIG_KEY) == getattr(loaded.config, CONFIG_KEY)
+
+
+def test_generation_is_the_dense_models(saved):
+    weights, folder = saved
+    ids = torch.arange(5)[None]
+    answers = [model.generate(ids, max_new_tokens=12, do_sample=False) for model in (weights.model, load(folder))]
+    assert torch.equal(*answers)
+
+
+def test_load_takes_what_from_pretrained_takes(saved):
+    _, folder = saved
+    loaded = load(str(folder), dtype=torch.bfloat16, attn_implementation="eager")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.config._attn_implementation == "eager"
+
+
+def test_loading_draws_no_random_number(saved):
+    _, folder = saved
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    load(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], "all-linear"])
+@pytest.mark.parametrize("merge_factored", [False, True])
+def test_lora_trains_on_factored_layers_and_merges(saved, targets, merge_factored, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    _, folder = saved
+    ids = torch.arange(12)[None]
+    adapted = get_peft_model(load(folder), LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    before = adapted(ids).logits.detach()
+    optimizer = torch.optim.SGD([each for each in adapted.parameters() if each.requires_grad], lr=1.0)
+    for _ in range(2):  # in the first step LoRA's zeros keep half of it still
+        optimizer.zero_grad()
+        adapted(ids, labels=ids).loss.backward()
+        optimizer.step()
+    query = adapted.get_base_model().get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(query.base_layer, FactoredLinear) and query.lora_B["default"].weight.abs().sum() > 0
+    adapted.eval()
+    after = adapted(ids).logits.detach()
+    assert (after - before).norm() > 1e-3 * before.norm()
+    adapted.save_pretrained(tmp_path / "adapter")
+    reloaded = PeftModel.from_pretrained(load(folder), tmp_path / "adapter").eval()
+    torch.testing.assert_close(reloaded(ids).logits, after)
+    merged = expand(adapted).merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, after, rtol=1e-4, atol=1e-4)
+
+
+def test_trainer_trains_saves_and_resumes(saved, tmp_path):
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    _, folder = saved
+    rows = Dataset.from_list([{"input_ids": list(range(start, start + 8)), "labels": list(range(8))} for start in range(8)])
+
+    def trainer(steps):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / "run"), max_steps=steps, per_device_train_batch_size=2, save_steps=2,
+            learning_rate=1e-2, report_to=[], disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        return Trainer(load(folder), arguments, train_dataset=rows)
+
+    first = trainer(2)
+    before = {name: value.clone() for name, value in first.model.state_dict().items()}
+    first.train()
+    name = "model.layers.0.self_attn.q_proj"
+    for part in ("weight", "right_factor", "bias"):
+        assert not torch.equal(first.model.state_dict()[f"{name}.{part}"], before[f"{name}.{part}"])
+    assert same_state(load(tmp_path / "run" / "checkpoint-2"), first.model)
+    resumed = trainer(4)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
