@@ -172,7 +172,7 @@ def apply(
     from splaser_plugin.output import check_output, whole_folder
 
     path = check_output(output, overwrite=overwrite, inputs=(model, recipe))
-    from splaser_plugin.factored import save_model
+    from splaser_plugin.factored_folder import save_model
     from splaser_plugin.jobs import lasered_weights
     from splaser_plugin.recipe import Recipe
 
@@ -199,7 +199,7 @@ def expand(
 
     path = check_output(output, overwrite=overwrite, inputs=(model,))
     progress = _progress()
-    from splaser_plugin.factored import expand_folder
+    from splaser_plugin.factored_folder import expand_folder
 
     with whole_folder(path) as folder:
         layers = expand_folder(model, folder)

@@ -14,7 +14,7 @@ from splaser_plugin.config import LaserConfig
 from splaser_plugin.distributed import is_main, wait_for_all
 from splaser_plugin.embedding import load_embedder
 from splaser_plugin.errors import ModelError
-from splaser_plugin.factored import parameter_counts, save_model
+from splaser_plugin.factored_folder import parameter_counts, save_model
 from splaser_plugin.generation import Generator
 from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, split_by_set
 from splaser_plugin.loading import context_length, load_model

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from splaser_plugin import factored
 from splaser_plugin.distributed import best_device
 from splaser_plugin.errors import CheckpointError, ConfigError, ModelError
+from splaser_plugin.factored import CONFIG_KEY
+from splaser_plugin.factored_folder import load as load_factored
 
 
 def pick_device(name: str) -> torch.device:
@@ -50,7 +51,7 @@ def load_model(
                 f"{name} has quantised weights, which can't be reduced. Give the model in bfloat16 or float32."
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-        load = factored.load if hasattr(config, factored.CONFIG_KEY) else AutoModelForCausalLM.from_pretrained
+        load = load_factored if hasattr(config, CONFIG_KEY) else AutoModelForCausalLM.from_pretrained
         model: Any = load(source, dtype=wanted, **extra)
     except (OSError, ValueError) as error:
         raise CheckpointError(

@@ -65,7 +65,7 @@ def run_scan(
 
         return _scan_loaded(load_model(model)[0], str(model), config, output, progress)
     from splaser_plugin.checkpoint import open_checkpoint, resolve_model
-    from splaser_plugin.factored import stored_ranks
+    from splaser_plugin.factored_folder import stored_ranks
 
     checkpoint = open_checkpoint(resolve_model(str(model)))
     if stored_ranks(checkpoint.folder, checkpoint.config):

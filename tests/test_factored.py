@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from splaser_plugin import LaserConfig, expand, laser, load
+from splaser_plugin import LaserConfig, expand, laser, load, spectrum
 from splaser_plugin.cli import main
 from splaser_plugin.errors import CheckpointError, ModelError
-from splaser_plugin.factored import CONFIG_KEY, FactoredLinear, factorize, is_factorable, save_model
+from splaser_plugin.factored import CONFIG_KEY, FactoredLinear, factorize, is_factorable
+from splaser_plugin.factored_folder import expand_folder, save_model
+from splaser_plugin.integrations.peft import merge_and_unload
 from splaser_plugin.jobs import apply_recipe, run_scan
 from splaser_plugin.loading import load_model
 from splaser_plugin.weights import Weights
@@ -233,30 +236,80 @@ def test_loading_draws_no_random_number(saved):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], "all-linear"])
-@pytest.mark.parametrize("merge_factored", [False, True])
-def test_lora_trains_on_factored_layers_and_merges(saved, targets, merge_factored, tmp_path):
-    from peft import LoraConfig, PeftModel, get_peft_model
+@pytest.fixture(params=["by name", "all-linear"])
+def trained_lora(saved, request):
+    """Adapters trained for two steps on a factored model, its folder, some tokens, and the logits of both."""
+    from peft import LoraConfig, get_peft_model
 
     _, folder = saved
+    targets = ["q_proj", "down_proj"] if request.param == "by name" else request.param
     ids = torch.arange(12)[None]
     adapted = get_peft_model(load(folder), LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
     before = adapted(ids).logits.detach()
     optimizer = torch.optim.SGD([each for each in adapted.parameters() if each.requires_grad], lr=1.0)
-    for _ in range(2):  # in the first step LoRA's zeros keep half of it still
+    for _ in range(2):  # after the first step LoRA's A is still as it was
         optimizer.zero_grad()
         adapted(ids, labels=ids).loss.backward()
         optimizer.step()
-    query = adapted.get_base_model().get_submodule("model.layers.0.self_attn.q_proj")
-    assert isinstance(query.base_layer, FactoredLinear) and query.lora_B["default"].weight.abs().sum() > 0
     adapted.eval()
-    after = adapted(ids).logits.detach()
+    return adapted, folder, ids, before, adapted(ids).logits.detach()
+
+
+def test_lora_trains_on_factored_layers_and_is_saved(trained_lora, tmp_path):
+    from peft import PeftModel
+
+    adapted, folder, ids, before, after = trained_lora
+    query = adapted.get_base_model().get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(query.base_layer, FactoredLinear)
+    assert query.lora_A["default"].weight.grad.abs().sum() > 0
     assert (after - before).norm() > 1e-3 * before.norm()
-    adapted.save_pretrained(tmp_path / "adapter")
-    reloaded = PeftModel.from_pretrained(load(folder), tmp_path / "adapter").eval()
-    torch.testing.assert_close(reloaded(ids).logits, after)
+    adapted.save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(load(folder), tmp_path).eval()(ids).logits, after)
+
+
+def test_lora_merges_into_the_factors(trained_lora, tmp_path):
+    adapted, folder, ids, _, after = trained_lora
+    merged = merge_and_unload(adapted)
+    torch.testing.assert_close(merged(ids).logits, after, rtol=1e-4, atol=1e-4)
+    query = merged.get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(query, FactoredLinear) and query.factors.rank == 5 + 2
+    merged.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert same_state(again, merged)
+    assert again.num_parameters() < expand(load(folder)).num_parameters()
+
+
+def test_lora_merges_into_the_dense_model(trained_lora):
+    adapted, _, ids, _, after = trained_lora
     merged = expand(adapted).merge_and_unload()
     torch.testing.assert_close(merged(ids).logits, after, rtol=1e-4, atol=1e-4)
+    assert not hasattr(merged.config, CONFIG_KEY)
+
+
+def test_an_adapter_too_large_for_the_factors_makes_a_plain_layer(saved):
+    from peft import LoraConfig, get_peft_model
+
+    _, folder = saved
+    config = LoraConfig(r=11, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(load(folder), config).eval()
+    ids = torch.arange(12)[None]
+    after = adapted(ids).logits
+    merged = merge_and_unload(adapted)
+    assert type(merged.get_submodule("model.layers.0.self_attn.q_proj")) is nn.Linear
+    torch.testing.assert_close(merged(ids).logits, after, rtol=1e-4, atol=1e-4)
+    assert getattr(merged.config, CONFIG_KEY).keys() == getattr(load(folder).config, CONFIG_KEY).keys() - {
+        "model.layers.0.self_attn.q_proj"
+    }
+
+
+def test_an_adapter_that_is_no_plain_lora_is_not_merged(saved):
+    from peft import LoHaConfig, get_peft_model
+
+    adapted = get_peft_model(load(saved[1]), LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(
+        ModelError, match=r"q_proj has an adapter that is no plain LoRA \(Linear\).*expand\(model\) first"
+    ):
+        merge_and_unload(adapted)
 
 
 def test_trainer_trains_saves_and_resumes(saved, tmp_path):
@@ -264,7 +317,9 @@ def test_trainer_trains_saves_and_resumes(saved, tmp_path):
     from transformers import Trainer, TrainingArguments
 
     _, folder = saved
-    rows = Dataset.from_list([{"input_ids": list(range(start, start + 8)), "labels": list(range(8))} for start in range(8)])
+    rows = Dataset.from_list(
+        [{"input_ids": list(range(start, start + 8)), "labels": list(range(8))} for start in range(8)]
+    )
 
     def trainer(steps):
         arguments = TrainingArguments(
@@ -283,3 +338,237 @@ def test_trainer_trains_saves_and_resumes(saved, tmp_path):
     resumed = trainer(4)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4
+
+
+QUICK = {"embedder": "self", "max_new_tokens": 6, "candidates": 6, "device": "cpu", "edge": "mp", "save": "factored"}
+ROWS = [
+    {"prompt": "What is the capital of France?", "chosen": "Paris.", "rejected": "Bananas."},
+    {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "Ask somebody else."},
+    {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "Go away."},
+]
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def run(request, tiny_folder, tmp_path_factory):
+    """A finished laser run that was saved factored."""
+    result = laser(tiny_folder, ROWS, config=LaserConfig(**QUICK, dtype=request.param))
+    return result, result.save(tmp_path_factory.mktemp("out") / "factored")
+
+
+def test_a_run_saves_what_it_scored(run, tmp_path):
+    result, out = run
+    assert result.search.kept, "this run has to keep something to show anything"
+    loaded = load(out)
+    layers = {name for name, module in loaded.named_modules() if isinstance(module, FactoredLinear)}
+    assert layers and layers <= {step.name for step in result.recipe.steps}
+    assert result.parameters == (result.model.num_parameters(), loaded.num_parameters())
+    result.model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size > (out / "model.safetensors").stat().st_size
+    assert same_state(expand(loaded), result.model)
+
+
+def test_a_dense_run_is_untouched_by_all_this(tiny_folder):
+    dense, factored = Weights(load_model(tiny_folder)[0]), Weights(load_model(tiny_folder)[0])
+    factored.keep_factors()
+    matrix = dense.matrices()[0][0]
+    before = dense.read(matrix).clone()
+    for weights in (dense, factored):
+        weights.reduce(matrix, 4)
+    assert dense.factors is None
+    assert torch.equal(dense.read(matrix), spectrum.truncate(before, 4))
+    torch.testing.assert_close(dense.read(matrix), factored.read(matrix), rtol=1e-5, atol=1e-5)
+
+
+def test_the_recipe_reproduces_the_factors(run, tiny_folder, tmp_path, monkeypatch):
+    result, out = run
+    model, _ = apply_recipe(out / "recipe.json", tiny_folder, device="cpu")
+    assert same_state(model, result.model)
+    again = tmp_path / "again"
+    call(monkeypatch, "apply", out / "recipe.json", tiny_folder, "-o", again, "--device", "cpu")
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert json.loads((again / "config.json").read_text()) == json.loads((out / "config.json").read_text())
+
+
+def call(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["splaser", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code, "the command failed"
+
+
+def test_expanding_gives_the_dense_folder(run, tmp_path, monkeypatch, capsys):
+    result, out = run
+    result.model.save_pretrained(tmp_path / "dense")
+    for overwrite in ([], ["--overwrite"]):
+        call(monkeypatch, "expand", out, "-o", tmp_path / "expanded", *overwrite)
+    assert "layers expanded" in capsys.readouterr().err
+    expanded = AutoModelForCausalLM.from_pretrained(tmp_path / "expanded")
+    assert same_state(expanded, result.model)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "expanded" / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
+    assert (tmp_path / "expanded" / "recipe.json").read_bytes() == (out / "recipe.json").read_bytes()
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "expanded")("Hello")["input_ids"]
+        == result.tokenizer("Hello")["input_ids"]
+    )
+
+
+def test_laser_prints_the_parameters_before_and_after(tiny_folder, tmp_path, monkeypatch, capsys):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(map(json.dumps, ROWS)))
+    options = shlex.split("--embedder self --max-new-tokens 6 --candidates 3 --edge mp --device cpu --save factored")
+    call(monkeypatch, "laser", tiny_folder, "--pairs", pairs, "-o", tmp_path / "out", *options)
+    printed = " ".join(capsys.readouterr().err.split())
+    before = load_model(tiny_folder)[0].num_parameters()
+    after = load(tmp_path / "out").num_parameters()
+    assert after < before
+    assert f"parameters {before:,} before, {after:,} after" in printed
+    assert f"dense model splaser expand {tmp_path / 'out'} -o ANOTHER_FOLDER" in printed
+
+
+def test_other_loaders_stop_at_a_factored_folder(saved):
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(saved[1])
+
+
+def test_a_factored_model_is_loaded_for_comparison_and_refused_for_another_reduction(run):
+    _, out = run
+    model, _ = load_model(out, device="cpu")
+    assert any(isinstance(module, FactoredLinear) for module in model.modules())
+    with pytest.raises(ModelError, match=r"has factored layers.*splaser expand FOLDER -o DENSE"):
+        Weights(model)
+    with pytest.raises(ModelError, match="has factored layers"):
+        laser(out, ROWS, config=LaserConfig(**QUICK))
+    with pytest.raises(CheckpointError, match=r"stored as factors, which are not scanned.*splaser expand"):
+        run_scan(str(out))
+
+
+def test_a_dense_model_has_nothing_to_expand(tiny_folder, tmp_path):
+    with pytest.raises(CheckpointError, match="has no factored layers, so there is nothing to expand"):
+        expand_folder(str(tiny_folder), tmp_path)
+
+
+def test_a_sharded_model_is_not_kept_as_factors():
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weights = Weights(fully_shard(small_llama(), mesh=init_device_mesh("cpu", (1,))))
+        with pytest.raises(ModelError, match="sharded over processes, so its matrices can't be kept as factors"):
+            weights.keep_factors()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_model_with_adapters_is_not_kept_as_factors():
+    from peft import LoraConfig, get_peft_model
+
+    from splaser_plugin.integrations.merged import MergedWeights
+
+    adapted = get_peft_model(small_llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ModelError, match=r"has adapters, so its matrices can't be kept as factors\. Use --save dense"):
+        MergedWeights(adapted).keep_factors()
+
+
+def test_a_trainer_hears_of_it_before_it_trains(tmp_path, tokenizer):
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    from splaser_plugin import LaserCallback
+
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[1, 2, 3]]})
+    callback = LaserCallback(pairs=ROWS, config=LaserConfig(**QUICK))
+    trainer = Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[callback])
+    with pytest.raises(ModelError, match="has adapters, so its matrices can't be kept as factors"):
+        trainer.train()
+
+
+def edit_config(folder, ranks):
+    config = json.loads((folder / "config.json").read_text())
+    config[CONFIG_KEY] = ranks(config[CONFIG_KEY]) if callable(ranks) else ranks
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+QUERY = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        (["a"], r"config\.json: splaser_factored is \['a'\], expected module names to ranks of at least 1"),
+        ({QUERY: 0}, "expected module names to ranks of at least 1"),
+        ({QUERY: True}, "expected module names to ranks of at least 1"),
+        ({QUERY: "5"}, "expected module names to ranks of at least 1"),
+        (None, "expected module names to ranks of at least 1"),
+        (lambda old: {**old, QUERY: 33}, rf"{QUERY}: rank 33, but its shape \(32, 32\) allows at most 32"),
+        (lambda old: {**old, QUERY: 10**30}, f"{QUERY}: rank 1{'0' * 30}, but its shape"),
+        (lambda old: {**old, QUERY: 4}, rf"tensor '{QUERY}.\w+' has shape .*, expected .* by config\.json"),
+        (
+            lambda old: {**old, "model.layers.9.mlp": 4},
+            "'model.layers.9.mlp' is no linear layer of this model; nearest",
+        ),
+        (lambda old: {**old, "model.embed_tokens": 4}, "'model.embed_tokens' is no linear layer of this model"),
+        (lambda old: {**old, "": 4}, "'' is no linear layer of this model"),
+        (
+            lambda old: {**old, "model.layers.1.mlp.up_proj": 4},
+            r"model\.safetensors: tensor 'model.layers.1.mlp.up_proj.weight' has shape \(64, 32\), expected \(64, 4\)",
+        ),
+        (
+            lambda old: {name: rank for name, rank in old.items() if name != QUERY},
+            rf"model\.safetensors: tensor '{QUERY}.weight' has shape \(32, 5\), expected \(32, 32\)",
+        ),
+    ],
+)
+def test_a_configuration_that_lies_is_refused(saved, ranks, message):
+    edit_config(saved[1], ranks)
+    with pytest.raises(CheckpointError, match=message):
+        load(saved[1])
+
+
+def without(name):
+    return lambda state: {each: tensor for each, tensor in state.items() if each != name}
+
+
+def changed(name, change):
+    return lambda state: {**state, name: change(state[name]).contiguous()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without(f"{QUERY}.right_factor"), f"tensor '{QUERY}.right_factor' is missing"),
+        (without(f"{QUERY}.weight"), f"tensor '{QUERY}.weight' is missing"),
+        (without("model.norm.weight"), "tensor 'model.norm.weight' is missing"),
+        (changed(f"{QUERY}.weight", lambda t: t[:, :3]), rf"safetensors: tensor '{QUERY}.weight' has shape \(32, 3\)"),
+        (changed(f"{QUERY}.right_factor", lambda t: t.T), rf"'{QUERY}.right_factor' has shape \(32, 5\), expected \(5"),
+        (changed(f"{QUERY}.weight", lambda t: t.long()), rf"tensor '{QUERY}.weight' is torch.int64, expected floating"),
+        (lambda state: {**state, "model.extra": torch.zeros(3)}, "tensor 'model.extra' belongs to no layer"),
+    ],
+)
+def test_tensors_that_are_missing_or_at_odds_are_refused(saved, change, message):
+    file = saved[1] / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        load(saved[1])
+
+
+def test_a_file_that_was_cut_off_is_refused(saved):
+    file = saved[1] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .* cut off"):
+        load(saved[1])
+
+
+def test_a_factored_head_that_is_tied_is_refused(tmp_path):
+    weights = lasered(small_llama(tie_word_embeddings=True))
+    save_model(weights, tmp_path, None)
+    edit_config(tmp_path, lambda old: {**old, "lm_head": 4})
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), "lm_head.right_factor": torch.zeros(4, 32)}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="lm_head"):
+        load(tmp_path)
