@@ -121,6 +121,8 @@ class LaserCallback(TrainerCallback):
 
     def _check_what_training_would_be_lost_on(self, trainer: Any, args: TrainingArguments, model: Any) -> None:
         """Raise now what would otherwise be raised after hours of training."""
+        if self.config.save == "factored":
+            _weights(trainer.accelerator.unwrap_model(model)).keep_factors()
         with undisturbed():
             self._split = read_pairs(self._rows(trainer), self.config)
             check_output(_output(args), overwrite=True, inputs=(model_name(trainer.accelerator.unwrap_model(model)),))

@@ -169,17 +169,38 @@ def apply(
     from splaser_plugin.output import check_output, whole_folder
 
     path = check_output(output, overwrite=overwrite, inputs=(model, recipe))
-    from splaser_plugin.jobs import apply_recipe
+    from splaser_plugin.factored_folder import save_model
+    from splaser_plugin.jobs import lasered_weights
     from splaser_plugin.recipe import Recipe
 
     loaded = Recipe.load(recipe)
     progress = _progress()
-    lasered, tokenizer = apply_recipe(loaded, model, device=device, progress=progress)
+    lasered, tokenizer = lasered_weights(loaded, model, device=device, progress=progress)
     with whole_folder(path) as folder:
-        lasered.save_pretrained(folder)
+        save_model(lasered, folder, None)
         tokenizer.save_pretrained(folder)
         loaded.save(folder / "recipe.json")
     progress.fact("matrices reduced", str(len(loaded.steps)))
+    progress.fact("model", str(output))
+
+
+@app.command()
+def expand(
+    *,
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a model saved with --save factored.")],
+    output: Output,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a model that is stored in factors into a plain one, equal to what --save dense writes."""
+    from splaser_plugin.output import check_output, whole_folder
+
+    path = check_output(output, overwrite=overwrite, inputs=(model,))
+    progress = _progress()
+    from splaser_plugin.factored_folder import expand_folder
+
+    with whole_folder(path) as folder:
+        layers = expand_folder(model, folder)
+    progress.fact("layers expanded", str(layers))
     progress.fact("model", str(output))
 
 
@@ -236,9 +257,14 @@ def _show_scan(found: Scan, output: Path, progress: Progress) -> None:
 def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:
     found = result.search
     progress.fact("kept", f"{len(found.kept)} of {len(found.trials)} candidates")
-    removed, total = found.parameters_removed, sum(each.numel() for each in result.model.parameters())
-    progress.fact("parameters", f"{removed:,} of {total:,} removed, if stored as factors")
+    dense, stored = result.parameters
+    if result.recipe.settings["save"] == "factored":
+        progress.fact("parameters", f"{dense:,} before, {stored:,} after")
+    else:
+        progress.fact("parameters", f"{found.parameters_removed:,} of {dense:,} removed, if stored as factors")
     progress.fact("score", f"{found.baseline.mean:+.4f} before, {found.final.mean:+.4f} after, on the same pairs")
+    if stored < dense:
+        progress.fact("dense model", f"splaser expand {output} -o ANOTHER_FOLDER")
     progress.fact("model", str(output))
     progress.fact("rebuild", f"splaser apply {output / 'recipe.json'} {result.recipe.model} -o ANOTHER_FOLDER")
 

@@ -15,6 +15,7 @@ from splaser_plugin.acceptance import Acceptance, Confident, Harmless, Improve
 from splaser_plugin.config import LaserConfig
 from splaser_plugin.distributed import in_main
 from splaser_plugin.errors import ConfigError, ModelError
+from splaser_plugin.factored_folder import parameter_counts, save_model
 from splaser_plugin.guard import Guard
 from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, split_by_set, split_windows
 from splaser_plugin.laser_journal import Journal, LaserJournal, RecordedScorer
@@ -58,6 +59,11 @@ class LaserResult:
         """The model, lasered in place."""
         return self.weights.model
 
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """How many numbers the dense model has, and how many `save` writes."""
+        return parameter_counts(self.weights)
+
     def results(self) -> dict[str, Any]:
         """The content of results.json."""
         return {
@@ -91,7 +97,7 @@ class LaserResult:
         def write() -> None:
             check_output(out, overwrite=overwrite, inputs=(self.recipe.model,))
             with whole_folder(path, needed=self.weights.size) as folder:
-                self.model.save_pretrained(folder, state_dict=state)
+                save_model(self.weights, folder, state)
                 self.tokenizer.save_pretrained(folder)
                 self.scan.save(folder / "scan.json")
                 self.recipe.save(folder / "recipe.json")
@@ -171,6 +177,8 @@ def laser_weights(
 ) -> LaserResult:
     """The job of `laser` on weights that are loaded already, wherever they live. name: how the model is called."""
     journal = journal or Journal()
+    if config.save == "factored":
+        weights.keep_factors()
     model: Any = weights.model
     device = next(iter(weights.parameters.values())).device
     progress.fact("device", f"{device}, {_dtype(model)}")
@@ -280,14 +288,27 @@ def apply_recipe(
 
     Raises RecipeError when the model isn't the recipe's.
     """
+    weights, tokenizer = lasered_weights(recipe, model, device=device, progress=progress)
+    return weights.model, tokenizer
+
+
+def lasered_weights(
+    recipe: Recipe | str | Path,
+    model: str | Path | nn.Module,
+    *,
+    device: str = "auto",
+    progress: Progress = SILENT,
+) -> tuple[Weights, Any]:
+    """The same as `apply_recipe`, as weights that `factored.save_model` can write."""
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     tokenizer = None
     loaded: Any = model
     if not isinstance(model, nn.Module):
         adapter = recipe.settings.get("adapter", "")
         loaded, tokenizer = load_model(model, device=device, dtype=recipe.dtype, adapter=adapter)
-    carry_out(recipe, Weights(loaded), progress=progress)
-    return loaded, tokenizer
+    weights = Weights(loaded)
+    carry_out(recipe, weights, progress=progress)
+    return weights, tokenizer
 
 
 def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None, config: LaserConfig) -> Split:
