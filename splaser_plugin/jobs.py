@@ -21,11 +21,12 @@ from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, sp
 from splaser_plugin.laser_journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.loading import load_model
 from splaser_plugin.output import check_output, check_space, whole_folder
-from splaser_plugin.pairs import Pair, PairSet, load_pairs, pairs_from_rows, pairs_sha256
+from splaser_plugin.pairs import ROWS, Pair, PairSet, load_pairs, pairs_from_rows, pairs_sha256
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.racing import Race
 from splaser_plugin.recipe import Recipe, Step, carry_out, versions
 from splaser_plugin.rulers import Material, Rulers, check_rulers
+from splaser_plugin.run_file import run_file
 from splaser_plugin.scan import Scan, scan_model, write_json
 from splaser_plugin.scoring import Scorer, Scores
 from splaser_plugin.search import Judge, SearchResult, Trial, choose_candidates, search
@@ -34,6 +35,7 @@ from splaser_plugin.weights import Weights, model_name
 __all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs"]
 
 RESULTS_SCHEMA = "splaser.results/1"
+NO_PAIRS = "none"
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class LaserResult:
         }
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the model, its tokenizer, scan.json, recipe.json and results.json: all of them or nothing.
+        """Write the model, its tokenizer, scan.json, recipe.json, run.yaml and results.json: all of them or nothing.
 
         Under several processes all have to call it, and the main one writes.
         Raises OutputError when the folder exists and isn't empty, or can't be written.
@@ -101,10 +103,15 @@ class LaserResult:
                 self.tokenizer.save_pretrained(folder)
                 self.scan.save(folder / "scan.json")
                 self.recipe.save(folder / "recipe.json")
+                (folder / "run.yaml").write_text(self._run_file(), encoding="utf-8")
                 write_json(folder / "results.json", self.results())
 
         in_main(write)
         return path
+
+    def _run_file(self) -> str:
+        source = "" if self.pairs.source in (ROWS, NO_PAIRS) else self.pairs.source
+        return run_file({"model": self.recipe.model, "pairs": source}, self.recipe.settings)
 
 
 def laser(
@@ -319,7 +326,7 @@ def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None,
     if pairs is None or pairs == "":
         if config.needs_pairs:
             raise ConfigError("--pairs: none were given; only --scorer perplexity goes without. Give --pairs FILE.")
-        return Split(PairSet((), "none", {}, 0), (), (), "no pairs")
+        return Split(PairSet((), NO_PAIRS, {}, 0), (), (), "no pairs")
     pair_set = _pair_set(pairs, config)
     if config.held_out:
         return split_by_set(pair_set, _pair_set(config.held_out, config))
