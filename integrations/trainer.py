@@ -124,7 +124,7 @@ class LaserCallback(TrainerCallback):
             self._split = read_pairs(self._rows(trainer), self.config)
             check_output(_output(args), overwrite=True, inputs=(_name(trainer.accelerator.unwrap_model(model)),))
             if self.config.embedder != "self":
-                SentenceEmbedder(self.config.embedder, torch.device("cpu"))
+                SentenceEmbedder(self.config.embedder, torch.device("cpu"), allow_pickle=self.config.allow_pickle)
 
     def _laser(self, trainer: Any, model: Any) -> dict[str, float]:
         started = time.monotonic()

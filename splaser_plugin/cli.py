@@ -118,7 +118,7 @@ def scan(
     from splaser_plugin.selection import top_by_type
 
     join_processes()
-    progress = _progress(transformers=model.endswith(".gguf"))
+    progress = _progress(transformers=model.endswith(".gguf") or config.allow_pickle)
     found = run_scan(model, config=config, output=output, progress=progress)
     if not is_main():
         return
@@ -166,6 +166,7 @@ def apply(
     model: Model,
     output: Output,
     device: Annotated[str, typer.Option(help="Device to compute on.")] = "auto",
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load weights that are pickled (.bin).")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Rebuild a lasered model from its recipe and the base model."""
@@ -177,7 +178,7 @@ def apply(
 
     loaded = Recipe.load(recipe)
     progress = _progress()
-    lasered, tokenizer = apply_recipe(loaded, model, device=device, progress=progress)
+    lasered, tokenizer = apply_recipe(loaded, model, device=device, allow_pickle=allow_pickle, progress=progress)
     with whole_folder(path) as folder:
         lasered.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

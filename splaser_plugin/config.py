@@ -44,6 +44,7 @@ class ScanConfig:
     include: tuple[str, ...] = option((), "Only matrices that match this pattern of dotted segments; repeatable.")
     exclude: tuple[str, ...] = option((), "Leave out matrices that match this pattern; repeatable.")
     precision: str = option("auto", "Arithmetic of the singular values.", choices=PRECISIONS)
+    allow_pickle: bool = option(False, "Load weights that are pickled (.bin) if there are no others.")
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):

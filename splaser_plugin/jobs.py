@@ -120,7 +120,13 @@ def laser(
             raise ModelError("a loaded model was given without its tokenizer. Pass tokenizer=...")
         name = _name_of(model)
     else:
-        model, tokenizer = load_model(model, device=config.device, dtype=config.dtype, adapter=config.adapter)
+        model, tokenizer = load_model(
+            model,
+            device=config.device,
+            dtype=config.dtype,
+            adapter=config.adapter,
+            allow_pickle=config.allow_pickle,
+        )
     return laser_weights(Weights(model), tokenizer, split, config=config, name=name, progress=progress)
 
 
@@ -142,7 +148,7 @@ def laser_weights(
     prompter = Prompter(tokenizer, config.template, context_length(model))
     generator = Generator(model, prompter, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     at_once = config.batch_size or FORWARD_BATCH
-    embedder = load_embedder(config.embedder, weights, tokenizer, device, at_once)
+    embedder = load_embedder(config.embedder, weights, tokenizer, device, at_once, allow_pickle=config.allow_pickle)
     scorer = SemanticScorer(generator, embedder, split.search)
     held_out = SemanticScorer(generator, embedder, split.held_out) if split.held_out else None
     judge = Judge(
@@ -191,18 +197,21 @@ def apply_recipe(
     model: str | Path | nn.Module,
     *,
     device: str = "auto",
+    allow_pickle: bool = False,
     progress: Progress = SILENT,
 ) -> tuple[Any, Any]:
     """The lasered model from its recipe and the base model, and the tokenizer (None for a loaded model).
 
-    Raises RecipeError when the model isn't the recipe's.
+    device, allow_pickle: see `load_model`. Raises RecipeError when the model isn't the recipe's.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     tokenizer = None
     loaded: Any = model
     if not isinstance(model, nn.Module):
         adapter = recipe.settings.get("adapter", "")
-        loaded, tokenizer = load_model(model, device=device, dtype=recipe.dtype, adapter=adapter)
+        loaded, tokenizer = load_model(
+            model, device=device, dtype=recipe.dtype, adapter=adapter, allow_pickle=allow_pickle
+        )
     carry_out(recipe, Weights(loaded), progress=progress)
     return loaded, tokenizer
 
