@@ -25,6 +25,7 @@ from splaser_plugin.jobs import LaserResult, laser_weights, read_pairs
 from splaser_plugin.output import check_output
 from splaser_plugin.pairs import PairSet
 from splaser_plugin.progress import Progress
+from splaser_plugin.rulers import check_rulers
 from splaser_plugin.scan import scan_model
 from splaser_plugin.selection import choose
 from splaser_plugin.weights import Weights
@@ -120,9 +121,12 @@ class LaserCallback(TrainerCallback):
 
     def _check_what_training_would_be_lost_on(self, trainer: Any, args: TrainingArguments, model: Any) -> None:
         """Raise now what would otherwise be raised after hours of training."""
+        if self.config.save == "factored":
+            _weights(trainer.accelerator.unwrap_model(model)).keep_factors()
         with undisturbed():
             self._split = read_pairs(self._rows(trainer), self.config)
             check_output(_output(args), overwrite=True, inputs=(_name(trainer.accelerator.unwrap_model(model)),))
+            check_rulers(self.config)
             if self.config.embedder != "self":
                 SentenceEmbedder(self.config.embedder, torch.device("cpu"), allow_pickle=self.config.allow_pickle)
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from splaser_plugin.distributed import best_device
 from splaser_plugin.errors import CheckpointError, ConfigError, ModelError
+from splaser_plugin.factored import CONFIG_KEY
+from splaser_plugin.factored_folder import load as load_factored
 from splaser_plugin.model_folder import resolve_model
 from splaser_plugin.safetensors_header import shown
 from splaser_plugin.trust import (
@@ -78,6 +80,8 @@ def _load(name: str | Path, source: str, dtype: str | torch.dtype, options: dict
                 f"{name} has quantised weights, which can't be reduced. Give the model in bfloat16 or float32."
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **files)
+        if hasattr(config, CONFIG_KEY):
+            return load_factored(source, dtype=dtype), tokenizer
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
         )

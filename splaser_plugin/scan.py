@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from splaser_plugin import __version__
 from splaser_plugin.config import ScanConfig
-from splaser_plugin.errors import RecipeError, SpectrumError
+from splaser_plugin.errors import CheckpointError, RecipeError, SpectrumError
 from splaser_plugin.matrices import Matrix
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.scan_records import SCHEMA, MatrixScan, Scan, matrix_scan, rank_key, read_json, write_json
@@ -62,6 +62,7 @@ def run_scan(
         name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
         return _scan_loaded(model, name, config, output, progress)
     from splaser_plugin.checkpoint import open_checkpoint, resolve_model
+    from splaser_plugin.factored_folder import stored_ranks
 
     allow_pickle = config is not None and config.allow_pickle
     if str(model).endswith(".gguf") or (allow_pickle and _is_pickled(str(model))):
@@ -70,6 +71,11 @@ def run_scan(
         loaded, _ = load_model(model, allow_pickle=allow_pickle)
         return _scan_loaded(loaded, str(model), config, output, progress)
     checkpoint = open_checkpoint(resolve_model(str(model)))
+    if stored_ranks(checkpoint.folder, checkpoint.config):
+        raise CheckpointError(
+            f"{model}: has matrices stored as factors, which are not scanned. Scan the dense model: "
+            f"splaser expand {model} -o DENSE."
+        )
     return scan_checkpoint(checkpoint, config=config, name=str(model), output=output, progress=progress)
 
 
