@@ -18,12 +18,15 @@ from splaser_plugin.generation import Generator
 from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, split_by_set
 from splaser_plugin.loading import context_length, load_model
 from splaser_plugin.margin import MarginScorer
+from splaser_plugin.model_card import model_card
 from splaser_plugin.output import check_output, whole_folder
 from splaser_plugin.pairs import Pair, PairSet, load_pairs, pairs_from_rows
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.prompts import Prompter
 from splaser_plugin.racing import Race
 from splaser_plugin.recipe import Recipe, Step, carry_out, versions
+from splaser_plugin.report import write_report
+from splaser_plugin.report_run import RESULTS_SCHEMA, run_from_results
 from splaser_plugin.scan import Scan, run_scan, scan_model, write_json
 from splaser_plugin.scoring import Scorer, Scores, SemanticScorer
 from splaser_plugin.search import Judge, SearchResult, Trial, choose_candidates, search
@@ -31,7 +34,6 @@ from splaser_plugin.weights import Weights
 
 __all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs", "run_scan"]
 
-RESULTS_SCHEMA = "splaser.results/1"
 FORWARD_BATCH = 32
 """Texts in one forward pass where the number of prompts generated for at once is found by measurement."""
 
@@ -78,7 +80,7 @@ class LaserResult:
         }
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the model, its tokenizer, scan.json, recipe.json and results.json: all of them or nothing.
+        """Write the model, its tokenizer and card, scan.json, recipe.json, results.json and report.html, or nothing.
 
         Under several processes all have to call it, and the main one writes.
         Raises OutputError when the folder exists and isn't empty.
@@ -91,7 +93,11 @@ class LaserResult:
                 self.tokenizer.save_pretrained(folder)
                 self.scan.save(folder / "scan.json")
                 self.recipe.save(folder / "recipe.json")
-                write_json(folder / "results.json", self.results())
+                results = self.results()
+                write_json(folder / "results.json", results)
+                run = run_from_results(results)
+                write_report(folder / "report.html", self.scan, run)
+                model_card(self.recipe, run).save(folder / "README.md")
         wait_for_all()
         return path
 
