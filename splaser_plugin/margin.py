@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from splaser_plugin.distributed import share
-from splaser_plugin.generation import evaluating
 from splaser_plugin.pairs import Pair
 from splaser_plugin.prompts import Prompter
 from splaser_plugin.scoring import Scores
-from splaser_plugin.teacher_forcing import LOGITS_ROWS, forced_logits
+from splaser_plugin.teacher_forcing import fitting_batch, mean_log_probabilities
 
 
 class MarginScorer:
@@ -33,8 +30,7 @@ class MarginScorer:
             [_answer_tokens(prompter, prompt, text) for text in (pair.chosen, pair.rejected) if text is not None]
             for pair, prompt in zip(pairs, self.prompts, strict=True)
         ]
-        longest = max(1, *(len(answer) for answers in self.answers for answer in answers))
-        self.batch_size = max(1, min(batch_size, LOGITS_ROWS // longest))
+        self.batch_size = fitting_batch(batch_size, max(len(answer) for answers in self.answers for answer in answers))
 
     def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
         wanted = [(item, place) for item in items for place in range(len(self.answers[item]))]
@@ -46,26 +42,9 @@ class MarginScorer:
         """Mean log-probability of each of these answers, given by item and place."""
         prompts = [self.prompts[item] for item, _ in wanted]
         answers = [self.answers[item][place] for item, place in wanted]
-        order = sorted(range(len(wanted)), key=lambda index: len(prompts[index]) + len(answers[index]))
-        means: dict[int, float] = {}
-        with evaluating(self.model):
-            for first in range(0, len(order), self.batch_size):
-                batch = order[first : first + self.batch_size]
-                found = forced_logits(
-                    self.model, [prompts[index] for index in batch], [answers[index] for index in batch]
-                )
-                for index, logits in zip(batch, found, strict=True):
-                    means[index] = _mean_log_probability(logits, answers[index])
-        return [means[index] for index in range(len(wanted))]
+        return mean_log_probabilities(self.model, prompts, answers, batch_size=self.batch_size)
 
 
 def _answer_tokens(prompter: Prompter, prompt: list[int], text: str) -> list[int]:
     tokens = prompter.tokenizer(text, add_special_tokens=False)["input_ids"]
     return tokens if prompter.context is None else tokens[: prompter.context - len(prompt)]
-
-
-def _mean_log_probability(logits: torch.Tensor, tokens: list[int]) -> float:
-    if not tokens:
-        return 0.0
-    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
-    return log_probabilities.gather(-1, torch.tensor(tokens, device=logits.device)[:, None]).mean().item()

@@ -88,12 +88,30 @@ def _what_was_done(recipe: Recipe, run: Run | None, base: str) -> str:
         lines.append("The base model was a local folder or file of that name.")
     if run:
         lines.append(
-            f"{len(run.attempts)} candidates were tried one after the other, each reduced to the rank in the table "
-            f"below, and a change was kept only where the model scored better on {run.searched} preference pairs of "
-            f"{code(public_name(run.source))}; everything else was put back bit for bit."
+            f"{len(run.attempts)} candidates were tried one after the other, and a change was kept only where the "
+            f"model {_rule(run)} on {_material(run)}; everything else was put back bit for bit."
         )
-    lines.append("A reduced matrix has a lower rank and its old shape: the model is as large as before.")
+    lines.append(_how_stored(recipe))
     return "\n".join(lines)
+
+
+def _rule(run: Run) -> str:
+    return "scored better" if run.compared_with == "best" else "surely scored no worse than the base by the tolerance"
+
+
+def _material(run: Run) -> str:
+    if run.unit != "pairs":
+        return f"{run.searched} {run.unit} of text"
+    return f"{run.searched} preference pairs of {code(public_name(run.source))}"
+
+
+def _how_stored(recipe: Recipe) -> str:
+    if recipe.settings.get("save") != "factored":
+        return "A reduced matrix has a lower rank and its old shape: the model is as large as before."
+    return (
+        "Reduced matrices are stored as two factors where that is smaller, so the model is loaded by splaser: "
+        "`splaser_plugin.load(FOLDER)` gives a transformers model, and `splaser expand FOLDER -o DENSE` a plain folder."
+    )
 
 
 def _recipe_table(recipe: Recipe) -> str:
@@ -107,27 +125,30 @@ def _recipe_table(recipe: Recipe) -> str:
 
 
 def _scores(recipe: Recipe, run: Run | None) -> str:
-    rows = ["| pairs | before | after |", "| --- | --- | --- |"]
-    pairs = f"{run.searched} that the search used" if run else "those that the search used"
-    rows.append(f"| {pairs} | {_signed(recipe.scores, 'baseline')} | {_signed(recipe.scores, 'final')} |")
-    lines = ["The search chose what scored best on its own pairs, so on new ones expect less. " + _verdict(run)]
+    rows = ["| on | before | after |", "| --- | --- | --- |"]
+    searched = f"{run.searched} {run.unit} that the search used" if run else "what the search used"
+    rows.append(f"| {searched} | {_signed(recipe.scores, 'baseline')} | {_signed(recipe.scores, 'final')} |")
+    lines = ["The search chose what scored best on what it used, so on anything new expect less. " + _verdict(run)]
     if run and run.verdict:
-        rows.append(f"| {run.verdict.pairs} held out | {run.verdict.base:+.4f} | {run.verdict.result:+.4f} |")
+        rows.append(
+            f"| {run.verdict.items} {run.unit} held out | {run.verdict.base:+.4f} | {run.verdict.result:+.4f} |"
+        )
     return "\n".join([*rows, "", *lines])
 
 
 def _verdict(run: Run | None) -> str:
     if run is None:
-        return "The verdict on pairs that the search never saw stands in the card of the run that made the recipe."
+        return "The verdict on what the search never saw stands in the card of the run that made the recipe."
     if run.verdict is None:
-        return "No pairs were held out, so there is no verdict."
-    return f"On pairs that the search never saw: **{run.verdict.verdict}**. {_interval(run.verdict)}"
+        return "Nothing was held out, so there is no verdict."
+    words = "; ".join(filter(None, (run.verdict.verdict, run.verdict.loss_verdict)))
+    return f"On {run.unit} that the search never saw: **{words}**. {_interval(run.verdict)}"
 
 
 def _interval(verdict: Verdict) -> str:
     low, high = verdict.interval
     return (
-        f"Mean difference {verdict.difference:+.4f} (95 % interval {low:+.4f} to {high:+.4f}): {verdict.better} pairs "
+        f"Mean difference {verdict.difference:+.4f} (95 % interval {low:+.4f} to {high:+.4f}): {verdict.better} "
         f"better, {verdict.worse} worse, {verdict.equal} equal."
     )
 

@@ -178,6 +178,7 @@ def _chart_data(scan: Scan, run: Run | None) -> dict[str, Any]:
         "noise": {f"{rows}x{columns}": _noise_curve((rows, columns)) for rows, columns in shapes},
         "verdict": verdict
         and {
+            "unit": run.unit if run else "",
             "difference": _short(verdict.difference),
             "interval": [_short(end) for end in verdict.interval],
             "differences": [_short(each) for each in verdict.differences],

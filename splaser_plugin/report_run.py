@@ -28,13 +28,11 @@ class Attempt:
     full_rank: int
     verdict: str
     score: float | None
-    """Mean over the pairs it was scored on; None: it was screened out."""
+    """Mean over the items it was scored on; None: it was screened out."""
     change: float | None
-    """That mean minus the best model's before it, on the same pairs."""
+    """That mean minus that of the model it was compared with, on the same items."""
     interval: Interval | None
-    """95 % interval of `change` by paired bootstrap, for this candidate alone; None for fewer than 2 pairs."""
-    pairs: int
-    """How many it was scored on."""
+    """95 % interval of `change` by paired bootstrap, for this candidate alone; None for fewer than 2 items."""
     reason: str
     """Why it ended as it did, for people."""
 
@@ -65,9 +63,11 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The comparison on the held-out pairs."""
+    """The comparison on the held-out items."""
 
     verdict: str
+    loss_verdict: str
+    """Whether a loss of the tolerance can be ruled out; empty where there is no tolerance."""
     base: float
     """Mean score of the base model."""
     result: float
@@ -77,12 +77,12 @@ class Verdict:
     worse: int
     equal: int
     differences: tuple[float, ...]
-    """Of each pair."""
+    """Of each item."""
     prompts: tuple[str, ...]
-    """Of each pair; none if they were not recorded."""
+    """Of each pair; none for windows, or if they were not recorded."""
 
     @property
-    def pairs(self) -> int:
+    def items(self) -> int:
         return self.better + self.worse + self.equal
 
 
@@ -92,14 +92,20 @@ class Run:
 
     source: str
     """Where the pairs come from."""
+    unit: str
+    """What a score is of: `pairs`, or `windows` of text."""
     searched: int
-    """Pairs that the search scored on."""
+    """How many of them the search scored on."""
+    compared_with: str
+    """What each candidate had to beat or to equal: the `best` model so far, or the `base`."""
+    parameters_removed: int
+    """How many parameters fewer the kept matrices have, stored as factors."""
     baseline: float
     final: float
     attempts: tuple[Attempt, ...]
     verdict: Verdict | None
     split: str
-    """Which pairs are held out, or why none are."""
+    """Which items are held out, or why none are."""
     exchanges: tuple[Exchange, ...]
     """Those whose answers changed, most changed first."""
     answers: int
@@ -135,10 +141,13 @@ def _run(stored: Mapping[str, Any]) -> Run:
     changed = [each for each in exchanges if each.before != each.after]
     return Run(
         source=stored["pairs"]["source"],
+        unit=stored.get("unit", "pairs"),
         searched=len(baseline["per_pair"]),
+        compared_with=stored.get("compared_with", "best"),
+        parameters_removed=stored.get("parameters_removed", 0),
         baseline=baseline["score"],
         final=final["score"],
-        attempts=tuple(_attempts(stored["candidates"], baseline["per_pair"])),
+        attempts=tuple(_attempts(stored)),
         verdict=_verdict(held_out, texts["held_out"]),
         split=held_out["split"],
         exchanges=tuple(sorted(changed, key=lambda each: (-abs(each.change), each.prompt))),
@@ -146,9 +155,10 @@ def _run(stored: Mapping[str, Any]) -> Run:
     )
 
 
-def _attempts(candidates: Sequence[Mapping[str, Any]], baseline: Sequence[float]) -> Iterator[Attempt]:
-    best = list(baseline)
-    for each in candidates:
+def _attempts(stored: Mapping[str, Any]) -> Iterator[Attempt]:
+    unit, with_best = stored.get("unit", "pairs"), stored.get("compared_with", "best") == "best"
+    best: list[float] = stored["baseline"]["per_pair"]
+    for each in stored["candidates"]:
         values: list[float] = each["per_pair"]
         differences = [value - best[place] for place, value in zip(each["pairs_scored"], values, strict=True)]
         yield Attempt(
@@ -159,20 +169,22 @@ def _attempts(candidates: Sequence[Mapping[str, Any]], baseline: Sequence[float]
             score=each["score"],
             change=sum(differences) / len(differences) if differences else None,
             interval=paired_bootstrap(differences, risk=RISK, seed=0) if len(differences) > 1 else None,
-            pairs=len(values),
-            reason=_reason(each, len(values)),
+            reason=_reason(each, f"{len(values)} {unit}", with_best),
         )
-        if each["verdict"] == "kept":
+        if each["verdict"] == "kept" and with_best:
             best = values
 
 
-def _reason(candidate: Mapping[str, Any], pairs: int) -> str:
-    screened = candidate.get("screen_change")
+def _reason(candidate: Mapping[str, Any], items: str, with_best: bool) -> str:
+    """items: how many it was scored on, and of what."""
+    kept = "better than the best before it" if with_best else "surely not worse than the base by the tolerance"
     return {
-        "kept": f"better than the best before it, on all {pairs} pairs",
-        "restored": f"scored on all {pairs} pairs and not better by the rule of this run; put back bit for bit",
-        "stopped": f"after {pairs} pairs a bound said that it can't win any more; put back bit for bit",
-        "screened": f"the screen's score fell by {-(screened or 0):.4f}, so no answer was generated",
+        "kept": f"{kept}, on all {items}",
+        "restored": f"scored on all {items} and not accepted by the rule of this run; put back bit for bit",
+        "stopped": f"after {items} a bound said that it can't be accepted any more; put back bit for bit",
+        "screened": f"the screen's score fell by {-(candidate.get('screen_change') or 0):.4f}, so it was not scored",
+        "guarded": f"accepted on all {items}, but the guard measured {candidate.get('guard_loss') or 0:.4f}, over its "
+        "limit; put back bit for bit",
     }.get(candidate["verdict"], "")
 
 
@@ -197,6 +209,7 @@ def _verdict(held_out: Mapping[str, Any], texts: Sequence[Mapping[str, Any]]) ->
     pairs = zip(held_out["base"]["per_pair"], held_out["result"]["per_pair"], strict=True)
     return Verdict(
         verdict=held_out["verdict"],
+        loss_verdict=held_out.get("loss_verdict") or "",
         base=held_out["base"]["score"],
         result=held_out["result"]["score"],
         difference=held_out["difference"],

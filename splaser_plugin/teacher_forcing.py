@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from splaser_plugin.generation import evaluating
+
 LOGITS_ROWS = 2048
 """Predicted tokens in one forward pass, about: each has logits over the whole vocabulary."""
 
@@ -31,6 +33,38 @@ def forced_logits(model: Any, prompts: Sequence[Sequence[int]], answers: Sequenc
     left_out = ids.shape[1] - logits.shape[1]
     first = [len(prompt) - 1 - left_out for prompt in prompts]
     return [logits[row, start : start + len(answers[row])] for row, start in enumerate(first)]
+
+
+def mean_log_probabilities(
+    model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, batch_size: int
+) -> list[float]:
+    """Mean log-probability of each answer's tokens after its prompt, in nats a token; 0 for an empty answer.
+
+    batch_size: most answers in one forward pass; those of similar length go together. The model is in evaluation
+    mode meanwhile.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]) + len(answers[index]))
+    means: dict[int, float] = {}
+    with evaluating(model):
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            found = forced_logits(model, [prompts[index] for index in batch], [answers[index] for index in batch])
+            for index, logits in zip(batch, found, strict=True):
+                means[index] = mean_log_probability(logits, answers[index])
+    return [means[index] for index in range(len(prompts))]
+
+
+def mean_log_probability(logits: Tensor, tokens: Sequence[int]) -> float:
+    """In nats a token; 0 without tokens. logits: (tokens, vocabulary), those that predict each token."""
+    if not tokens:
+        return 0.0
+    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
+    return log_probabilities.gather(-1, torch.tensor(tokens, device=logits.device)[:, None]).mean().item()
+
+
+def fitting_batch(batch_size: int, longest: int) -> int:
+    """How many answers of at most `longest` tokens, at most `batch_size`, leave the logits within bounds."""
+    return max(1, min(batch_size, LOGITS_ROWS // max(1, longest)))
 
 
 def _can_leave_out_logits(model: Any) -> bool:

@@ -53,10 +53,10 @@ def test_a_card_says_what_was_done_and_how_good_it_is():
     for step in STEPS:
         assert f"| `{step.name}` | {step.shape[0]} x {step.shape[1]} | 5 | `iqr` | 3.25 |" in text
     assert "2 of its weight matrices" in text
-    assert "| 20 that the search used | +0.2000 | +0.2500 |" in text
-    assert f"| 8 held out | {RUN.verdict.base:+.4f} | {RUN.verdict.result:+.4f} |" in text
+    assert "| 20 pairs that the search used | +0.2000 | +0.2500 |" in text
+    assert f"| 8 pairs held out | {RUN.verdict.base:+.4f} | {RUN.verdict.result:+.4f} |" in text
     assert "On pairs that the search never saw: **better**. Mean difference" in text
-    assert "(95 % interval +0.0500 to +0.1500): 8 pairs better, 0 worse, 0 equal." in text
+    assert "(95 % interval +0.0500 to +0.1500): 8 better, 0 worse, 0 equal." in text
     assert "splaser apply recipe.json HuggingFaceTB/SmolLM2-135M-Instruct -o rebuilt" in text
     assert "`torch` `2.13.0`" in text
 
@@ -64,7 +64,7 @@ def test_a_card_says_what_was_done_and_how_good_it_is():
 def test_a_card_without_a_verdict_says_why():
     stored = made_up_results(SCAN)
     unsplit = run_from_results({**stored, "held_out": {**stored["held_out"], "verdict": None}})
-    assert "No pairs were held out, so there is no verdict." in model_card(RECIPE, unsplit).text
+    assert "Nothing was held out, so there is no verdict." in model_card(RECIPE, unsplit).text
     assert "stands in the card of the run that made the recipe" in model_card(RECIPE).text
     assert "datasets" not in metadata(model_card(RECIPE))
 

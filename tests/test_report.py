@@ -65,7 +65,7 @@ def test_a_report_answers_in_the_order_of_the_questions():
     told = [
         "1 of 4 candidates kept",
         "better than the best before it, on all 20 pairs",
-        "after 10 pairs a bound said that it can't win any more",
+        "after 10 pairs a bound said that it can't be accepted any more",
         "the screen's score fell by 0.2500",
         "Yes: better on 8 pairs that the search never saw.",
         "28 of 28 answers changed",

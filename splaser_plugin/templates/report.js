@@ -5,7 +5,6 @@ const byId = (id) => document.getElementById(id);
 const NARROW = 640;
 const OUTSIDE = "–";
 const HISTOGRAM_BINS = 60;
-const VERDICT_MARKS = { kept: "circle", restored: "circle-open", stopped: "circle-open", screened: "circle-open" };
 
 const state = { edge: data.edges.indexOf(data.edge), matrix: 0, isNarrow: innerWidth < NARROW };
 
@@ -118,7 +117,7 @@ function drawHeatMap() {
       if (verdicts.length) {
         marks.x.push(x);
         marks.y.push(y);
-        marks.symbol.push(verdicts.includes("kept") ? VERDICT_MARKS.kept : VERDICT_MARKS.restored);
+        marks.symbol.push(verdicts.includes("kept") ? "circle" : "circle-open");
       }
       if (cell.length && z[type][block] === null) {
         noRatio.x.push(x);
@@ -325,7 +324,7 @@ function drawVerdict() {
     [dots, mean],
     layout({
       xaxis: { title: { text: "score after minus before", standoff: 6 }, zeroline: true, zerolinewidth: 2, zerolinecolor: color("muted") },
-      yaxis: { tickvals: [0, 1], ticktext: ["pairs", "mean"], range: [-0.6, 1.5], showgrid: false, zeroline: false },
+      yaxis: { tickvals: [0, 1], ticktext: [verdict.unit, "mean"], range: [-0.6, 1.5], showgrid: false, zeroline: false },
     }),
     CONFIG
   );
