@@ -8,11 +8,11 @@ import yaml
 from splaser_plugin.config import LaserConfig
 from splaser_plugin.run_file import run_file
 from tests.conftest import ROOT
-from tests.test_cli import FLAGS, pairs_file, splaser  # noqa: F401
+from tests.test_cli import FLAGS
 
 
 @pytest.fixture
-def folder(tiny_folder, pairs_file, tmp_path, monkeypatch):  # noqa: F811
+def folder(tiny_folder, pairs_file, tmp_path, monkeypatch):
     """Where a run.yaml stands that the command `splaser laser --config run.yaml` is enough for."""
     monkeypatch.chdir(tmp_path)
     values = {"model": str(tiny_folder), "pairs": pairs_file, "output": "out", "embedder": "self", "max_new_tokens": 6}
@@ -25,7 +25,7 @@ def recipe(folder):
     return json.loads((folder / "recipe.json").read_text())
 
 
-def test_a_file_alone_runs_and_flags_win_over_it(splaser, folder):  # noqa: F811
+def test_a_file_alone_runs_and_flags_win_over_it(splaser, folder):
     code, _, told = splaser("laser", "--config", "run.yaml")
     assert code == 0, told
     settings = recipe(folder / "out")["settings"]
@@ -38,7 +38,7 @@ def test_a_file_alone_runs_and_flags_win_over_it(splaser, folder):  # noqa: F811
     assert [settings[key] for key in given] == [1, "mp", ["self_attn"], True, 6]
 
 
-def test_run_yaml_of_the_output_gives_the_same_recipe_again(splaser, tiny_folder, pairs_file, tmp_path):  # noqa: F811
+def test_run_yaml_of_the_output_gives_the_same_recipe_again(splaser, tiny_folder, pairs_file, tmp_path):
     held_out = ROOT / "examples" / "data" / "held_out.jsonl"
     options = [*FLAGS, "--held-out", held_out, "--samples", 8, "--alpha", 0.001, "--exclude", "layers.1.mlp"]
     splaser("laser", tiny_folder, "--pairs", pairs_file, "-o", tmp_path / "out", *options)
@@ -59,7 +59,7 @@ def test_every_option_can_stand_in_the_file():
     assert LaserConfig.from_dict(values) == config
 
 
-def test_scan_takes_a_file_too(splaser, tiny_folder, tmp_path):  # noqa: F811
+def test_scan_takes_a_file_too(splaser, tiny_folder, tmp_path):
     values = {"model": str(tiny_folder), "output": str(tmp_path / "s.json"), "top": 1, "edge": "mp"}
     (tmp_path / "scan.yaml").write_text(yaml.safe_dump({**values, "top_json": str(tmp_path / "top.json")}))
     code, _, told = splaser("scan", "--config", tmp_path / "scan.yaml")
@@ -94,7 +94,7 @@ def test_scan_takes_a_file_too(splaser, tiny_folder, tmp_path):  # noqa: F811
         ("# " + "x" * 2**16, "more than 65,536 bytes"),
     ],
 )
-def test_a_bad_file_is_refused_by_its_name(splaser, folder, text, message):  # noqa: F811
+def test_a_bad_file_is_refused_by_its_name(splaser, folder, text, message):
     (folder / "bad.yaml").write_text(text)
     code, _, told = splaser("laser", "--config", "bad.yaml")
     assert code == 2
@@ -103,7 +103,7 @@ def test_a_bad_file_is_refused_by_its_name(splaser, folder, text, message):  # n
     assert told.count("\n") == 1
 
 
-def test_what_is_missing_is_asked_for(splaser, folder):  # noqa: F811
+def test_what_is_missing_is_asked_for(splaser, folder):
     code, _, told = splaser("laser", "--config", "nothing.yaml")
     assert code == 2
     assert "--config nothing.yaml: can't be read (No such file or directory)" in told
