@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from splaser_plugin.config import LaserConfig, Options, ScanConfig
+from splaser_plugin.config import CompareConfig, LaserConfig, Options, ScanConfig
 from splaser_plugin.errors import ConfigError, SplaserError, printable
 
 if TYPE_CHECKING:
+    from splaser_plugin.comparison import Comparison
     from splaser_plugin.jobs import LaserResult
     from splaser_plugin.progress import Progress
     from splaser_plugin.scan import Scan
@@ -189,6 +190,29 @@ def apply(
 
 
 @app.command()
+@options_of(CompareConfig)
+def compare(
+    *,
+    models: Annotated[list[str], typer.Argument(help="Model folders, .gguf files or hub ids; the first is the base.")],
+    pairs: Annotated[str, typer.Option(help="Preference pairs: a json, jsonl, csv or parquet file, or a data set.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the comparison goes, as JSON.")],
+    config: CompareConfig,
+    as_json: Json = False,
+) -> None:
+    """Measure models on the same pairs and text, each against the first with 95 % intervals."""
+    from splaser_plugin.output import check_file
+
+    check_file(output, replaceable="splaser.comparison/1")
+    from splaser_plugin.comparison import compare_models
+
+    found = compare_models(models, pairs, config=config, progress=_progress())
+    found.save(output)
+    if as_json:
+        print(json.dumps(found.to_dict(), allow_nan=False))
+    _show_comparison(found, output)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("splaser-demo"),
     cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = Path(".cache"),
@@ -236,6 +260,19 @@ def _show_scan(found: Scan, output: Path, progress: Progress) -> None:
         snr = "no noise" if fit.snr is None else f"snr {fit.snr:.3f}"
         progress.fact("noisiest", f"{matrix.name}  {snr}  rank {fit.rank} of {min(matrix.shape)}")
     progress.fact("scan", str(output))
+
+
+def _show_comparison(found: Comparison, output: Path) -> None:
+    from rich.console import Console
+
+    from splaser_plugin.terminal import comparison_tables, escape
+
+    console = Console(stderr=True)
+    names = [Path(model.model).name or model.model for model in found.models]
+    for table in comparison_tables(names, found.figures()):
+        console.print(table)
+    told = f"Changes and their 95 % intervals are against {names[0]}. Written to {output}."
+    console.print(escape(told), soft_wrap=True)
 
 
 def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:

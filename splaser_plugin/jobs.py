@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from splaser_plugin.guard import Guard
 from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, split_by_set, split_windows
 from splaser_plugin.loading import load_model
 from splaser_plugin.output import check_output, whole_folder
-from splaser_plugin.pairs import Pair, PairSet, load_pairs, pairs_from_rows
+from splaser_plugin.pairs import Pair, PairSet, PairSource, read_pairs_from
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.racing import Race
 from splaser_plugin.recipe import Recipe, Step, carry_out, versions
@@ -97,7 +97,7 @@ class LaserResult:
 
 def laser(
     model: str | Path | Any,
-    pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None = None,
+    pairs: PairSource | None = None,
     *,
     config: LaserConfig | None = None,
     tokenizer: Any = None,
@@ -138,7 +138,7 @@ def laser_weights(
     model: Any = weights.model
     device = next(iter(weights.parameters.values())).device
     progress.fact("device", f"{device}, {_dtype(model)}")
-    rulers = Rulers(weights, tokenizer, config)
+    rulers = Rulers(model, tokenizer, config, weights)
     split, searched, apart = _materials(split, rulers, config)
     if split.pairs.pairs:
         progress.fact("pairs", split.pairs.summary)
@@ -237,7 +237,7 @@ def _name_of(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
 
 
-def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None, config: LaserConfig) -> Split:
+def read_pairs(pairs: PairSource | None, config: LaserConfig) -> Split:
     """The pairs that a run with this configuration uses, from whatever form they come in: to search on and held out.
 
     Raises ConfigError when there are none and something needs them.
@@ -246,21 +246,10 @@ def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None,
         if config.needs_pairs:
             raise ConfigError("--pairs: none were given; only --scorer perplexity goes without. Give --pairs FILE.")
         return Split(PairSet((), "none", {}, 0), (), (), "no pairs")
-    pair_set = _pair_set(pairs, config)
+    pair_set = read_pairs_from(pairs, **config.pair_limits)
     if config.held_out:
-        return split_by_set(pair_set, _pair_set(config.held_out, config))
+        return split_by_set(pair_set, read_pairs_from(config.held_out, **config.pair_limits))
     return split_by_prompt(pair_set, config.held_out_fraction, config.seed)
-
-
-def _pair_set(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]], config: LaserConfig) -> PairSet:
-    if isinstance(pairs, PairSet):
-        return pairs
-    limits: dict[str, Any] = {
-        "samples": config.samples,
-        "max_prompt_chars": config.max_prompt_chars,
-        "max_answer_chars": config.max_answer_chars,
-    }
-    return load_pairs(pairs, **limits) if isinstance(pairs, (str, Path)) else pairs_from_rows(pairs, **limits)
 
 
 def _dtype(model: Any) -> str:

@@ -62,6 +62,11 @@ def load_model(
     return model.to(place).eval(), tokenizer
 
 
+def check_source(name: str | Path) -> None:
+    """Raise CheckpointError when there is no such folder or file; a hub id is only looked up when it is loaded."""
+    _source(name)
+
+
 def _source(name: str | Path) -> tuple[str, dict[str, str]]:
     """Where transformers is to load from, and the extra argument for a GGUF file."""
     path = Path(name).expanduser()
