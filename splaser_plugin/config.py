@@ -21,6 +21,7 @@ SCORERS = ("semantic", "margin", "perplexity")
 OBJECTIVES = ("quality", "compress")
 ACCEPTANCES = ("auto", "improve", "confident", "harmless")
 SCREENS = ("none", "margin")
+SAVES = ("dense", "factored")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -159,6 +160,7 @@ class LaserConfig(ScanConfig, MeasureConfig):
     )
     race: bool = option(True, "Stop scoring a candidate that can't win any more.")
     screen: str = option("none", "Cheap score that rules out candidates before any answer.", choices=SCREENS)
+    save: str = option("dense", "Reduced matrices on disk: whole, or as two factors where smaller.", choices=SAVES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
