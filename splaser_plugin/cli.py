@@ -299,7 +299,9 @@ def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:
         progress.fact("parameters", f"{dense:,} before, {stored:,} after")
     else:
         progress.fact("parameters", f"{found.parameters_removed:,} of {dense:,} removed, if stored as factors")
-    progress.fact("score", f"{found.baseline.mean:+.4f} before, {found.final.mean:+.4f} after, on the same pairs")
+    progress.fact(
+        "score", f"{found.baseline.mean:+.4f} before, {found.final.mean:+.4f} after, on the same {result.unit}"
+    )
     if stored < dense:
         progress.fact("dense model", f"splaser expand {output} -o ANOTHER_FOLDER")
     progress.fact("model", str(output))

@@ -60,6 +60,11 @@ class LaserResult:
         return self.weights.model
 
     @property
+    def unit(self) -> str:
+        """What was scored: `pairs`, or `windows` of text."""
+        return "windows" if self.recipe.settings["scorer"] == "perplexity" else "pairs"
+
+    @property
     def parameters(self) -> tuple[int, int]:
         """How many numbers the dense model has, and how many `save` writes."""
         return parameter_counts(self.weights)
@@ -75,7 +80,7 @@ class LaserResult:
                 "dropped": dict(self.pairs.dropped),
             },
             "scorer": self.recipe.settings["scorer"],
-            "unit": "windows" if self.recipe.settings["scorer"] == "perplexity" else "pairs",
+            "unit": self.unit,
             "baseline": _scores(self.search.baseline),
             "final": _scores(self.search.final),
             "generated_tokens": self.search.generated_tokens,

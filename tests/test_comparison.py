@@ -171,6 +171,25 @@ def test_what_is_missing_is_told_before_any_model_is_loaded(tiny_folder, pairs, 
         CompareConfig(embedder="self")
 
 
+def test_a_model_stored_in_factors_is_compared_by_what_it_stores(tiny_folder, pairs, settings, tmp_path):
+    from splaser_plugin import LaserConfig, laser
+
+    config = LaserConfig(
+        embedder="self",
+        max_new_tokens=5,
+        candidates=2,
+        device="cpu",
+        save="factored",
+        accept="harmless",
+        tolerance=10.0,
+    )
+    result = laser(tiny_folder, pairs, config=config, output=tmp_path / "factored")
+    figures = compare_models([tiny_folder, tmp_path / "factored"], pairs, config=CompareConfig(**settings)).figures()[1]
+    assert figures["parameters"].change == -result.search.parameters_removed < 0
+    assert figures["file_bytes"].change < 0
+    assert figures["perplexity"].change != 1.0
+
+
 def test_a_table_of_one_model_has_one_column(compared):
     printed = io.StringIO()
     tables = comparison_tables(["only"], compared.figures()[:1])
