@@ -20,11 +20,14 @@ from splaser_plugin.guard import Guard
 from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, split_by_set, split_windows
 from splaser_plugin.laser_journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.loading import load_model
+from splaser_plugin.model_card import model_card
 from splaser_plugin.output import check_output, check_space, whole_folder
 from splaser_plugin.pairs import Pair, PairSet, PairSource, pairs_sha256, read_pairs_from
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.racing import Race
 from splaser_plugin.recipe import Recipe, Step, carry_out, versions
+from splaser_plugin.report import write_report
+from splaser_plugin.report_run import RESULTS_SCHEMA, run_from_results
 from splaser_plugin.rulers import Material, Rulers, check_rulers
 from splaser_plugin.scan import Scan, scan_model, write_json
 from splaser_plugin.scoring import Scorer, Scores
@@ -32,8 +35,6 @@ from splaser_plugin.search import Judge, SearchResult, Trial, choose_candidates,
 from splaser_plugin.weights import Weights, model_name
 
 __all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs"]
-
-RESULTS_SCHEMA = "splaser.results/1"
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,14 @@ class LaserResult:
         return self.weights.model
 
     @property
-    def unit(self) -> str:
-        """What was scored: `pairs`, or `windows` of text."""
-        return "windows" if self.recipe.settings["scorer"] == "perplexity" else "pairs"
-
-    @property
     def parameters(self) -> tuple[int, int]:
         """How many numbers the dense model has, and how many `save` writes."""
         return parameter_counts(self.weights)
 
     def results(self) -> dict[str, Any]:
         """The content of results.json."""
+        config = LaserConfig.from_dict(self.recipe.settings)
+        scored = self.split if config.unit == "pairs" else replace(self.split, search=(), held_out=())
         return {
             "schema": RESULTS_SCHEMA,
             "model": self.recipe.model,
@@ -79,19 +77,20 @@ class LaserResult:
                 "used": len(self.pairs.pairs),
                 "dropped": dict(self.pairs.dropped),
             },
-            "scorer": self.recipe.settings["scorer"],
-            "unit": self.unit,
+            "scorer": config.scorer,
+            "unit": config.unit,
+            "compared_with": "base" if config.acceptance == "harmless" else "best",
             "baseline": _scores(self.search.baseline),
             "final": _scores(self.search.final),
             "generated_tokens": self.search.generated_tokens,
             "parameters_removed": self.search.parameters_removed,
             "candidates": [_trial(trial) for trial in self.search.trials],
             "held_out": _verdict(self.held_out, self.split),
-            "texts": {"search": _texts(self.split.search), "held_out": _texts(self.split.held_out)},
+            "texts": {"search": _texts(scored.search), "held_out": _texts(scored.held_out)},
         }
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the model, its tokenizer, scan.json, recipe.json and results.json: all of them or nothing.
+        """Write the model, its tokenizer and card, scan.json, recipe.json, results.json and report.html, or nothing.
 
         Under several processes all have to call it, and the main one writes.
         Raises OutputError when the folder exists and isn't empty, or can't be written.
@@ -106,7 +105,11 @@ class LaserResult:
                 self.tokenizer.save_pretrained(folder)
                 self.scan.save(folder / "scan.json")
                 self.recipe.save(folder / "recipe.json")
-                write_json(folder / "results.json", self.results())
+                results = self.results()
+                write_json(folder / "results.json", results)
+                run = run_from_results(results)
+                write_report(folder / "report.html", self.scan, run)
+                model_card(self.recipe, run).save(folder / "README.md")
 
         in_main(write)
         return path

@@ -17,8 +17,9 @@ from splaser_plugin.errors import CheckpointError, ModelError
 from splaser_plugin.factored import CONFIG_KEY, FactoredLinear, factorize, is_factorable
 from splaser_plugin.factored_folder import expand_folder, save_model
 from splaser_plugin.integrations.peft import merge_and_unload
-from splaser_plugin.jobs import apply_recipe, run_scan
+from splaser_plugin.jobs import apply_recipe
 from splaser_plugin.loading import load_model
+from splaser_plugin.scan import run_scan
 from splaser_plugin.weights import Weights
 from tests.conftest import tiny_llama
 from tests.reference import truncate
