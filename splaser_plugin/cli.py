@@ -143,17 +143,12 @@ def laser(
     as_json: Json = False,
 ) -> None:
     """Reduce the noisiest matrices, one at a time, and keep what makes the model's own answers better."""
-    from splaser_plugin.output import check_output
-
-    files = [each for each in (pairs, config.held_out, config.text) if each]
-    check_output(output, overwrite=overwrite, inputs=(model, *files))
     from splaser_plugin.distributed import is_main, join_processes
     from splaser_plugin.jobs import laser as run_laser
 
     join_processes()
     progress = _progress()
-    result = run_laser(model, pairs, config=config, progress=progress)
-    result.save(output, overwrite=overwrite)
+    result = run_laser(model, pairs, config=config, output=output, overwrite=overwrite, progress=progress)
     if not is_main():
         return
     if as_json:

@@ -1,8 +1,10 @@
-"""The whole jobs, as the command line and Python callers run them: scan, laser, apply."""
+"""The whole jobs, as the command line and Python callers run them: laser and apply."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,24 +13,25 @@ from torch import nn
 
 from splaser_plugin.acceptance import Acceptance, Confident, Harmless, Improve
 from splaser_plugin.config import LaserConfig
-from splaser_plugin.distributed import is_main, wait_for_all
+from splaser_plugin.distributed import in_main
 from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.factored_folder import parameter_counts, save_model
 from splaser_plugin.guard import Guard
 from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, split_by_set, split_windows
+from splaser_plugin.laser_journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.loading import load_model
-from splaser_plugin.output import check_output, whole_folder
-from splaser_plugin.pairs import Pair, PairSet, load_pairs, pairs_from_rows
+from splaser_plugin.output import check_output, check_space, whole_folder
+from splaser_plugin.pairs import Pair, PairSet, load_pairs, pairs_from_rows, pairs_sha256
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.racing import Race
 from splaser_plugin.recipe import Recipe, Step, carry_out, versions
 from splaser_plugin.rulers import Material, Rulers, check_rulers
-from splaser_plugin.scan import Scan, run_scan, scan_model, write_json
+from splaser_plugin.scan import Scan, scan_model, write_json
 from splaser_plugin.scoring import Scorer, Scores
 from splaser_plugin.search import Judge, SearchResult, Trial, choose_candidates, search
-from splaser_plugin.weights import Weights
+from splaser_plugin.weights import Weights, model_name
 
-__all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs", "run_scan"]
+__all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs"]
 
 RESULTS_SCHEMA = "splaser.results/1"
 
@@ -86,18 +89,21 @@ class LaserResult:
         """Write the model, its tokenizer, scan.json, recipe.json and results.json: all of them or nothing.
 
         Under several processes all have to call it, and the main one writes.
-        Raises OutputError when the folder exists and isn't empty.
+        Raises OutputError when the folder exists and isn't empty, or can't be written.
         """
-        path = check_output(out, overwrite=overwrite, inputs=(self.recipe.model,))
+        path = Path(out).expanduser().resolve()
         state = self.weights.state_dict()
-        if is_main():
-            with whole_folder(path) as folder:
+
+        def write() -> None:
+            check_output(out, overwrite=overwrite, inputs=(self.recipe.model,))
+            with whole_folder(path, needed=self.weights.size) as folder:
                 save_model(self.weights, folder, state)
                 self.tokenizer.save_pretrained(folder)
                 self.scan.save(folder / "scan.json")
                 self.recipe.save(folder / "recipe.json")
                 write_json(folder / "results.json", self.results())
-        wait_for_all()
+
+        in_main(write)
         return path
 
 
@@ -107,6 +113,8 @@ def laser(
     *,
     config: LaserConfig | None = None,
     tokenizer: Any = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> LaserResult:
     """Reduce the noisiest matrices of a model wherever that makes its answers better.
@@ -115,20 +123,46 @@ def laser(
     pairs: a file or data set name (see `load_pairs`), a PairSet, or rows in any format that `load_pairs` reads;
     needed by every scorer but perplexity.
     tokenizer: needed only with a loaded model.
+    output: folder to write, as `LaserResult.save` does. What was found is kept in its journal.jsonl until then, so
+    that after a crash the same call goes on where it stopped. overwrite: replace the output of an earlier run, and
+    throw away a journal of other settings.
     Raises a SplaserError before any weight is changed when something can't be used; whatever is raised later
     leaves the kept changes and no undecided one.
     """
     config = config or LaserConfig()
+    if output is None:
+        return _laser(model, pairs, config, tokenizer, Journal(), None, progress)
+    named = (model, pairs, config.held_out, config.text)
+    given = tuple(each for each in named if isinstance(each, (str, Path)) and str(each))
+    path = check_output(output, overwrite=overwrite, inputs=given)
+    with closing(LaserJournal(path, anew=overwrite)) as journal:
+        result = _laser(model, pairs, config, tokenizer, journal, path, progress)
+        result.save(output, overwrite=overwrite)
+    return result
+
+
+def _laser(
+    model: Any,
+    pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None,
+    config: LaserConfig,
+    tokenizer: Any,
+    journal: Journal,
+    output: Path | None,
+    progress: Progress,
+) -> LaserResult:
     split = read_pairs(pairs, config)
     check_rulers(config)
     name = str(model)
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise ModelError("a loaded model was given without its tokenizer. Pass tokenizer=...")
-        name = _name_of(model)
+        name = model_name(model)
     else:
         model, tokenizer = load_model(model, device=config.device, dtype=config.dtype, adapter=config.adapter)
-    return laser_weights(Weights(model), tokenizer, split, config=config, name=name, progress=progress)
+    weights = Weights(model)
+    if output is not None:
+        in_main(lambda: check_space(output, weights.size))
+    return laser_weights(weights, tokenizer, split, config=config, name=name, journal=journal, progress=progress)
 
 
 def laser_weights(
@@ -138,9 +172,11 @@ def laser_weights(
     *,
     config: LaserConfig,
     name: str,
+    journal: Journal | None = None,
     progress: Progress = SILENT,
 ) -> LaserResult:
     """The job of `laser` on weights that are loaded already, wherever they live. name: how the model is called."""
+    journal = journal or Journal()
     if config.save == "factored":
         weights.keep_factors()
     model: Any = weights.model
@@ -153,12 +189,30 @@ def laser_weights(
     if searched.windows:
         progress.fact("text", f"{config.text}: {len(searched.windows)} windows of {config.window} tokens to search on")
     progress.fact("held out", split.reason)
-    scorer = rulers.make(config.scorer, searched)
-    held_out = rulers.make(config.scorer, apart) if apart else None
-    screen = rulers.make("margin", searched) if config.screen == "margin" else None
-    guard = Guard(rulers.make(config.guard_scorer, searched), config.guard_limit) if config.guard else None
 
-    scan = scan_model(weights, config=config, name=name, identity=weights.identity(), progress=progress)
+    def make(name: str, material: Material) -> Scorer:
+        return RecordedScorer(rulers.make(name, material), journal)
+
+    scorer = make(config.scorer, searched)
+    held_out = make(config.scorer, apart) if apart else None
+    screen = make("margin", searched) if config.screen == "margin" else None
+    guard = Guard(make(config.guard_scorer, searched), config.guard_limit) if config.guard else None
+
+    run: dict[str, Any] = {
+        "weights": weights.identity(),
+        "pairs": pairs_sha256(split.search),
+        "held_out": pairs_sha256(split.held_out),
+        "text": hashlib.sha256(repr([searched.windows, apart and apart.windows]).encode()).hexdigest(),
+        "settings": config.to_dict(),
+        "versions": versions(),
+    }
+    if left := journal.begin(run):
+        progress.fact("going on", f"{left} measurements were left by a run that was stopped; none is made again")
+
+    def scanned() -> Scan:
+        return scan_model(weights, config=config, name=name, identity=run["weights"], progress=progress)
+
+    scan = journal.once("scan", (), scanned, Scan.to_dict, Scan.from_dict)
     matrices, _ = weights.matrices(config.include, config.exclude)
     candidates = choose_candidates(scan, matrices, config.candidates)
     judge = Judge(
@@ -168,8 +222,11 @@ def laser_weights(
         screen=screen,
         guard=guard,
     )
+    journal.subject = "base model, held out"
     base = _measure(held_out, "held-out base", progress)
-    found = search(weights, candidates, judge, progress=progress)
+    journal.subject = "base model"
+    found = search(weights, candidates, judge, journal=journal, progress=progress)
+    journal.subject = "result, held out"
     result = _measure(held_out, "held-out result", progress, like=base) if found.kept else base
     tolerance = config.tolerance if config.acceptance == "harmless" else None
     verdict = None
@@ -252,10 +309,6 @@ def lasered_weights(
     weights = Weights(loaded)
     carry_out(recipe, weights, progress=progress)
     return weights, tokenizer
-
-
-def _name_of(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
 
 
 def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None, config: LaserConfig) -> Split:

@@ -58,8 +58,9 @@ def run_scan(
     if output is not None:
         _check_output(output)
     if not isinstance(model, (str, Path)):
-        name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-        return _scan_loaded(model, name, config, output, progress)
+        from splaser_plugin.weights import model_name
+
+        return _scan_loaded(model, model_name(model), config, output, progress)
     if str(model).endswith(".gguf"):
         from splaser_plugin.loading import load_model
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from splaser_plugin.acceptance import Acceptance, Improve
 from splaser_plugin.errors import MatrixError
 from splaser_plugin.guard import Guard
+from splaser_plugin.laser_journal import Journal
 from splaser_plugin.matrices import Matrix
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.racing import Race
@@ -121,12 +122,19 @@ def _candidate(found: MatrixScan, matrix: Matrix, edge: str) -> Candidate:
 
 
 def search(
-    weights: Weights, candidates: Sequence[Candidate], judge: Judge, *, progress: Progress = SILENT
+    weights: Weights,
+    candidates: Sequence[Candidate],
+    judge: Judge,
+    *,
+    journal: Journal | None = None,
+    progress: Progress = SILENT,
 ) -> SearchResult:
     """Try each candidate on top of what was kept so far, and keep what the judge says is better.
 
+    journal: told which candidate is being measured, if the judge's scorers are recorded in one.
     An exception or Ctrl-C leaves kept changes in place and the undecided matrix bit for bit as it was.
     """
+    journal = journal or Journal()
     with progress.phase("baseline", 1) as advance:
         baseline = judge.measure_baseline()
         advance(1)
@@ -135,6 +143,7 @@ def search(
     with progress.phase("search", len(candidates)) as advance:
         for candidate in candidates:
             started = time.monotonic()
+            journal.subject = f"{candidate.matrix.name} rank {candidate.rank}"
             with weights.trying(candidate.matrix) as attempt:
                 attempt.reduce(candidate.rank)
                 judgement = judge.judge()

@@ -47,6 +47,12 @@ class Weights:
         """A whole parameter by name, as the model computes with it. Not to be written to."""
         return _whole(self.parameters[name].detach())
 
+    @property
+    def size(self) -> int:
+        """Bytes of all weights."""
+        distinct = {id(parameter): parameter for parameter in self.parameters.values()}
+        return sum(parameter.numel() * parameter.element_size() for parameter in distinct.values())
+
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor] | None:
         """What a plain checkpoint of the model holds, for `save_pretrained`; None where that finds it by itself."""
@@ -209,6 +215,11 @@ class Attempt:
         if self._remembered and self._weights._originals is not None:
             del self._weights._originals[self._matrix]
         self._held = None
+
+
+def model_name(model: nn.Module) -> str:
+    """Where the model came from, as far as it knows: a folder or hub id, else its class."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
 
 
 def _check(model: nn.Module) -> None:
