@@ -17,8 +17,9 @@ from splaser_plugin.errors import CheckpointError, ModelError
 from splaser_plugin.factored import CONFIG_KEY, FactoredLinear, factorize, is_factorable
 from splaser_plugin.factored_folder import expand_folder, save_model
 from splaser_plugin.integrations.peft import merge_and_unload
-from splaser_plugin.jobs import apply_recipe, run_scan
+from splaser_plugin.jobs import apply_recipe
 from splaser_plugin.loading import load_model
+from splaser_plugin.scan import run_scan
 from splaser_plugin.weights import Weights
 from tests.conftest import tiny_llama
 from tests.reference import truncate
@@ -437,7 +438,7 @@ def test_a_factored_model_is_loaded_for_comparison_and_refused_for_another_reduc
     model, _ = load_model(out, device="cpu")
     assert any(isinstance(module, FactoredLinear) for module in model.modules())
     with pytest.raises(ModelError, match=r"has factored layers.*splaser expand FOLDER -o DENSE"):
-        Weights(model)
+        run_scan(model)
     with pytest.raises(ModelError, match="has factored layers"):
         laser(out, ROWS, config=LaserConfig(**QUICK))
     with pytest.raises(CheckpointError, match=r"stored as factors, which are not scanned.*splaser expand"):
@@ -473,7 +474,16 @@ def test_a_model_with_adapters_is_not_kept_as_factors():
         MergedWeights(adapted).keep_factors()
 
 
-def test_a_trainer_hears_of_it_before_it_trains(tmp_path, tokenizer):
+def test_a_trainer_refuses_a_factored_model_as_it_is_made(saved):
+    from transformers import Trainer
+
+    from splaser_plugin import LaserCallback
+
+    with pytest.raises(ModelError, match=r"has factored layers.*expand\(model\)"):
+        Trainer(load(saved[1]), callbacks=[LaserCallback(pairs=ROWS)])
+
+
+def test_a_trainer_refuses_factors_of_adapted_weights_before_it_trains(tmp_path, tokenizer):
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments
