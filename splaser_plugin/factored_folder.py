@@ -20,6 +20,7 @@ from splaser_plugin.errors import CheckpointError, nearest
 from splaser_plugin.factored import CONFIG_KEY, FactoredLinear, Factors, as_stored, expand
 from splaser_plugin.model_folder import INDEX_NAME, read_config, resolve_model
 from splaser_plugin.safetensors_header import shown
+from splaser_plugin.trust import check_model_folder
 from splaser_plugin.weights import Weights
 
 
@@ -71,6 +72,7 @@ def load(model: str | Path, **arguments: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     folder = resolve_model(str(model))
+    check_model_folder(folder)
     ranks = stored_ranks(folder, read_config(folder))
     if not ranks:
         return AutoModelForCausalLM.from_pretrained(folder, **arguments)
