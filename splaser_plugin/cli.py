@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 STOPPED = 130
 """Exit code after Ctrl-C or SIGTERM."""
-RESUMED = ("scan",)
+RESUMED = ("scan", "laser")
 """Commands that go on where they were stopped."""
 
 
@@ -119,7 +119,7 @@ def scan(
     from splaser_plugin.selection import top_by_type
 
     join_processes()
-    progress = _progress(transformers=model.endswith(".gguf"))
+    progress = _progress(transformers=model.endswith(".gguf") or config.allow_pickle)
     found = run_scan(model, config=config, output=output, progress=progress)
     if not is_main():
         return
@@ -173,6 +173,7 @@ def apply(
     model: Model,
     output: Output,
     device: Annotated[str, typer.Option(help="Device to compute on.")] = "auto",
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load weights that are pickled (.bin).")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Rebuild a lasered model from its recipe and the base model."""
@@ -186,7 +187,7 @@ def apply(
 
     loaded = Recipe.load(recipe)
     progress = _progress()
-    lasered, tokenizer = lasered_weights(loaded, model, device=device, progress=progress)
+    lasered, tokenizer = lasered_weights(loaded, model, device=device, allow_pickle=allow_pickle, progress=progress)
     with whole_folder(path) as folder:
         save_model(lasered, folder, None)
         tokenizer.save_pretrained(folder)

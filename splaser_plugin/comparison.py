@@ -154,7 +154,7 @@ def compare_models(
     if not models:
         raise ConfigError("no model was given. Name at least one, the one to compare the others with first.")
     for model in models:
-        check_source(model)
+        check_source(model, allow_pickle=config.allow_pickle)
     if config.text:
         next(open_text(config.text), None)
     pair_set = read_pairs_from(pairs, **config.pair_limits)
@@ -170,7 +170,7 @@ def compare_models(
 
 def _measure(name: str, pairs: PairSet, config: CompareConfig, first: Measured | None, progress: Progress) -> Measured:
     progress.fact("model", name)
-    model, tokenizer = load_model(name, device=config.device, dtype=config.dtype)
+    model, tokenizer = load_model(name, device=config.device, dtype=config.dtype, allow_pickle=config.allow_pickle)
     rulers = Rulers(model, tokenizer, config)
     windows = rulers.windows() if config.text else []
     items = range(len(pairs))
@@ -194,17 +194,17 @@ def _measure(name: str, pairs: PairSet, config: CompareConfig, first: Measured |
         likelier=Scores(tuple(both), tuple(float(margin.values[item] > 0) for item in both)),
         text=text,
         parameters=sum(each.numel() for each in model.parameters()),
-        file_bytes=_file_bytes(name),
+        file_bytes=_file_bytes(name, config.allow_pickle),
         generation_s=generation_s,
         tokens=(margins.answers, windows),
     )
 
 
-def _file_bytes(model: str) -> int:
+def _file_bytes(model: str, allow_pickle: bool) -> int:
     path = Path(model).expanduser()
     if path.is_file():
         return path.stat().st_size
-    folder = resolve_model(model)
+    folder = resolve_model(model, allow_pickle=allow_pickle)
     files = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
     return sum(file.stat().st_size for file in files)
 

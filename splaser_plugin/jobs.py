@@ -166,7 +166,13 @@ def _laser(
             raise ModelError("a loaded model was given without its tokenizer. Pass tokenizer=...")
         name = model_name(model)
     else:
-        model, tokenizer = load_model(model, device=config.device, dtype=config.dtype, adapter=config.adapter)
+        model, tokenizer = load_model(
+            model,
+            device=config.device,
+            dtype=config.dtype,
+            adapter=config.adapter,
+            allow_pickle=config.allow_pickle,
+        )
     weights = Weights(model)
     if output is not None:
         in_main(lambda: check_space(output, weights.size))
@@ -290,13 +296,14 @@ def apply_recipe(
     model: str | Path | nn.Module,
     *,
     device: str = "auto",
+    allow_pickle: bool = False,
     progress: Progress = SILENT,
 ) -> tuple[Any, Any]:
     """The lasered model from its recipe and the base model, and the tokenizer (None for a loaded model).
 
-    Raises RecipeError when the model isn't the recipe's.
+    device, allow_pickle: see `load_model`. Raises RecipeError when the model isn't the recipe's.
     """
-    weights, tokenizer = lasered_weights(recipe, model, device=device, progress=progress)
+    weights, tokenizer = lasered_weights(recipe, model, device=device, allow_pickle=allow_pickle, progress=progress)
     return weights.model, tokenizer
 
 
@@ -305,6 +312,7 @@ def lasered_weights(
     model: str | Path | nn.Module,
     *,
     device: str = "auto",
+    allow_pickle: bool = False,
     progress: Progress = SILENT,
 ) -> tuple[Weights, Any]:
     """The same as `apply_recipe`, as weights that `factored.save_model` can write."""
@@ -313,7 +321,9 @@ def lasered_weights(
     loaded: Any = model
     if not isinstance(model, nn.Module):
         adapter = recipe.settings.get("adapter", "")
-        loaded, tokenizer = load_model(model, device=device, dtype=recipe.dtype, adapter=adapter)
+        loaded, tokenizer = load_model(
+            model, device=device, dtype=recipe.dtype, adapter=adapter, allow_pickle=allow_pickle
+        )
     weights = Weights(loaded)
     carry_out(recipe, weights, progress=progress)
     return weights, tokenizer

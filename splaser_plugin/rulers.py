@@ -75,7 +75,8 @@ class Rulers:
     def embedder(self) -> Embedder:
         if self.config.embedder == "self":
             return SelfEmbedder(self.weights or Weights(self.model), self.tokenizer, self.batch_size)
-        return SentenceEmbedder(self.config.embedder, next(self.model.parameters()).device)
+        device = next(self.model.parameters()).device
+        return SentenceEmbedder(self.config.embedder, device, allow_pickle=self.config.allow_pickle)
 
 
 def check_rulers(config: LaserConfig) -> None:
