@@ -143,6 +143,7 @@ def search(
     with progress.phase("search", len(candidates)) as advance:
         for candidate in candidates:
             started = time.monotonic()
+            progress.trying(candidate)
             journal.subject = f"{candidate.matrix.name} rank {candidate.rank}"
             with weights.trying(candidate.matrix) as attempt:
                 attempt.reduce(candidate.rank)
