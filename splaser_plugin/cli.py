@@ -114,9 +114,12 @@ def scan(
 ) -> None:
     """Singular values of every weight matrix, split into signal and noise; nothing is changed."""
     from splaser_plugin.distributed import is_main, join_processes
+    from splaser_plugin.output import check_names_file
     from splaser_plugin.scan import run_scan, write_json
     from splaser_plugin.selection import top_by_type
 
+    if top_json is not None:
+        check_names_file(top_json)
     join_processes()
     progress = _progress(transformers=model.endswith(".gguf") or config.allow_pickle)
     found = run_scan(model, config=config, output=output, progress=progress)
