@@ -259,4 +259,4 @@ def _refuse(trainer: Any, args: TrainingArguments, model: Any) -> None:
     is_fsdp1 = trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2
     if is_fsdp1 or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ModelError(f"FSDP version 1 flattens the weights. Use FSDP version 2 (fsdp_version: 2). {OFFLINE}")
-    _weights(trainer.accelerator.unwrap_model(model))
+    _weights(trainer.accelerator.unwrap_model(model)).check_dense()
