@@ -17,6 +17,7 @@ PRECISIONS = ("auto", "float32", "float64")
 TEMPLATES = ("auto", "chatml", "instruct")
 ACCEPTANCES = ("improve", "confident")
 SCREENS = ("none", "margin")
+RANKINGS = ("snr", "gradient")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -79,7 +80,11 @@ class LaserConfig(ScanConfig):
     max_prompt_chars: int = option(512, "Pairs with a longer prompt are dropped.", minimum=1)
     max_answer_chars: int = option(512, "Pairs with a longer answer are dropped.", minimum=1)
     max_new_tokens: int = option(512, "Longest answer the model may generate, in tokens.", minimum=1)
-    candidates: int = option(15, "Matrices to try, those of lowest SNR first.", minimum=1)
+    candidates: int = option(15, "Most truncations to try, one matrix each unless --ranks gives several.", minimum=1)
+    rank_by: str = option(
+        "snr", "Which to try first: lowest SNR, or best predicted by a gradient over some pairs.", choices=RANKINGS
+    )
+    ranks: str = option("", "Ranks to try of each matrix: edges and fractions, as in iqr,mp,0.5,0.1; empty: --edge.")
     embedder: str = option(DEFAULT_EMBEDDER, "Sentence-transformers model (folder or id), or 'self'.")
     template: str = option("auto", "Prompt format; auto is the tokenizer's own chat template.", choices=TEMPLATES)
     adapter: str = option("", "LoRA adapter folder to merge into the model first.")
@@ -91,6 +96,37 @@ class LaserConfig(ScanConfig):
     device: str = option("auto", "Device to run on: auto, cpu, cuda, cuda:1, mps.")
     dtype: str = option("auto", "Weights' dtype; auto is the checkpoint's own.", choices=DTYPES)
     seed: int = option(0, "Seed of everything random.", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_ranks(self.ranks)
+
+
+def parse_ranks(text: str) -> tuple[str | float, ...]:
+    """The rungs of `--ranks`: names of edges, and fractions of a matrix's components to keep.
+
+    Raises ConfigError for a part that is neither, and for one that is given twice.
+    """
+    rungs: list[str | float] = []
+    for part in text.split(",") if text.strip() else ():
+        rung = part.strip()
+        value = rung if rung in EDGES else _fraction(rung)
+        if value is None:
+            raise ConfigError(
+                f"--ranks: '{rung}' in '{text}' is neither an edge ({', '.join(EDGES)}) nor a fraction between 0 and 1."
+            )
+        if value in rungs:
+            raise ConfigError(f"--ranks: '{rung}' stands twice in '{text}'. Leave one out.")
+        rungs.append(value)
+    return tuple(rungs)
+
+
+def _fraction(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 < value < 1 else None
 
 
 def _check(each: dataclasses.Field[Any], value: Any) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from splaser_plugin.acceptance import Confident, Improve
-from splaser_plugin.config import LaserConfig
+from splaser_plugin.candidates import Candidate, by_prediction, choose_candidates
+from splaser_plugin.config import LaserConfig, parse_ranks
 from splaser_plugin.distributed import is_main, wait_for_all
 from splaser_plugin.embedding import load_embedder
 from splaser_plugin.errors import ModelError
@@ -20,13 +21,14 @@ from splaser_plugin.loading import context_length, load_model
 from splaser_plugin.margin import MarginScorer
 from splaser_plugin.output import check_output, whole_folder
 from splaser_plugin.pairs import PairSet, load_pairs, pairs_from_rows
+from splaser_plugin.prediction import check_predictable, sensitivities
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.prompts import Prompter
 from splaser_plugin.racing import Race
 from splaser_plugin.recipe import Recipe, Step, carry_out, versions
 from splaser_plugin.scan import Scan, run_scan, scan_model, write_json
 from splaser_plugin.scoring import Scorer, Scores, SemanticScorer
-from splaser_plugin.search import Judge, SearchResult, Trial, choose_candidates, search
+from splaser_plugin.search import Judge, SearchResult, Trial, search
 from splaser_plugin.weights import Weights
 
 __all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs", "run_scan"]
@@ -34,6 +36,8 @@ __all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs"
 RESULTS_SCHEMA = "splaser.results/1"
 FORWARD_BATCH = 32
 """Texts in one forward pass where the number of prompts generated for at once is found by measurement."""
+GRADIENT_PAIRS = 32
+"""Most pairs that a prediction is made from."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,8 @@ def laser_weights(
 ) -> LaserResult:
     """The job of `laser` on weights that are loaded already, wherever they live. name: how the model is called."""
     model: Any = weights.model
+    if config.rank_by == "gradient":
+        check_predictable(weights)
     device = next(iter(weights.parameters.values())).device
     progress.fact("device", f"{device}, {_dtype(model)}")
     progress.fact("pairs", split.pairs.summary)
@@ -153,9 +159,14 @@ def laser_weights(
 
     scan = scan_model(weights, config=config, name=name, identity=weights.identity(), progress=progress)
     matrices, _ = weights.matrices(config.include, config.exclude)
-    candidates = choose_candidates(scan, matrices, config.candidates)
+    candidates = choose_candidates(scan, matrices, parse_ranks(config.ranks))
+    if config.rank_by == "gradient":
+        some = MarginScorer(model, prompter, split.search[:GRADIENT_PAIRS], batch_size=at_once)
+        tried = list(dict.fromkeys(candidate.matrix for candidate in candidates))
+        candidates = by_prediction(candidates, sensitivities(weights, some, tried, progress=progress))
+        progress.fact("ranked by", f"predicted margin, from a gradient over {some.size} pairs")
     base = _measure(held_out, "held-out base", progress)
-    found = search(weights, candidates, judge, progress=progress)
+    found = search(weights, candidates, judge, limit=config.candidates, progress=progress)
     result = _measure(held_out, "held-out result", progress, like=base) if found.kept else base
     verdict = compare(base, result, seed=config.seed) if base and result else None
     if verdict is not None:
@@ -266,7 +277,9 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "name": candidate.matrix.name,
         "rank": candidate.rank,
         "full_rank": min(candidate.matrix.shape),
+        "edge": candidate.edge,
         "snr": candidate.snr,
+        "predicted": candidate.predicted,
         "verdict": judgement.verdict,
         "score": scores.mean if scores else None,
         "best_before": judgement.best_before,

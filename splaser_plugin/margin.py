@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from splaser_plugin.distributed import share
 from splaser_plugin.generation import evaluating
@@ -42,21 +43,29 @@ class MarginScorer:
         values = (means[item, 0] - means.get((item, 1), 0.0) for item in items)
         return Scores(tuple(items), tuple(values))
 
+    def batches(self, wanted: Sequence[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
+        """Answers, each given by its item and place (0 chosen, 1 rejected), in batches of similar lengths."""
+        in_order = sorted(wanted, key=lambda each: len(self.prompts[each[0]]) + len(self.answers[each[0]][each[1]]))
+        return [in_order[first : first + size] for first in range(0, len(in_order), size)]
+
+    def mean_log_probabilities(self, batch: Sequence[tuple[int, int]]) -> Tensor:
+        """Of the tokens of each of these answers, in nats: (answers,) float32 or float64, one forward pass.
+
+        Gradients flow wherever they are enabled. The model should be in evaluation mode.
+        """
+        answers = [self.answers[item][place] for item, place in batch]
+        found = forced_logits(self.model, [self.prompts[item] for item, _ in batch], answers)
+        return torch.stack(
+            [_mean_log_probability(logits, tokens) for logits, tokens in zip(found, answers, strict=True)]
+        )
+
+    @torch.no_grad()
     def _means(self, wanted: list[tuple[int, int]]) -> list[float]:
-        """Mean log-probability of each of these answers, given by item and place."""
-        prompts = [self.prompts[item] for item, _ in wanted]
-        answers = [self.answers[item][place] for item, place in wanted]
-        order = sorted(range(len(wanted)), key=lambda index: len(prompts[index]) + len(answers[index]))
-        means: dict[int, float] = {}
+        means: dict[tuple[int, int], float] = {}
         with evaluating(self.model):
-            for first in range(0, len(order), self.batch_size):
-                batch = order[first : first + self.batch_size]
-                found = forced_logits(
-                    self.model, [prompts[index] for index in batch], [answers[index] for index in batch]
-                )
-                for index, logits in zip(batch, found, strict=True):
-                    means[index] = _mean_log_probability(logits, answers[index])
-        return [means[index] for index in range(len(wanted))]
+            for batch in self.batches(wanted, self.batch_size):
+                means.update(zip(batch, self.mean_log_probabilities(batch).tolist(), strict=True))
+        return [means[each] for each in wanted]
 
 
 def _answer_tokens(prompter: Prompter, prompt: list[int], text: str) -> list[int]:
@@ -64,8 +73,9 @@ def _answer_tokens(prompter: Prompter, prompt: list[int], text: str) -> list[int
     return tokens if prompter.context is None else tokens[: prompter.context - len(prompt)]
 
 
-def _mean_log_probability(logits: torch.Tensor, tokens: list[int]) -> float:
+def _mean_log_probability(logits: Tensor, tokens: list[int]) -> Tensor:
+    exact = torch.promote_types(logits.dtype, torch.float32)
     if not tokens:
-        return 0.0
-    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
-    return log_probabilities.gather(-1, torch.tensor(tokens, device=logits.device)[:, None]).mean().item()
+        return torch.zeros((), dtype=exact, device=logits.device)
+    log_probabilities = torch.log_softmax(logits.to(exact), dim=-1)
+    return log_probabilities.gather(-1, torch.tensor(tokens, device=logits.device)[:, None]).mean()

@@ -13,12 +13,11 @@ LOGITS_ROWS = 2048
 """Predicted tokens in one forward pass, about: each has logits over the whole vocabulary."""
 
 
-@torch.no_grad()
 def forced_logits(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Tensor]:
     """The logits that predict each token of each answer: one (tokens, vocabulary) tensor a prompt.
 
     prompts, answers: token ids; a prompt has at least one. One forward pass, padded on the right, where padding
-    can't reach what a causal model computes before it.
+    can't reach what a causal model computes before it. Gradients flow wherever they are enabled.
     """
     rows = [torch.tensor([*prompt, *answer[:-1]]) for prompt, answer in zip(prompts, answers, strict=True)]
     device = next(model.parameters()).device
