@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splaser_plugin.errors import ConfigError, OutputError
+from splaser_plugin.errors import ConfigError, OutputError, printable
 
 if TYPE_CHECKING:
     from splaser_plugin.integrations.plan import Plan
@@ -240,7 +240,7 @@ def spectrum(
     found = Scan.load(scan)
     path = output or Path("model_snr_results") / published_name(model or found.model)
     _write(path, _json(published_dict(found, edge=edge)), overwrite=overwrite)
-    print(f"written: {path}", file=sys.stderr)
+    print(f"written: {printable(str(path))}", file=sys.stderr)
 
 
 def _json(values: Any) -> str:
@@ -266,5 +266,5 @@ def _check_file(path: Path, text: str, *, overwrite: bool) -> None:
 
 def _tell(selection: Selection, output: Path, run: str) -> None:
     for kind, names in selection.by_type.items():
-        print(f"{kind}: {len(names)}", file=sys.stderr)
-    print(f"written: {output}\nnext: {run}", file=sys.stderr)
+        print(f"{printable(kind)}: {len(names)}", file=sys.stderr)
+    print(f"written: {printable(str(output))}\nnext: {printable(run)}", file=sys.stderr)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from splaser_plugin.errors import ConfigError, MissingExtraError, OutputError
+from splaser_plugin.errors import ConfigError, MissingExtraError, OutputError, printable
 
 MARK = "# splaser: "
 """Begins each comment line at the top, by which the lines of an earlier merge are known."""
@@ -92,7 +92,7 @@ def _not_yaml(base: Path, error: Exception) -> ConfigError:
 
 def comment(lines: Iterable[str]) -> str:
     """Comment lines. A line's own control characters are escaped, so that it can't end the comment."""
-    return "".join(f"{MARK}{''.join(c if c.isprintable() else repr(c)[1:-1] for c in line)}\n" for line in lines)
+    return "".join(f"{MARK}{printable(line, sys.maxsize)}\n" for line in lines)
 
 
 class _Dumper(yaml.SafeDumper):

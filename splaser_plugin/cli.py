@@ -5,22 +5,54 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from splaser_plugin.config import LaserConfig, ScanConfig
-from splaser_plugin.errors import ConfigError, SplaserError
+from splaser_plugin.errors import ConfigError, SplaserError, printable
 
 if TYPE_CHECKING:
     from splaser_plugin.jobs import LaserResult
     from splaser_plugin.progress import Progress
     from splaser_plugin.scan import Scan
 
+STOPPED = 130
+"""Exit code after Ctrl-C or SIGTERM."""
+RESUMED = ("scan",)
+"""Commands that go on where they were stopped."""
+
+
+class Commands(TyperGroup):
+    """Ctrl-C and SIGTERM end every command alike: one line that says how to go on, and the exit code `STOPPED`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        stop_on_sigterm()
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            again = shlex.join(["splaser", *sys.argv[1:]])
+            resumed = ctx.invoked_subcommand in RESUMED
+            next_step = "What is finished is kept; go on with" if resumed else "Start again with"
+            print(f"stopped. {next_step}: {printable(again)}", file=sys.stderr)
+            raise typer.Exit(STOPPED) from None
+
+
+def stop_on_sigterm() -> None:
+    """Have SIGTERM raise KeyboardInterrupt in the main thread, as Ctrl-C does. In another thread it does nothing."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Find the weight matrices worth training, and reduce the noisy ones where that makes answers better.",
     no_args_is_help=True,
     add_completion=False,
@@ -87,11 +119,7 @@ def scan(
 
     join_processes()
     progress = _progress(transformers=model.endswith(".gguf"))
-    try:
-        found = run_scan(model, config=config, output=output, progress=progress)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with the matrices that are left.", file=sys.stderr)
-        raise typer.Exit(130) from None
+    found = run_scan(model, config=config, output=output, progress=progress)
     if not is_main():
         return
     if top_json is not None:
@@ -224,11 +252,8 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except SplaserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped; nothing was written.", file=sys.stderr)
-        sys.exit(130)

@@ -58,6 +58,22 @@ def mp_median(beta: float) -> float:
     return center + radius * math.cos(angle)
 
 
+def mp_density(values: np.ndarray, shape: tuple[int, int], sigma: float) -> np.ndarray:
+    """Density of the singular values of pure noise: integrated over them it gives 1.
+
+    values: where it is wanted, in the weight's unit, not negative. shape: (rows, columns). sigma: standard
+    deviation of one entry, above 0, as the edge `mp` estimates it.
+    Source: Marchenko & Pastur 1967, for the eigenvalues of W W' / max(shape), here as a density of their roots:
+    sqrt((high^2 - s^2) (s^2 - low^2)) / (pi sigma^2 min(shape) s), low and high = sigma |sqrt(rows) -+ sqrt(columns)|.
+    """
+    rows, columns = shape
+    low = sigma * abs(math.sqrt(rows) - math.sqrt(columns))
+    high = sigma * (math.sqrt(rows) + math.sqrt(columns))
+    below = np.divide(low, values, out=np.full(np.shape(values), math.inf if low else 0.0), where=values > 0)
+    inside = np.clip(high**2 - values**2, 0.0, None) * np.clip(1.0 - below**2, 0.0, None)
+    return np.sqrt(inside) / (math.pi * sigma**2 * min(shape))
+
+
 def fit_edge(values: np.ndarray, shape: tuple[int, int], edge: str) -> EdgeFit:
     """Places one edge in the singular values of a weight and measures signal against noise.
 

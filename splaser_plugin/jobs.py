@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from splaser_plugin.acceptance import Confident, Improve
-from splaser_plugin.candidates import Candidate, by_prediction, choose_candidates
+from splaser_plugin.candidates import by_prediction, choose_candidates
 from splaser_plugin.config import LaserConfig, parse_ranks
 from splaser_plugin.distributed import is_main, wait_for_all
 from splaser_plugin.embedding import load_embedder
@@ -20,7 +20,7 @@ from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, sp
 from splaser_plugin.loading import context_length, load_model
 from splaser_plugin.margin import MarginScorer
 from splaser_plugin.output import check_output, whole_folder
-from splaser_plugin.pairs import PairSet, load_pairs, pairs_from_rows
+from splaser_plugin.pairs import Pair, PairSet, load_pairs, pairs_from_rows
 from splaser_plugin.prediction import check_predictable, sensitivities
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.prompts import Prompter
@@ -78,6 +78,7 @@ class LaserResult:
             "generated_tokens": self.search.generated_tokens,
             "candidates": [_trial(trial) for trial in self.search.trials],
             "held_out": _verdict(self.held_out, self.split),
+            "texts": {"search": _texts(self.split.search), "held_out": _texts(self.split.held_out)},
         }
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
@@ -251,6 +252,11 @@ def _scores(scores: Scores) -> dict[str, Any]:
         "answers": [answer.text for answer in scores.answers],
         "generated_tokens": scores.generated_tokens,
     }
+
+
+def _texts(pairs: Iterable[Pair]) -> list[dict[str, Any]]:
+    """What was asked, in the order of `per_pair` and `answers`: the last turn of each prompt, and its references."""
+    return [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
 
 
 def _verdict(held_out: HeldOut | None, split: Split) -> dict[str, Any]:

@@ -51,6 +51,10 @@ class Sensitivity:
         whole = float(self.energies.sum())
         return float(self.energies[rank:].sum()) / whole if whole else 0.0
 
+    def predicted(self, rank: int) -> float:
+        """Predicted change of the mean margin, in nats a token, when only `rank` components stay."""
+        return self.first_order(rank)
+
 
 def check_predictable(weights: Weights) -> None:
     """Raises ModelError for a model in which no process has a whole gradient."""

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as without_markup
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from splaser_plugin.errors import printable
 from splaser_plugin.progress import Progress
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class TerminalProgress(Progress):
             highlight=False,
             soft_wrap=True,
         )
+
+
+def escape(text: str) -> str:
+    """Names and texts from strangers, as they may be printed: without rich's markup or control characters."""
+    return without_markup(printable(text))
 
 
 def _outcome(judgement: Judgement) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import integrate
 
-from splaser_plugin.edges import EDGES, EdgeFit, fit_edge, fit_edges, mp_median, same_fits
+from splaser_plugin.edges import EDGES, EdgeFit, fit_edge, fit_edges, mp_density, mp_median, same_fits
 from splaser_plugin.errors import SpectrumError
 from tests import reference
 
@@ -35,6 +37,33 @@ def assert_finite_or_reasoned(fit: EdgeFit) -> None:
 @pytest.mark.parametrize("beta", [0.001, 0.05, 0.25, 0.5, 0.75, 0.99, 1.0])
 def test_mp_median_agrees_with_integrating_the_density(beta: float) -> None:
     assert mp_median(beta) == pytest.approx(reference.mp_median(beta), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 65), (576, 1536), (1536, 576), (1, 50), (4096, 14336)])
+@pytest.mark.parametrize("sigma", [1.0, 0.02])
+def test_mp_density_integrates_to_one_within_the_support(shape: tuple[int, int], sigma: float) -> None:
+    low, high = (sigma * abs(math.sqrt(shape[0]) + sign * math.sqrt(shape[1])) for sign in (-1, 1))
+
+    def density(value: float) -> float:
+        return float(mp_density(np.array([value]), shape, sigma)[0])
+
+    assert integrate.quad(density, low, high, limit=200)[0] == pytest.approx(1, abs=1e-6)
+    assert (mp_density(np.array([0.5 * low, 1.01 * high]), shape, sigma) == 0).all() or low == 0
+
+
+def test_mp_density_at_zero_is_that_of_the_quarter_circle() -> None:
+    assert mp_density(np.zeros(1), (100, 100), 2.0)[0] == pytest.approx(1 / (math.pi * math.sqrt(100)))
+    assert mp_density(np.zeros(1), (100, 101), 2.0)[0] == 0
+
+
+@pytest.mark.parametrize("shape", [(400, 400), (300, 700), (700, 300)])
+def test_mp_density_is_that_of_simulated_noise(shape: tuple[int, int]) -> None:
+    values = 0.5 * gaussian_spectrum(*shape)
+    ends = (0.5 * abs(math.sqrt(shape[0]) + sign * math.sqrt(shape[1])) for sign in (-1, 1))
+    for low, high in pairwise(np.linspace(*ends, 7)):
+        points = np.linspace(low, high, 2000)
+        expected = integrate.trapezoid(mp_density(points, shape, 0.5), points)
+        assert np.mean((values >= low) & (values < high)) == pytest.approx(expected, abs=3 / len(values))
 
 
 def test_mp_median_is_the_median_of_squared_singular_values_of_noise() -> None:

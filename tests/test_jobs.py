@@ -73,7 +73,7 @@ def test_applying_the_recipe_gives_the_same_bits(lasered, tiny_folder):
 
 
 def test_results_hold_every_score(lasered):
-    _, out = lasered
+    result, out = lasered
     stored = json.loads((out / "results.json").read_text())
     assert stored["schema"] == "splaser.results/1"
     assert stored["baseline"]["score"] == pytest.approx(sum(stored["baseline"]["per_pair"]) / 3)
@@ -86,6 +86,9 @@ def test_results_hold_every_score(lasered):
         best = max(best, candidate["score"])
     assert stored["final"]["score"] == best
     assert stored["pairs"] == {"source": "rows", "used": 3, "dropped": {}}
+    assert [text["prompt"] for text in stored["texts"]["search"]] == [pair.prompt for pair in result.split.search]
+    assert stored["texts"]["search"][0].keys() == {"prompt", "chosen", "rejected"}
+    assert len(stored["texts"]["search"]) == len(stored["baseline"]["answers"])
 
 
 @pytest.mark.parametrize("options", [{"race": False}, {"screen": "margin"}, {"batch_size": 0}, {"accept": "confident"}])

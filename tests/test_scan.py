@@ -214,14 +214,16 @@ def test_a_killed_scan_goes_on_where_it_stopped_and_ends_with_the_same_bytes(tmp
     assert {path.name for path in tmp_path.iterdir()} == {"model", "killed.json", "unbroken.json"}
 
 
-def test_ctrl_c_says_how_to_go_on_and_keeps_what_is_finished(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_say_how_to_go_on_and_keep_what_is_finished(tmp_path, how):
     slow = {"model.layers.9.mlp.up_proj.weight": torch.randn(1200, 1200)}
     model = save_single(tmp_path / "model", {**layers(), **slow})
     with stopped_after(6, model, tmp_path / "scan.json") as process:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(how)
         told = process.stderr.read()
     assert process.returncode == 130
-    assert told == "stopped; the same command goes on with the matrices that are left.\n"
+    again = f"splaser scan {model} -o {tmp_path / 'scan.json'}"
+    assert told == f"stopped. What is finished is kept; go on with: {again}\n"
     assert lines_of(tmp_path / "scan.json.journal.jsonl") >= 6
 
 
