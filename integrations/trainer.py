@@ -143,12 +143,13 @@ class LaserCallback(TrainerCallback):
 
     def _metrics(self, result: LaserResult) -> dict[str, float]:
         found = result.search
+        last = {each.matrix: each.rank for each in found.kept}
         metrics = {
             "laser/score_before": found.baseline.mean,
             "laser/score_after": found.final.mean,
-            "laser/matrices_tried": len(found.trials),
-            "laser/matrices_kept": len(found.kept),
-            "laser/rank_removed": sum(min(each.matrix.shape) - each.rank for each in found.kept),
+            "laser/matrices_tried": len({each.candidate.matrix for each in found.trials}),
+            "laser/matrices_kept": len(last),
+            "laser/rank_removed": sum(min(matrix.shape) - rank for matrix, rank in last.items()),
             "laser/seconds": self._seconds,
         }
         if result.held_out is not None:

@@ -163,7 +163,8 @@ def laser_weights(
     candidates = choose_candidates(scan, matrices, parse_ranks(config.ranks))
     if config.rank_by == "gradient":
         some = MarginScorer(model, prompter, split.search[:GRADIENT_PAIRS], batch_size=at_once)
-        tried = list(dict.fromkeys(candidate.matrix for candidate in candidates))
+        reducible = {candidate.matrix for candidate in candidates}
+        tried = [matrix for matrix in matrices if matrix in reducible]
         candidates = by_prediction(candidates, sensitivities(weights, some, tried, progress=progress))
         progress.fact("ranked by", f"predicted margin, from a gradient over {some.size} pairs")
     base = _measure(held_out, "held-out base", progress)

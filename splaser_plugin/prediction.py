@@ -8,11 +8,10 @@ of the mean of (sigma_i v_i' x)^2, since the u_i are orthonormal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +25,9 @@ from splaser_plugin.matrices import Matrix
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.spectrum import components
 from splaser_plugin.weights import Weights
+
+_Sums: TypeAlias = tuple[np.ndarray, np.ndarray, float]
+"""Of one matrix: slopes, squares, and the number of tokens."""
 
 GROUP_BYTES = 2**30
 """Most memory for the singular vectors of the matrices that share a pass over the pairs."""
@@ -84,21 +86,17 @@ def sensitivities(
     batches = scorer.batches(answers, min(ANSWERS_AT_ONCE, scorer.batch_size))
     groups = _groups(matrices)
     found: dict[Matrix, Sensitivity] = {}
-    with progress.phase("gradients", len(groups) * len(batches)) as advance:
+    with progress.phase("gradients", len(groups) * len(my_part(batches))) as advance:
         for group in groups:
-            parts = [_Part(weights, matrix) for matrix in group]
-            sums = gather(lambda parts=parts: [_add_up(weights, scorer, parts, my_part(batches), advance)])  # type: ignore[misc]
-            for place, part in enumerate(parts):
-                found[part.matrix] = part.sensitivity([process[place] for process in sums])
+            found.update(_measure(weights, scorer, group, batches, advance))
     return found
 
 
 def _groups(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
-    """Neighbouring matrices whose singular vectors fit into memory together, those of one parameter in one group."""
+    """Matrices, as they follow each other, whose singular vectors fit into memory together."""
     groups: list[list[Matrix]] = [[]]
     room = GROUP_BYTES
-    for _, same in groupby(matrices, key=lambda matrix: matrix.parameter):
-        added = list(same)
+    for added in _by_parameter(matrices).values():
         needed = sum(4 * min(matrix.shape) ** 2 for matrix in added)
         if groups[-1] and needed > room:
             groups.append([])
@@ -106,6 +104,13 @@ def _groups(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
         groups[-1] += added
         room -= needed
     return groups
+
+
+def _by_parameter(matrices: Iterable[Matrix]) -> dict[str, list[Matrix]]:
+    found: dict[str, list[Matrix]] = {}
+    for matrix in matrices:
+        found.setdefault(matrix.parameter, []).append(matrix)
+    return found
 
 
 class _Part:
@@ -146,32 +151,46 @@ class _Part:
         self.squares += (projected * mask.reshape(-1, 1)).square_().sum(0)
         self.tokens += mask.sum()
 
-    def sums(self) -> tuple[np.ndarray, np.ndarray, float]:
+    def sums(self) -> _Sums:
         return self.slopes.cpu().numpy(), self.squares.cpu().numpy(), float(self.tokens)
 
-    def sensitivity(self, sums: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> Sensitivity:
+    def sensitivity(self, sums: Sequence[_Sums]) -> Sensitivity:
         """From the sums of all processes."""
         slopes, squares, tokens = (sum(each[place] for each in sums) for place in range(3))
         energies = squares / tokens if tokens else self.values.cpu().numpy() ** 2
         return Sensitivity(np.asarray(slopes, dtype=np.float64), np.asarray(energies, dtype=np.float64))
 
 
-def _add_up(
+def _measure(
     weights: Weights,
     scorer: MarginScorer,
-    parts: Sequence[_Part],
+    group: Sequence[Matrix],
     batches: Sequence[Sequence[tuple[int, int]]],
     advance: Callable[[int], None],
-) -> list[tuple[np.ndarray, np.ndarray, float]]:
-    by_parameter = {name: list(same) for name, same in groupby(parts, key=lambda part: part.matrix.parameter)}
-    with _gradients_given_to(weights, by_parameter), _inputs_given_to(weights, by_parameter), evaluating(weights.model):
-        for batch in batches:
-            signs = torch.tensor([1.0 - 2.0 * place for _, place in batch])
-            with torch.enable_grad():
-                means = scorer.mean_log_probabilities(batch)
-                (means * signs.to(means)).sum().div(scorer.size).backward()
-            advance(1)
-    return [part.sums() for part in parts]
+) -> dict[Matrix, Sensitivity]:
+    parts = [_Part(weights, matrix) for matrix in group]
+    of_matrix = {part.matrix: part for part in parts}
+    by_parameter = {name: [of_matrix[each] for each in same] for name, same in _by_parameter(group).items()}
+
+    def add_up_mine() -> list[list[_Sums]]:
+        with _gradients_given_to(weights, by_parameter), _inputs_given_to(weights, by_parameter):
+            for batch in my_part(batches):
+                _backward(scorer, batch)
+                advance(1)
+        return [[part.sums() for part in parts]]
+
+    sums = gather(add_up_mine)
+    return {part.matrix: part.sensitivity([each[place] for each in sums]) for place, part in enumerate(parts)}
+
+
+def _backward(scorer: MarginScorer, batch: Sequence[tuple[int, int]]) -> None:
+    """The gradient of these answers' part of the mean margin."""
+    with torch.enable_grad(), evaluating(scorer.model):
+        means = scorer.mean_log_probabilities(batch)
+        signs = torch.tensor([1 - 2 * place for _, place in batch]).to(means)
+        part = (means * signs).sum() / scorer.size
+        if part.requires_grad:  # not where all these answers are empty
+            part.backward()
 
 
 @contextmanager
