@@ -45,6 +45,12 @@ class MergedWeights(Weights):
             values = values - matrix.view(self._delta(matrix.parameter))
         super().write(matrix, values)
 
+    def keep_factors(self) -> None:
+        raise ModelError(
+            "the model has adapters, so its matrices can't be kept as factors. Use --save dense, or merge the adapter "
+            "and run splaser laser on the saved model."
+        )
+
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
         named = ((plain_name(name), each) for name, each in self.model.state_dict().items())

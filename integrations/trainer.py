@@ -25,9 +25,10 @@ from splaser_plugin.jobs import LaserResult, laser_weights, read_pairs
 from splaser_plugin.output import check_output
 from splaser_plugin.pairs import PairSet
 from splaser_plugin.progress import Progress
+from splaser_plugin.rulers import check_rulers
 from splaser_plugin.scan import scan_model
 from splaser_plugin.selection import choose
-from splaser_plugin.weights import Weights
+from splaser_plugin.weights import Weights, model_name
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +121,12 @@ class LaserCallback(TrainerCallback):
 
     def _check_what_training_would_be_lost_on(self, trainer: Any, args: TrainingArguments, model: Any) -> None:
         """Raise now what would otherwise be raised after hours of training."""
+        if self.config.save == "factored":
+            _weights(trainer.accelerator.unwrap_model(model)).keep_factors()
         with undisturbed():
             self._split = read_pairs(self._rows(trainer), self.config)
-            check_output(_output(args), overwrite=True, inputs=(_name(trainer.accelerator.unwrap_model(model)),))
+            check_output(_output(args), overwrite=True, inputs=(model_name(trainer.accelerator.unwrap_model(model)),))
+            check_rulers(self.config)
             if self.config.embedder != "self":
                 SentenceEmbedder(self.config.embedder, torch.device("cpu"))
 
@@ -135,7 +139,7 @@ class LaserCallback(TrainerCallback):
                 trainer.processing_class,
                 self._split or read_pairs(self._rows(trainer), self.config),
                 config=self.config,
-                name=_name(unwrapped),
+                name=model_name(unwrapped),
                 progress=_LoggedProgress(),
             )
         self._seconds = round(time.monotonic() - started, 3)
@@ -231,10 +235,6 @@ def _calling_trainer() -> Any:
 
 def _output(args: TrainingArguments) -> Path:
     return Path(str(args.output_dir)) / "lasered"
-
-
-def _name(model: Any) -> str:
-    return getattr(model.config, "_name_or_path", "") or type(model).__name__
 
 
 def _weights(model: Any) -> Weights:

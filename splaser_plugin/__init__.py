@@ -16,6 +16,8 @@ _HOMES = {
     "run_scan": "splaser_plugin.scan",
     "apply_recipe": "splaser_plugin.jobs",
     "load_pairs": "splaser_plugin.pairs",
+    "load": "splaser_plugin.factored_folder",
+    "expand": "splaser_plugin.factored",
     "LaserCallback": "splaser_plugin.integrations.trainer",
 }
 

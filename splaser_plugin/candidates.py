@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from splaser_plugin.errors import MatrixError
 from splaser_plugin.matrices import Matrix
 from splaser_plugin.scan_records import MatrixScan, Scan
-
-if TYPE_CHECKING:
-    from splaser_plugin.prediction import Sensitivity
 
 
 @dataclass(frozen=True)
@@ -28,6 +24,12 @@ class Candidate:
     """At the scan's edge."""
     predicted: float | None = None
     """Change of the mean margin, in nats a token; None without a prediction."""
+
+    @property
+    def parameters_removed(self) -> int:
+        """Parameters that two factors of this rank have fewer than the matrix; 0 where they have more."""
+        rows, columns = self.matrix.shape
+        return max(0, rows * columns - self.rank * (rows + columns))
 
 
 def choose_candidates(scan: Scan, matrices: Sequence[Matrix], rungs: Sequence[str | float] = ()) -> list[Candidate]:
@@ -55,10 +57,10 @@ def choose_candidates(scan: Scan, matrices: Sequence[Matrix], rungs: Sequence[st
     )
 
 
-def by_prediction(candidates: Sequence[Candidate], found: Mapping[Matrix, Sensitivity]) -> list[Candidate]:
-    """The same candidates with their predictions, best first; among equals their order stays."""
-    predicted = [replace(each, predicted=found[each.matrix].predicted(each.rank)) for each in candidates]
-    return sorted(predicted, key=lambda each: -(each.predicted or 0.0))
+def by_prediction(candidates: Sequence[Candidate], predicted: Sequence[float]) -> list[Candidate]:
+    """The same candidates, each with its prediction, best first; among equals their order stays."""
+    told = [replace(each, predicted=value) for each, value in zip(candidates, predicted, strict=True)]
+    return sorted(told, key=lambda each: -(each.predicted or 0.0))
 
 
 def _ladder(found: MatrixScan, matrix: Matrix, edge: str, rungs: Sequence[str | float]) -> list[Candidate]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from splaser_plugin.config import LaserConfig, ScanConfig
+from splaser_plugin.config import LaserConfig, Options, ScanConfig
 from splaser_plugin.errors import ConfigError, SplaserError, printable
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON to stdout.")]
 
 
-def options_of(config_class: type[ScanConfig]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def options_of(config_class: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one flag for each field of a configuration, passed to it as the argument `config`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -134,24 +134,21 @@ def scan(
 def laser(
     *,
     model: Model,
-    pairs: Annotated[str, typer.Option(help="Preference pairs: a json, jsonl, csv or parquet file, or a data set.")],
+    pairs: Annotated[
+        str, typer.Option(help="Preference pairs: a json, jsonl, csv or parquet file, or a data set.")
+    ] = "",
     output: Output,
     config: LaserConfig,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Reduce the noisiest matrices, one at a time, and keep what makes the model's own answers better."""
-    from splaser_plugin.output import check_output
-
-    held_out = (config.held_out,) if config.held_out else ()
-    check_output(output, overwrite=overwrite, inputs=(model, pairs, *held_out))
     from splaser_plugin.distributed import is_main, join_processes
     from splaser_plugin.jobs import laser as run_laser
 
     join_processes()
     progress = _progress()
-    result = run_laser(model, pairs, config=config, progress=progress)
-    result.save(output, overwrite=overwrite)
+    result = run_laser(model, pairs, config=config, output=output, overwrite=overwrite, progress=progress)
     if not is_main():
         return
     if as_json:
@@ -172,17 +169,38 @@ def apply(
     from splaser_plugin.output import check_output, whole_folder
 
     path = check_output(output, overwrite=overwrite, inputs=(model, recipe))
-    from splaser_plugin.jobs import apply_recipe
+    from splaser_plugin.factored_folder import save_model
+    from splaser_plugin.jobs import lasered_weights
     from splaser_plugin.recipe import Recipe
 
     loaded = Recipe.load(recipe)
     progress = _progress()
-    lasered, tokenizer = apply_recipe(loaded, model, device=device, progress=progress)
+    lasered, tokenizer = lasered_weights(loaded, model, device=device, progress=progress)
     with whole_folder(path) as folder:
-        lasered.save_pretrained(folder)
+        save_model(lasered, folder, None)
         tokenizer.save_pretrained(folder)
         loaded.save(folder / "recipe.json")
     progress.fact("matrices reduced", str(len(loaded.steps)))
+    progress.fact("model", str(output))
+
+
+@app.command()
+def expand(
+    *,
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a model saved with --save factored.")],
+    output: Output,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a model that is stored in factors into a plain one, equal to what --save dense writes."""
+    from splaser_plugin.output import check_output, whole_folder
+
+    path = check_output(output, overwrite=overwrite, inputs=(model,))
+    progress = _progress()
+    from splaser_plugin.factored_folder import expand_folder
+
+    with whole_folder(path) as folder:
+        layers = expand_folder(model, folder)
+    progress.fact("layers expanded", str(layers))
     progress.fact("model", str(output))
 
 
@@ -239,7 +257,14 @@ def _show_scan(found: Scan, output: Path, progress: Progress) -> None:
 def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:
     found = result.search
     progress.fact("kept", f"{len(found.kept)} of {len(found.trials)} candidates")
+    dense, stored = result.parameters
+    if result.recipe.settings["save"] == "factored":
+        progress.fact("parameters", f"{dense:,} before, {stored:,} after")
+    else:
+        progress.fact("parameters", f"{found.parameters_removed:,} of {dense:,} removed, if stored as factors")
     progress.fact("score", f"{found.baseline.mean:+.4f} before, {found.final.mean:+.4f} after, on the same pairs")
+    if stored < dense:
+        progress.fact("dense model", f"splaser expand {output} -o ANOTHER_FOLDER")
     progress.fact("model", str(output))
     progress.fact("rebuild", f"splaser apply {output / 'recipe.json'} {result.recipe.model} -o ANOTHER_FOLDER")
 

@@ -36,9 +36,7 @@ def run_demo(out: Path, cache: Path, *, overwrite: bool = False, progress: Progr
             device="cpu",
             batch_size=24,
         )
-        result = laser(model, pairs, config=config, progress=progress)
-    result.save(out, overwrite=overwrite)
-    return result
+        return laser(model, pairs, config=config, output=out, overwrite=overwrite, progress=progress)
 
 
 def prepare_model(cache: Path) -> Path:

@@ -105,11 +105,6 @@ def share(items: Sequence[_Item], work: Callable[[list[_Item]], list[_Result]]) 
     return [results[(index % processes) * rounds + index // processes] for index in range(len(items))]
 
 
-def wait_for_all() -> None:
-    if process_count() > 1:
-        dist.barrier()
-
-
 def _is_on() -> bool:
     return dist.is_available() and dist.is_initialized()
 

@@ -42,6 +42,14 @@ class EmbedderError(SplaserError):
     """The embedding model can't be loaded or used."""
 
 
+class TextError(SplaserError):
+    """A text can't be read, or is too short for what is asked of it."""
+
+
+class ScorerError(SplaserError):
+    """A scorer of the user's own can't be loaded, or returns no usable scores."""
+
+
 class RecipeError(SplaserError):
     """A recipe or scan file is damaged, of another version, or made for another model."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,17 @@ class Split:
 
 
 @dataclass(frozen=True)
+class WindowSplit:
+    """Windows of text in two parts that have none in common."""
+
+    search: tuple[Sequence[int], ...] = ()
+    held_out: tuple[Sequence[int], ...] = ()
+    """Empty: there is no verdict."""
+    reason: str = ""
+    """Which windows are held out, or why none are; for people."""
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """The base model and the result, measured on the held-out pairs."""
 
@@ -48,13 +59,17 @@ class HeldOut:
     equal: int
     verdict: str
     """`better`, `worse`, or `no difference` and what that means."""
+    unit: str = "pairs"
+    """What the items are: `pairs`, or `windows` of text."""
+    loss_verdict: str = ""
+    """Whether a loss of the tolerance can be ruled out, where there is a tolerance."""
 
     @property
     def summary(self) -> str:
         """One line for people: the difference, its interval, and the pairs counted."""
         low, high = self.interval
         return (
-            f"{self.difference:+.4f} (95 % interval {low:+.4f} to {high:+.4f}) on {len(self.base.items)} pairs: "
+            f"{self.difference:+.4f} (95 % interval {low:+.4f} to {high:+.4f}) on {len(self.base.items)} {self.unit}: "
             f"{self.better} better, {self.worse} worse, {self.equal} equal"
         )
 
@@ -79,6 +94,26 @@ def split_by_prompt(pairs: PairSet, fraction: float, seed: int = 0) -> Split:
     return Split(pairs, search, held_out, f"{len(held_out)} pairs; {len(search)} to search on")
 
 
+def split_windows(windows: Sequence[Sequence[int]], fraction: float, seed: int = 0) -> WindowSplit:
+    """Hold out that fraction of the windows: those of lowest seeded hashes; equal ones stay together.
+
+    Nothing is held out where either side would have fewer than 6 windows.
+    """
+    if fraction == 0:
+        return WindowSplit(tuple(windows), (), "none, as asked for: no verdict")
+    names = [" ".join(map(str, window)) for window in windows]
+    chosen = _lowest_hashes(Counter(names), round(fraction * len(windows)), seed)
+    held_out = tuple(window for window, name in zip(windows, names, strict=True) if name in chosen)
+    search = tuple(window for window, name in zip(windows, names, strict=True) if name not in chosen)
+    if min(len(held_out), len(search)) < LEAST:
+        reason = (
+            f"none, so no verdict: {len(windows)} windows would be split into {len(search)} to search on and "
+            f"{len(held_out)} held out, and each part needs {LEAST}. Raise --samples, or give a longer --text."
+        )
+        return WindowSplit(tuple(windows), (), reason)
+    return WindowSplit(search, held_out, f"{len(held_out)} windows; {len(search)} to search on")
+
+
 def split_by_set(pairs: PairSet, held_out: PairSet) -> Split:
     """Search on all pairs, and hold out those of the other set whose prompts aren't among them.
 
@@ -96,13 +131,18 @@ def split_by_set(pairs: PairSet, held_out: PairSet) -> Split:
     return Split(pairs, pairs.pairs, others, f"{len(others)} pairs of {held_out.source}{dropped}")
 
 
-def compare(base: Scores, result: Scores, *, seed: int = 0) -> HeldOut:
-    """What two measurements of the same pairs say. Give `base` itself as the result where nothing was kept."""
+def compare(
+    base: Scores, result: Scores, *, seed: int = 0, unit: str = "pairs", tolerance: float | None = None
+) -> HeldOut:
+    """What two measurements of the same items say. Give `base` itself as the result where nothing was kept.
+
+    unit: what the items are, `pairs` or `windows`. tolerance: loss of the mean that counts as none.
+    """
     differences = result.differences(base)
     better = sum(each > 0 for each in differences)
     worse = sum(each < 0 for each in differences)
     low, high = paired_bootstrap(differences, risk=RISK, seed=seed)
-    verdict = f"no difference that {len(differences)} pairs can show"
+    verdict = f"no difference that {len(differences)} {unit} can show"
     if result is base:
         verdict = "no difference: nothing was kept"
     elif can_reach(differences, RISK / 2) and (low > 0 or high < 0):
@@ -116,17 +156,27 @@ def compare(base: Scores, result: Scores, *, seed: int = 0) -> HeldOut:
         worse=worse,
         equal=len(differences) - better - worse,
         verdict=verdict,
+        unit=unit,
+        loss_verdict=_loss_verdict(low, tolerance),
     )
 
 
-def _lowest_hashes(pairs_of: Mapping[str, int], wanted: int, seed: int) -> set[str]:
-    """The prompts of lowest hash that have `wanted` pairs together, or a few more. pairs_of: prompt to pairs."""
+def _loss_verdict(low: float, tolerance: float | None) -> str:
+    if tolerance is None:
+        return ""
+    if low > -tolerance:
+        return f"loses less than the tolerance of {tolerance:g}"
+    return f"a loss of the tolerance of {tolerance:g} can't be ruled out"
+
+
+def _lowest_hashes(counts: Mapping[str, int], wanted: int, seed: int) -> set[str]:
+    """The texts of lowest hash that count `wanted` together, or a few more. counts: text to how often it is there."""
     chosen: set[str] = set()
-    for prompt in sorted(pairs_of, key=lambda prompt: hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()):
+    for text in sorted(counts, key=lambda text: hashlib.sha256(f"{seed}\n{text}".encode()).digest()):
         if wanted <= 0:
             break
-        chosen.add(prompt)
-        wanted -= pairs_of[prompt]
+        chosen.add(text)
+        wanted -= counts[text]
     return chosen
 
 

@@ -1,41 +1,42 @@
-"""The whole jobs, as the command line and Python callers run them: scan, laser, apply."""
+"""The whole jobs, as the command line and Python callers run them: laser and apply."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from splaser_plugin.acceptance import Confident, Improve
+from splaser_plugin.acceptance import Acceptance, Confident, Harmless, Improve
 from splaser_plugin.candidates import by_prediction, choose_candidates
 from splaser_plugin.config import LaserConfig, parse_ranks
-from splaser_plugin.distributed import is_main, wait_for_all
-from splaser_plugin.embedding import load_embedder
-from splaser_plugin.errors import ModelError
-from splaser_plugin.generation import Generator
-from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, split_by_set
-from splaser_plugin.loading import context_length, load_model
+from splaser_plugin.distributed import in_main
+from splaser_plugin.errors import ConfigError, ModelError
+from splaser_plugin.factored_folder import parameter_counts, save_model
+from splaser_plugin.guard import Guard
+from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, split_by_set, split_windows
+from splaser_plugin.laser_journal import Journal, LaserJournal, RecordedScorer
+from splaser_plugin.loading import load_model
 from splaser_plugin.margin import MarginScorer
-from splaser_plugin.output import check_output, whole_folder
-from splaser_plugin.pairs import Pair, PairSet, load_pairs, pairs_from_rows
+from splaser_plugin.output import check_output, check_space, whole_folder
+from splaser_plugin.pairs import Pair, PairSet, load_pairs, pairs_from_rows, pairs_sha256
 from splaser_plugin.prediction import check_predictable, sensitivities
 from splaser_plugin.progress import SILENT, Progress
-from splaser_plugin.prompts import Prompter
 from splaser_plugin.racing import Race
 from splaser_plugin.recipe import Recipe, Step, carry_out, versions
-from splaser_plugin.scan import Scan, run_scan, scan_model, write_json
-from splaser_plugin.scoring import Scorer, Scores, SemanticScorer
+from splaser_plugin.rulers import Material, Rulers, check_rulers
+from splaser_plugin.scan import Scan, scan_model, write_json
+from splaser_plugin.scoring import Scorer, Scores
 from splaser_plugin.search import Judge, SearchResult, Trial, search
-from splaser_plugin.weights import Weights
+from splaser_plugin.weights import Weights, model_name
 
-__all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs", "run_scan"]
+__all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs"]
 
 RESULTS_SCHEMA = "splaser.results/1"
-FORWARD_BATCH = 32
-"""Texts in one forward pass where the number of prompts generated for at once is found by measurement."""
 GRADIENT_PAIRS = 32
 """Most pairs that a prediction is made from."""
 
@@ -63,6 +64,11 @@ class LaserResult:
         """The model, lasered in place."""
         return self.weights.model
 
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """How many numbers the dense model has, and how many `save` writes."""
+        return parameter_counts(self.weights)
+
     def results(self) -> dict[str, Any]:
         """The content of results.json."""
         return {
@@ -73,9 +79,12 @@ class LaserResult:
                 "used": len(self.pairs.pairs),
                 "dropped": dict(self.pairs.dropped),
             },
+            "scorer": self.recipe.settings["scorer"],
+            "unit": "windows" if self.recipe.settings["scorer"] == "perplexity" else "pairs",
             "baseline": _scores(self.search.baseline),
             "final": _scores(self.search.final),
             "generated_tokens": self.search.generated_tokens,
+            "parameters_removed": self.search.parameters_removed,
             "candidates": [_trial(trial) for trial in self.search.trials],
             "held_out": _verdict(self.held_out, self.split),
             "texts": {"search": _texts(self.split.search), "held_out": _texts(self.split.held_out)},
@@ -85,47 +94,80 @@ class LaserResult:
         """Write the model, its tokenizer, scan.json, recipe.json and results.json: all of them or nothing.
 
         Under several processes all have to call it, and the main one writes.
-        Raises OutputError when the folder exists and isn't empty.
+        Raises OutputError when the folder exists and isn't empty, or can't be written.
         """
-        path = check_output(out, overwrite=overwrite, inputs=(self.recipe.model,))
+        path = Path(out).expanduser().resolve()
         state = self.weights.state_dict()
-        if is_main():
-            with whole_folder(path) as folder:
-                self.model.save_pretrained(folder, state_dict=state)
+
+        def write() -> None:
+            check_output(out, overwrite=overwrite, inputs=(self.recipe.model,))
+            with whole_folder(path, needed=self.weights.size) as folder:
+                save_model(self.weights, folder, state)
                 self.tokenizer.save_pretrained(folder)
                 self.scan.save(folder / "scan.json")
                 self.recipe.save(folder / "recipe.json")
                 write_json(folder / "results.json", self.results())
-        wait_for_all()
+
+        in_main(write)
         return path
 
 
 def laser(
     model: str | Path | Any,
-    pairs: str | Path | PairSet | Iterable[Mapping[str, Any]],
+    pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None = None,
     *,
     config: LaserConfig | None = None,
     tokenizer: Any = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> LaserResult:
     """Reduce the noisiest matrices of a model wherever that makes its answers better.
 
     model: a folder, .gguf file or hub id, or a loaded causal language model, which is changed in place.
-    pairs: a file or data set name (see `load_pairs`), a PairSet, or rows in any format that `load_pairs` reads.
+    pairs: a file or data set name (see `load_pairs`), a PairSet, or rows in any format that `load_pairs` reads;
+    needed by every scorer but perplexity.
     tokenizer: needed only with a loaded model.
+    output: folder to write, as `LaserResult.save` does. What was found is kept in its journal.jsonl until then, so
+    that after a crash the same call goes on where it stopped. overwrite: replace the output of an earlier run, and
+    throw away a journal of other settings.
     Raises a SplaserError before any weight is changed when something can't be used; whatever is raised later
     leaves the kept changes and no undecided one.
     """
     config = config or LaserConfig()
+    if output is None:
+        return _laser(model, pairs, config, tokenizer, Journal(), None, progress)
+    named = (model, pairs, config.held_out, config.text)
+    given = tuple(each for each in named if isinstance(each, (str, Path)) and str(each))
+    path = check_output(output, overwrite=overwrite, inputs=given)
+    with closing(LaserJournal(path, anew=overwrite)) as journal:
+        result = _laser(model, pairs, config, tokenizer, journal, path, progress)
+        result.save(output, overwrite=overwrite)
+    return result
+
+
+def _laser(
+    model: Any,
+    pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None,
+    config: LaserConfig,
+    tokenizer: Any,
+    journal: Journal,
+    output: Path | None,
+    progress: Progress,
+) -> LaserResult:
     split = read_pairs(pairs, config)
+    check_rulers(config)
     name = str(model)
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise ModelError("a loaded model was given without its tokenizer. Pass tokenizer=...")
-        name = _name_of(model)
+        name = model_name(model)
     else:
         model, tokenizer = load_model(model, device=config.device, dtype=config.dtype, adapter=config.adapter)
-    return laser_weights(Weights(model), tokenizer, split, config=config, name=name, progress=progress)
+    weights = Weights(model)
+    if output is not None:
+        in_main(lambda: check_space(output, weights.size))
+    return laser_weights(weights, tokenizer, split, config=config, name=name, journal=journal, progress=progress)
 
 
 def laser_weights(
@@ -135,45 +177,82 @@ def laser_weights(
     *,
     config: LaserConfig,
     name: str,
+    journal: Journal | None = None,
     progress: Progress = SILENT,
 ) -> LaserResult:
     """The job of `laser` on weights that are loaded already, wherever they live. name: how the model is called."""
+    journal = journal or Journal()
+    if config.save == "factored":
+        weights.keep_factors()
     model: Any = weights.model
     if config.rank_by == "gradient":
         check_predictable(weights)
     device = next(iter(weights.parameters.values())).device
     progress.fact("device", f"{device}, {_dtype(model)}")
-    progress.fact("pairs", split.pairs.summary)
+    rulers = Rulers(weights, tokenizer, config)
+    split, searched, apart = _materials(split, rulers, config)
+    if split.pairs.pairs:
+        progress.fact("pairs", split.pairs.summary)
+    if searched.windows:
+        progress.fact("text", f"{config.text}: {len(searched.windows)} windows of {config.window} tokens to search on")
     progress.fact("held out", split.reason)
-    prompter = Prompter(tokenizer, config.template, context_length(model))
-    generator = Generator(model, prompter, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
-    at_once = config.batch_size or FORWARD_BATCH
-    embedder = load_embedder(config.embedder, weights, tokenizer, device, at_once)
-    scorer = SemanticScorer(generator, embedder, split.search)
-    held_out = SemanticScorer(generator, embedder, split.held_out) if split.held_out else None
-    judge = Judge(
-        scorer,
-        acceptance=Confident(config.alpha, config.candidates) if config.accept == "confident" else Improve(),
-        race=Race(scorer.size, seed=config.seed) if config.race else None,
-        screen=MarginScorer(model, prompter, split.search, batch_size=at_once) if config.screen == "margin" else None,
-    )
 
-    scan = scan_model(weights, config=config, name=name, identity=weights.identity(), progress=progress)
+    def make(name: str, material: Material) -> Scorer:
+        return RecordedScorer(rulers.make(name, material), journal)
+
+    scorer = make(config.scorer, searched)
+    held_out = make(config.scorer, apart) if apart else None
+    screen = make("margin", searched) if config.screen == "margin" else None
+    guard = Guard(make(config.guard_scorer, searched), config.guard_limit) if config.guard else None
+
+    run: dict[str, Any] = {
+        "weights": weights.identity(),
+        "pairs": pairs_sha256(split.search),
+        "held_out": pairs_sha256(split.held_out),
+        "text": hashlib.sha256(repr([searched.windows, apart and apart.windows]).encode()).hexdigest(),
+        "settings": config.to_dict(),
+        "versions": versions(),
+    }
+    if left := journal.begin(run):
+        progress.fact("going on", f"{left} measurements were left by a run that was stopped; none is made again")
+
+    def scanned() -> Scan:
+        return scan_model(weights, config=config, name=name, identity=run["weights"], progress=progress)
+
+    scan = journal.once("scan", (), scanned, Scan.to_dict, Scan.from_dict)
     matrices, _ = weights.matrices(config.include, config.exclude)
     candidates = choose_candidates(scan, matrices, parse_ranks(config.ranks))
     if config.rank_by == "gradient":
-        some = MarginScorer(model, prompter, split.search[:GRADIENT_PAIRS], batch_size=at_once)
-        reducible = {candidate.matrix for candidate in candidates}
-        tried = [matrix for matrix in matrices if matrix in reducible]
-        candidates = by_prediction(candidates, sensitivities(weights, some, tried, progress=progress))
+        some = MarginScorer(model, rulers.prompter, split.search[:GRADIENT_PAIRS], batch_size=rulers.batch_size)
+
+        def predicted() -> list[float]:
+            reducible = {each.matrix for each in candidates}
+            tried = [matrix for matrix in matrices if matrix in reducible]
+            found = sensitivities(weights, some, tried, progress=progress)
+            return [found[each.matrix].predicted(each.rank) for each in candidates]
+
         progress.fact("ranked by", f"predicted margin, from a gradient over {some.size} pairs")
+        candidates = by_prediction(candidates, journal.once("predictions", (), predicted, list, list))
+    judge = Judge(
+        scorer,
+        acceptance=_acceptance(config, min(config.candidates, len(candidates))),
+        race=Race(scorer.size, seed=config.seed) if config.race else None,
+        screen=screen,
+        guard=guard,
+    )
+    journal.subject = "base model, held out"
     base = _measure(held_out, "held-out base", progress)
-    found = search(weights, candidates, judge, limit=config.candidates, progress=progress)
+    journal.subject = "base model"
+    found = search(weights, candidates, judge, limit=config.candidates, journal=journal, progress=progress)
+    journal.subject = "result, held out"
     result = _measure(held_out, "held-out result", progress, like=base) if found.kept else base
-    verdict = compare(base, result, seed=config.seed) if base and result else None
+    tolerance = config.tolerance if config.acceptance == "harmless" else None
+    verdict = None
+    if base and result:
+        verdict = compare(base, result, seed=config.seed, unit=config.unit, tolerance=tolerance)
     if verdict is not None:
         progress.fact("held out", verdict.summary)
-        progress.fact("verdict", verdict.verdict)
+        progress.fact("verdict", "; ".join(filter(None, (verdict.verdict, verdict.loss_verdict))))
     recipe = Recipe(
         model=name,
         weights=scan.weights,
@@ -186,6 +265,24 @@ def laser_weights(
         versions=versions(),
     )
     return LaserResult(weights, tokenizer, scan, recipe, found, split, verdict)
+
+
+def _materials(split: Split, rulers: Rulers, config: LaserConfig) -> tuple[Split, Material, Material | None]:
+    """What is searched on and, if anything, held out; the split's reason is that of the windows where they decide."""
+    if config.scorer != "perplexity":
+        windows = rulers.windows() if config.guard_scorer == "perplexity" else []
+        return split, Material(split.search, windows), Material(split.held_out) if split.held_out else None
+    parts = split_windows(rulers.windows(), config.held_out_fraction, config.seed)
+    apart = Material((), parts.held_out) if parts.held_out else None
+    return replace(split, reason=parts.reason), Material(split.search, parts.search), apart
+
+
+def _acceptance(config: LaserConfig, candidates: int) -> Acceptance:
+    if config.acceptance == "improve":
+        return Improve()
+    if config.acceptance == "confident":
+        return Confident(config.alpha, candidates)
+    return Harmless(config.tolerance, config.alpha, candidates)
 
 
 def _measure(scorer: Scorer | None, name: str, progress: Progress, like: Scores | None = None) -> Scores | None:
@@ -209,22 +306,38 @@ def apply_recipe(
 
     Raises RecipeError when the model isn't the recipe's.
     """
+    weights, tokenizer = lasered_weights(recipe, model, device=device, progress=progress)
+    return weights.model, tokenizer
+
+
+def lasered_weights(
+    recipe: Recipe | str | Path,
+    model: str | Path | nn.Module,
+    *,
+    device: str = "auto",
+    progress: Progress = SILENT,
+) -> tuple[Weights, Any]:
+    """The same as `apply_recipe`, as weights that `factored.save_model` can write."""
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     tokenizer = None
     loaded: Any = model
     if not isinstance(model, nn.Module):
         adapter = recipe.settings.get("adapter", "")
         loaded, tokenizer = load_model(model, device=device, dtype=recipe.dtype, adapter=adapter)
-    carry_out(recipe, Weights(loaded), progress=progress)
-    return loaded, tokenizer
+    weights = Weights(loaded)
+    carry_out(recipe, weights, progress=progress)
+    return weights, tokenizer
 
 
-def _name_of(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None, config: LaserConfig) -> Split:
+    """The pairs that a run with this configuration uses, from whatever form they come in: to search on and held out.
 
-
-def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]], config: LaserConfig) -> Split:
-    """The pairs that a run with this configuration uses, from whatever form they come in: to search on and held out."""
+    Raises ConfigError when there are none and something needs them.
+    """
+    if pairs is None or pairs == "":
+        if config.needs_pairs:
+            raise ConfigError("--pairs: none were given; only --scorer perplexity goes without. Give --pairs FILE.")
+        return Split(PairSet((), "none", {}, 0), (), (), "no pairs")
     pair_set = _pair_set(pairs, config)
     if config.held_out:
         return split_by_set(pair_set, _pair_set(config.held_out, config))
@@ -264,9 +377,10 @@ def _verdict(held_out: HeldOut | None, split: Split) -> dict[str, Any]:
     if held_out is None:
         return {"pairs": 0, "split": split.reason, "verdict": None}
     return {
-        "pairs": len(split.held_out),
+        "pairs": len(held_out.base.items),
         "split": split.reason,
         "verdict": held_out.verdict,
+        "loss_verdict": held_out.loss_verdict or None,
         "difference": held_out.difference,
         "interval": list(held_out.interval),
         "better": held_out.better,
@@ -287,10 +401,12 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "edge": candidate.edge,
         "snr": candidate.snr,
         "predicted": candidate.predicted,
+        "parameters_removed": candidate.parameters_removed,
         "verdict": judgement.verdict,
         "score": scores.mean if scores else None,
         "best_before": judgement.best_before,
         "screen_change": judgement.screen_change,
+        "guard_loss": judgement.guard_loss,
         "pairs_scored": list(scores.items) if scores else [],
         "per_pair": list(scores.values) if scores else [],
         "generated_tokens": scores.generated_tokens if scores else 0,

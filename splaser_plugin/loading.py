@@ -10,6 +10,8 @@ from torch import nn
 
 from splaser_plugin.distributed import best_device
 from splaser_plugin.errors import CheckpointError, ConfigError, ModelError
+from splaser_plugin.factored import CONFIG_KEY
+from splaser_plugin.factored_folder import load as load_factored
 
 
 def pick_device(name: str) -> torch.device:
@@ -49,7 +51,8 @@ def load_model(
                 f"{name} has quantised weights, which can't be reduced. Give the model in bfloat16 or float32."
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **extra)
+        load = load_factored if hasattr(config, CONFIG_KEY) else AutoModelForCausalLM.from_pretrained
+        model: Any = load(source, dtype=wanted, **extra)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{name}: can't be loaded as a causal language model ({str(error).strip().splitlines()[0]}) "

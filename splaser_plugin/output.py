@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import TextIO
 
 from splaser_plugin.errors import OutputError
+from splaser_plugin.locked_file import open_locked
 
 MARK = "recipe.json"
 """The file by which an earlier output is known."""
+JOURNAL = "journal.jsonl"
+"""The file that an unfinished run leaves in its output folder."""
+UNFINISHED = ".unfinished-"
+REPLACED = ".replaced"
+MAKE_ROOM = "Make room there, or choose another --output."
 
 
 def check_output(out: str | Path, *, overwrite: bool, inputs: tuple[str | Path, ...] = ()) -> Path:
@@ -31,9 +37,10 @@ def check_output(out: str | Path, *, overwrite: bool, inputs: tuple[str | Path, 
                 raise OutputError(f"{out}: would overwrite or lie inside the input {given}. Choose another --output.")
     if path.exists() and not path.is_dir():
         raise OutputError(f"{out}: exists and is no folder. Choose another --output.")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    content = {each.name for each in path.iterdir()} - {JOURNAL} if path.is_dir() else set()
+    if content and not overwrite:
         raise OutputError(f"{out}: exists and isn't empty. Choose another --output, or pass --overwrite.")
-    if path.is_dir() and any(path.iterdir()) and not (path / MARK).is_file():
+    if content and MARK not in content:
         raise OutputError(
             f"{out}: isn't the output of an earlier run (it has no {MARK}), so it is not overwritten. "
             "Choose another --output."
@@ -52,12 +59,22 @@ def check_file(out: str | Path, *, replaceable: str) -> None:
         raise OutputError(f"{out}: exists and was not written by splaser. Choose another --output.")
 
 
+def check_space(out: Path, needed: int) -> None:
+    """Raises OutputError when fewer than `needed` bytes are free where the folder `out` will be."""
+    free = _free_bytes(out)
+    if free < needed:
+        raise OutputError(f"{out}: needs {size(needed)}, but {size(free)} are free there. {MAKE_ROOM}")
+
+
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place at the end, unless the block raises."""
+def whole_folder(out: Path, *, needed: int = 0) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place at the end, unless the block raises.
+
+    needed: bytes that it will have, for the error of a full disk. Raises OutputError when it can't be written.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    replaced = temporary.with_name(temporary.name + ".replaced")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}{UNFINISHED}", dir=out.parent))
+    replaced = temporary.with_name(temporary.name + REPLACED)
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
@@ -65,13 +82,42 @@ def whole_folder(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rename(replaced)
         temporary.rename(out)
-    except BaseException:
+        _sync_one(out.parent)
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not out.exists():
             replaced.rename(out)
+        if _is_about_writing(error):
+            raise OutputError(
+                f"{out}: can't be written ({error}): it needs {size(needed)}, and {size(_free_bytes(out))} are free "
+                f"there. {MAKE_ROOM}"
+            ) from error
         raise
     if replaced.exists():
         shutil.rmtree(replaced)
+
+
+def put_back(out: Path) -> None:
+    """Make good what a process left that was killed just while its output took the place of what was there."""
+    for replaced in out.parent.glob(f".{out.name}{UNFINISHED}*{REPLACED}"):
+        if not out.exists() and (replaced / JOURNAL).is_file():
+            os.close(open_locked(replaced / JOURNAL))  # raises where that process is still alive
+            replaced.rename(out)
+
+
+def clear_unfinished(out: Path) -> None:
+    """Delete what processes that were killed while they wrote `out` have left beside it.
+
+    Only for the process that holds the lock of `out`.
+    """
+    for left in out.parent.glob(f".{out.name}{UNFINISHED}*"):
+        if not left.name.endswith(REPLACED) or (out / MARK).is_file():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def size(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 @contextmanager
@@ -94,18 +140,31 @@ def whole_file(out: str | Path) -> Iterator[TextIO]:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise OutputError(
-            f"{out}: can't be written ({error.strerror or error}). Make room there, or choose another --output."
-        ) from error
+        raise OutputError(f"{out}: can't be written ({error.strerror or error}). {MAKE_ROOM}") from error
+
+
+def _free_bytes(out: Path) -> int:
+    existing = next(folder for folder in (out, *out.parents) if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _is_about_writing(error: BaseException) -> bool:
+    from safetensors import SafetensorError
+
+    return isinstance(error, (OSError, SafetensorError))
 
 
 def _sync(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -24,8 +24,11 @@ from splaser_plugin.margin import MarginScorer
 from splaser_plugin.matrices import Matrix
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.spectrum import components
+from splaser_plugin.teacher_forcing import forced_means, similar_lengths
 from splaser_plugin.weights import Weights
 
+_Answer: TypeAlias = tuple[list[int], list[int], float]
+"""Token ids of a prompt and an answer to it, and what the answer's mean log-probability counts in the mean margin."""
 _Sums: TypeAlias = tuple[np.ndarray, np.ndarray, float]
 """Of one matrix: slopes, squares, and the number of tokens."""
 
@@ -82,13 +85,12 @@ def sensitivities(
     Raises ModelError as `check_predictable` does.
     """
     check_predictable(weights)
-    answers = [(item, place) for item in range(scorer.size) for place in range(len(scorer.answers[item]))]
-    batches = scorer.batches(answers, min(ANSWERS_AT_ONCE, scorer.batch_size))
+    batches = _batches(scorer)
     groups = _groups(matrices)
     found: dict[Matrix, Sensitivity] = {}
     with progress.phase("gradients", len(groups) * len(my_part(batches))) as advance:
         for group in groups:
-            found.update(_measure(weights, scorer, group, batches, advance))
+            found.update(_measure(weights, group, batches, advance))
     return found
 
 
@@ -104,6 +106,16 @@ def _groups(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
         groups[-1] += added
         room -= needed
     return groups
+
+
+def _batches(scorer: MarginScorer) -> list[list[_Answer]]:
+    answers: list[_Answer] = []
+    for prompt, (chosen, *rejected) in zip(scorer.prompts, scorer.answers, strict=True):
+        answers.append((prompt, chosen, 1 / scorer.size))
+        answers += [(prompt, each, -1 / scorer.size) for each in rejected]
+    at_once = min(ANSWERS_AT_ONCE, scorer.batch_size)
+    places = similar_lengths([prompt for prompt, _, _ in answers], [answer for _, answer, _ in answers], at_once)
+    return [[answers[place] for place in batch] for batch in places]
 
 
 def _by_parameter(matrices: Iterable[Matrix]) -> dict[str, list[Matrix]]:
@@ -163,9 +175,8 @@ class _Part:
 
 def _measure(
     weights: Weights,
-    scorer: MarginScorer,
     group: Sequence[Matrix],
-    batches: Sequence[Sequence[tuple[int, int]]],
+    batches: Sequence[Sequence[_Answer]],
     advance: Callable[[int], None],
 ) -> dict[Matrix, Sensitivity]:
     parts = [_Part(weights, matrix) for matrix in group]
@@ -175,7 +186,7 @@ def _measure(
     def add_up_mine() -> list[list[_Sums]]:
         with _gradients_given_to(weights, by_parameter), _inputs_given_to(weights, by_parameter):
             for batch in my_part(batches):
-                _backward(scorer, batch)
+                _backward(weights.model, batch)
                 advance(1)
         return [[part.sums() for part in parts]]
 
@@ -183,12 +194,12 @@ def _measure(
     return {part.matrix: part.sensitivity([each[place] for each in sums]) for place, part in enumerate(parts)}
 
 
-def _backward(scorer: MarginScorer, batch: Sequence[tuple[int, int]]) -> None:
-    """The gradient of these answers' part of the mean margin."""
-    with torch.enable_grad(), evaluating(scorer.model):
-        means = scorer.mean_log_probabilities(batch)
-        signs = torch.tensor([1 - 2 * place for _, place in batch]).to(means)
-        part = (means * signs).sum() / scorer.size
+def _backward(model: Any, batch: Sequence[_Answer]) -> None:
+    """The gradient of this batch's part of the mean margin."""
+    prompts, answers, shares = zip(*batch, strict=True)
+    with torch.enable_grad(), evaluating(model):
+        means = forced_means(model, prompts, answers)
+        part = (means * torch.tensor(shares).to(means)).sum()
         if part.requires_grad:  # not where all these answers are empty
             part.backward()
 

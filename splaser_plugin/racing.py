@@ -18,8 +18,8 @@ class Race:
     """In which order all candidates of a search meet the items, and when they stop.
 
     The order is random, the same for every candidate: first 16 items, then as many again as there were, and so
-    on. After each part a candidate stops whose mean difference to the best model is bound to end below what
-    acceptance asks for.
+    on. After each part a candidate stops whose mean difference to the model it is compared with is bound to end
+    below what acceptance asks for.
 
     size: number of items. seed: of their order. risk: probability that a candidate is stopped that would have
     been accepted; the parts share it evenly.
@@ -33,12 +33,15 @@ class Race:
         self.parts = [sorted(order[start:end]) for start, end in pairwise(ends)]
         self.risk = risk / max(1, len(self.parts) - 1)
 
-    def run(self, scorer: Scorer, best: Scores, acceptance: Acceptance) -> Scores:
-        """Scores of the model as it is now: of all items, or of those it was stopped after."""
+    def run(self, scorer: Scorer, other: Scores, acceptance: Acceptance, like: Scores | None = None) -> Scores:
+        """Scores of the model as it is now: of all items, or of those it was stopped after.
+
+        other: what it is compared with. like: see `Scorer.score`; `other` if not given.
+        """
         scores = Scores((), ())
         for part in self.parts:
-            scores = scores.joined(scorer.score(part, like=best))
-            differences = scores.differences(best)
+            scores = scores.joined(scorer.score(part, like=like or other))
+            differences = scores.differences(other)
             bar = acceptance.bar(differences, self.size)
             if len(scores.items) < self.size and upper_bound(differences, self.size, self.risk) < bar:
                 break

@@ -71,7 +71,7 @@ class Recipe:
 
 
 def carry_out(recipe: Recipe, weights: Weights, *, progress: Progress = SILENT) -> None:
-    """Reduce the recipe's matrices in place.
+    """Reduce the recipe's matrices in place, to factors if that is how the recipe's model is saved.
 
     Raises RecipeError, before anything is changed, when the model's weights aren't the recipe's.
     """
@@ -89,6 +89,8 @@ def carry_out(recipe: Recipe, weights: Weights, *, progress: Progress = SILENT) 
             raise RecipeError(
                 f"{step.name}: rank {step.rank}, but its shape {step.shape} allows at most {min(step.shape)}."
             )
+    if recipe.settings.get("save") == "factored":
+        weights.keep_factors()
     with progress.phase("apply", len(recipe.steps)) as advance:
         for step in recipe.steps:
             weights.reduce(matrices[step.name], step.rank)

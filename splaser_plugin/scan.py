@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from splaser_plugin import __version__
 from splaser_plugin.config import ScanConfig
-from splaser_plugin.errors import RecipeError, SpectrumError
+from splaser_plugin.errors import CheckpointError, RecipeError, SpectrumError
 from splaser_plugin.matrices import Matrix
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.scan_records import SCHEMA, MatrixScan, Scan, matrix_scan, rank_key, read_json, write_json
@@ -58,15 +58,22 @@ def run_scan(
     if output is not None:
         _check_output(output)
     if not isinstance(model, (str, Path)):
-        name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-        return _scan_loaded(model, name, config, output, progress)
+        from splaser_plugin.weights import model_name
+
+        return _scan_loaded(model, model_name(model), config, output, progress)
     if str(model).endswith(".gguf"):
         from splaser_plugin.loading import load_model
 
         return _scan_loaded(load_model(model)[0], str(model), config, output, progress)
     from splaser_plugin.checkpoint import open_checkpoint, resolve_model
+    from splaser_plugin.factored_folder import stored_ranks
 
     checkpoint = open_checkpoint(resolve_model(str(model)))
+    if stored_ranks(checkpoint.folder, checkpoint.config):
+        raise CheckpointError(
+            f"{model}: has matrices stored as factors, which are not scanned. Scan the dense model: "
+            f"splaser expand {model} -o DENSE."
+        )
     return scan_checkpoint(checkpoint, config=config, name=str(model), output=output, progress=progress)
 
 

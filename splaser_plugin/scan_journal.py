@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from splaser_plugin.errors import OutputError
+from splaser_plugin.locked_file import open_locked, write_all
 
 _Record = TypeVar("_Record")
 
@@ -46,7 +46,7 @@ class ScanJournal:
         Raises OutputError when another scan is at work there, or the file is none of ours or can't be written.
         """
         try:
-            self._descriptor = _open_locked(self.path)
+            self._descriptor = open_locked(self.path)
             self._resumed = True
             records = self._read(self._descriptor, make)
         except OSError as error:
@@ -67,7 +67,7 @@ class ScanJournal:
                 if not self.path.exists():
                     return
                 self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-            _write(self._descriptor, "".join(line + "\n" for line in lines).encode())
+            write_all(self._descriptor, "".join(line + "\n" for line in lines).encode())
             # A sync takes as long as the spectrum of a small matrix or longer, so that not each gets its own.
             if time.monotonic() - self._synced_s >= SYNC_EVERY_S:
                 os.fsync(self._descriptor)
@@ -114,7 +114,7 @@ class ScanJournal:
             self.other_settings = tuple(sorted(others))
             os.ftruncate(descriptor, 0)
         elif not line.endswith(b"\n"):
-            _write(descriptor, b"\n")
+            write_all(descriptor, b"\n")
         return records
 
     def _cant(self, what: str, error: OSError) -> OutputError:
@@ -129,47 +129,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return stored if isinstance(stored, dict) and stored.get("schema") == SCHEMA else None
-
-
-def _write(descriptor: int, content: bytes) -> None:
-    """All of it, after what is there; in one piece, so that lines of several processes don't mix."""
-    written = os.write(descriptor, content)
-    while written < len(content):
-        written += os.write(descriptor, content[written:])
-
-
-def _open_locked(path: Path) -> int:
-    """The file opened and locked; the lock goes with the process, however that ends."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            _lock(descriptor, path)
-            if _is_still_there(descriptor, path):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # the scan that held it has just finished and removed it
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(
-            f"{path}: another scan is at work there. Wait for its end, or choose another --output."
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # a file system without locks
-            raise
-
-
-def _is_still_there(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

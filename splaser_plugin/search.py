@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from splaser_plugin.acceptance import Acceptance, Improve
 from splaser_plugin.candidates import Candidate
+from splaser_plugin.guard import Guard
+from splaser_plugin.laser_journal import Journal
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.racing import Race
 from splaser_plugin.scoring import Scorer, Scores
@@ -23,13 +25,16 @@ class Judgement:
     """What the scores say about one candidate."""
 
     verdict: str
-    """`kept`; `restored` after all items; `stopped` after some of them; `screened` before the first."""
+    """`kept`; `restored` after all items; `stopped` after some of them; `screened` before the first; `guarded`:
+    it would have been kept, but for the guard."""
     scores: Scores | None
     """Of the items it was scored on; None if it was screened out."""
     best_before: float | None
-    """Mean score that had to be beaten: the best model's, on the same items."""
+    """Mean score that it was compared with, on the same items: the best model's, or under `harmless` the base's."""
     screen_change: float | None
     """Change of the screen's mean score, if there is a screen."""
+    guard_loss: float | None = None
+    """What the guard measured, in its limit's unit; None where it wasn't asked."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,12 @@ class SearchResult:
         return tuple(trial.candidate for trial in self.trials if trial.kept)
 
     @property
+    def parameters_removed(self) -> int:
+        """By all that was kept, if each of these matrices is stored as two factors."""
+        last_of = {candidate.matrix: candidate for candidate in self.kept}
+        return sum(candidate.parameters_removed for candidate in last_of.values())
+
+    @property
     def generated_tokens(self) -> int:
         """By the baseline and all candidates."""
         tried = [trial.judgement.scores for trial in self.trials if trial.judgement.scores is not None]
@@ -70,13 +81,16 @@ def search(
     judge: Judge,
     *,
     limit: int | None = None,
+    journal: Journal | None = None,
     progress: Progress = SILENT,
 ) -> SearchResult:
     """Try each candidate on top of what was kept so far, and keep what the judge says is better.
 
     limit: most candidates to try; those that `is_passed_over` don't count.
+    journal: told which candidate is being measured, if the judge's scorers are recorded in one.
     An exception or Ctrl-C leaves kept changes in place and the undecided matrix bit for bit as it was.
     """
+    journal = journal or Journal()
     with progress.phase("baseline", 1) as advance:
         baseline = judge.measure_baseline()
         advance(1)
@@ -90,6 +104,7 @@ def search(
             if is_passed_over(candidate, trials):
                 continue
             started = time.monotonic()
+            journal.subject = f"{candidate.matrix.name} rank {candidate.rank}"
             with weights.trying(candidate.matrix) as attempt:
                 attempt.reduce(candidate.rank)
                 judgement = judge.judge()
@@ -114,10 +129,11 @@ def is_passed_over(candidate: Candidate, trials: Sequence[Trial]) -> bool:
 
 
 class Judge:
-    """Compares the model as it is with the best so far, and holds what is known of the best.
+    """Compares the model as it is with the best so far or the base, and holds what is known of both.
 
     acceptance: the rule; the published one if not given. race: stop scoring a candidate that can't win any more.
-    screen: a cheaper scorer; what it calls worse is not scored. With the scorer alone every candidate is scored
+    screen: a cheaper scorer; what it calls worse is not scored. guard: asked last, about what would be kept.
+    With the scorer alone every candidate is scored
     on every item, as in the published laser scripts.
     """
 
@@ -128,41 +144,50 @@ class Judge:
         acceptance: Acceptance | None = None,
         race: Race | None = None,
         screen: Scorer | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self._scorer = scorer
         self._acceptance = acceptance or Improve()
         self._race = race
         self._screen = screen
+        self._guard = guard
+        self.baseline = Scores((), ())
         self.best = Scores((), ())
         self._best_screened = Scores((), ())
 
     def measure_baseline(self) -> Scores:
-        """Score the model as the best so far, on every item."""
-        self.best = self._scorer.score(range(self._scorer.size))
+        """Score the model as the base and the best so far, on every item."""
+        self.best = self.baseline = self._scorer.score(range(self._scorer.size))
+        if self._guard:
+            self._guard.measure_baseline()
         self._best_screened = self._screened()
         return self.best
 
     def judge(self) -> Judgement:
-        """Compare the model with the best so far, whose place it takes where the verdict is `kept`."""
+        """Compare the model as the acceptance says; where the verdict is `kept` it is the best from now on."""
         screened = self._screened()
         change = screened.mean - self._best_screened.mean if self._screen else None
         if self._screen and is_worse(screened, self._best_screened):
             return Judgement("screened", None, None, change)
-        scores = self._scores()
-        before = self.best.on(scores.items).mean
+        other = self.baseline if self._acceptance.against_base else self.best
+        scores = self._scores(other)
+        before = other.on(scores.items).mean
         if len(scores.items) < self._scorer.size:
             return Judgement("stopped", scores, before, change)
-        if not self._acceptance.accepts(scores, self.best):
+        if not self._acceptance.accepts(scores, other):
             return Judgement("restored", scores, before, change)
+        guard_loss = self._guard.loss() if self._guard else None
+        if self._guard and guard_loss is not None and guard_loss > self._guard.limit:
+            return Judgement("guarded", scores, before, change, guard_loss)
         self.best, self._best_screened = scores, screened
-        return Judgement("kept", scores, before, change)
+        return Judgement("kept", scores, before, change, guard_loss)
 
     def _screened(self) -> Scores:
         return self._screen.score(range(self._screen.size)) if self._screen else Scores((), ())
 
-    def _scores(self) -> Scores:
+    def _scores(self, other: Scores) -> Scores:
         if self._race:
-            return self._race.run(self._scorer, self.best, self._acceptance)
+            return self._race.run(self._scorer, other, self._acceptance, like=self.best)
         return self._scorer.score(range(self._scorer.size), like=self.best)
 
 

@@ -67,6 +67,7 @@ def _outcome(judgement: Judgement) -> str:
     change = judgement.scores.mean - judgement.best_before
     verdict = {
         "kept": "[green]kept[/green]",
-        "stopped": f"stopped after {len(judgement.scores.items)} pairs",
+        "stopped": f"stopped after {len(judgement.scores.items)} items",
+        "guarded": f"guarded at {judgement.guard_loss:.4f}" if judgement.guard_loss is not None else "guarded",
     }.get(judgement.verdict, judgement.verdict)
     return f"score {judgement.scores.mean:+.4f} ({change:+.4f})  {verdict}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from splaser_plugin.distributed import broadcast, is_main
 from splaser_plugin.errors import MatrixError, ModelError, RankError
+from splaser_plugin.factored import FactoredLinear, Factors, as_stored, factorize, is_factorable
 from splaser_plugin.matrices import Matrix, Skipped, model_matrices, named_parameters
 from splaser_plugin.spectrum import truncate
 
@@ -29,6 +30,7 @@ class Weights:
         self.model = model
         self.parameters: dict[str, nn.Parameter] = named_parameters(model)
         self._originals: dict[Matrix, Tensor] | None = None
+        self.factors: dict[Matrix, Factors] | None = None
 
     def matrices(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[Matrix], list[Skipped]]:
         """See `splaser_plugin.matrices.model_matrices`."""
@@ -44,6 +46,12 @@ class Weights:
     def effective(self, name: str) -> Tensor:
         """A whole parameter by name, as the model computes with it. Not to be written to."""
         return _whole(self.parameters[name].detach())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weights."""
+        distinct = {id(parameter): parameter for parameter in self.parameters.values()}
+        return sum(parameter.numel() * parameter.element_size() for parameter in distinct.values())
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor] | None:
@@ -96,13 +104,43 @@ class Weights:
     def reduce(self, matrix: Matrix, rank: int) -> None:
         """Replace the matrix by its best approximation of that rank, in its own dtype and place.
 
+        After `keep_factors` it is the product of two factors, wherever those take less room.
         Source: Eckart & Young 1936. Raises RankError when the rank is not within 1 and the shorter side.
         """
+        factors = None
         try:
-            reduced = truncate(self.read(matrix), rank)
+            if self.factors is not None and is_factorable(self.model, matrix, rank):
+                factors = self._factorize(matrix, rank)
+                reduced = as_stored(factors.product(), matrix)
+            else:
+                reduced = truncate(self.read(matrix), rank)
         except RankError as error:
             raise RankError(f"{matrix.name}: {error}") from error
         self.write(matrix, reduced)
+        self._set_factors(matrix, factors)
+
+    def keep_factors(self) -> None:
+        """From now on reduce to factors in the model's dtype, and keep them in `factors`, for a smaller model.
+
+        Raises ModelError when the model is sharded over processes.
+        """
+        if self.is_sharded:
+            raise ModelError(
+                f"{type(self.model).__name__} is sharded over processes, so its matrices can't be kept as factors. "
+                "Use --save dense, or run splaser laser on the saved model in one process."
+            )
+        self.factors = self.factors or {}
+
+    def _factorize(self, matrix: Matrix, rank: int) -> Factors:
+        """Every process gets the same bits."""
+        factors = factorize(as_stored(self.read(matrix), matrix), rank)
+        return Factors(broadcast(factors.left), broadcast(factors.right))
+
+    def _set_factors(self, matrix: Matrix, factors: Factors | None) -> None:
+        if self.factors is not None:
+            self.factors.pop(matrix, None)
+            if factors is not None:
+                self.factors[matrix] = factors
 
     @contextmanager
     def trying(self, matrix: Matrix) -> Iterator[Attempt]:
@@ -156,6 +194,7 @@ class Attempt:
         self._weights = weights
         self._matrix = matrix
         self._held: Tensor | None = weights.hold(matrix)
+        self._factors = (weights.factors or {}).get(matrix)
         self._remembered = weights._originals is not None and matrix not in weights._originals
         if weights._originals is not None:
             weights._originals.setdefault(matrix, self._held)
@@ -172,9 +211,15 @@ class Attempt:
         if self._held is None:
             return
         self._weights.put_back(self._matrix, self._held)
+        self._weights._set_factors(self._matrix, self._factors)
         if self._remembered and self._weights._originals is not None:
             del self._weights._originals[self._matrix]
         self._held = None
+
+
+def model_name(model: nn.Module) -> str:
+    """Where the model came from, as far as it knows: a folder or hub id, else its class."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
 
 
 def _check(model: nn.Module) -> None:
@@ -185,6 +230,11 @@ def _check(model: nn.Module) -> None:
         )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ModelError(f"{kind} is an encoder-decoder model; only causal language models can be lasered.")
+    if any(isinstance(module, FactoredLinear) for module in model.modules()):
+        raise ModelError(
+            f"{kind} has factored layers, which can't be scanned or reduced again. Use the dense model: "
+            "splaser expand FOLDER -o DENSE, or splaser_plugin.expand(model)."
+        )
     places = set(map(str, getattr(model, "hf_device_map", {}).values()))
     is_offloaded = "disk" in places or ("cpu" in places and len(places) > 1)
     if is_offloaded or any(parameter.is_meta for parameter in model.parameters()):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from splaser_plugin.acceptance import Confident, Improve
+from splaser_plugin.acceptance import Confident, Harmless, Improve
 from splaser_plugin.racing import Race
 from splaser_plugin.scoring import Scores
 from tests.test_racing import Column, noise, whole
@@ -82,3 +82,53 @@ def test_racing_with_confident_saves_half_and_accepts_the_same():
         assert accepted == simulated_search(rule, models)[0]
         scored += asked
     assert scored < 0.5 * 40 * 15 * 64
+
+
+@pytest.mark.parametrize("size", [7, 64])
+def test_harmless_is_scipys_paired_t_test_against_minus_the_tolerance(size):
+    base, agreed = whole(noise(size, 0.0, seed=100)), set()
+    rule = Harmless(0.1, 0.2, 2)
+    for seed in range(40):
+        scores = whole(noise(size, 0.2 * seed / 40 - 0.1, seed))
+        differences = np.subtract(scores.values, base.values)
+        p_value = stats.ttest_1samp(differences, -0.1, alternative="greater").pvalue
+        agreed.add(rule.accepts(scores, base))
+        assert rule.accepts(scores, base) == (p_value < 0.05)
+    assert agreed == {True, False}
+    assert rule.bar([0.3], 1) == math.inf
+
+
+def harmless_search(seed, costs, *, tolerance=0.02, noise=0.03, race=None):
+    """True loss of what a search accepts, at its worst; each candidate costs something, and pairs differ."""
+    random = np.random.default_rng(seed)
+    rule, base = Harmless(tolerance, 0.05, len(costs)), whole([0.0] * 64)
+    now, loss, worst, accepted = np.zeros(64), 0.0, 0.0, 0
+    for cost in costs:
+        values = now + random.normal(-cost, noise, 64)
+        column = Column(values.tolist())
+        scores = race.run(column, base, rule) if race else column.score(range(64))
+        if len(scores.items) == 64 and rule.accepts(scores, base):
+            now, loss, accepted = values, loss + cost, accepted + 1
+            worst = max(worst, loss)
+    return worst, accepted
+
+
+@pytest.mark.parametrize("cost", [0.02, 0.01, 0.005, 0.002])
+@pytest.mark.parametrize("noise", [0.01, 0.03, 0.1])
+def test_small_losses_do_not_add_up_to_the_tolerance_in_more_than_5_percent_of_searches(cost, noise):
+    """The worst case is a loss of the tolerance by one candidate, or by many that each lose a part of it."""
+    found = [harmless_search(seed, [cost] * 20, noise=noise)[0] for seed in range(400)]
+    assert np.mean([loss >= 0.02 - 1e-12 for loss in found]) <= 0.05
+
+
+def test_a_candidate_that_loses_the_tolerance_is_accepted_in_at_most_alpha_of_searches():
+    found = [harmless_search(seed, [0.02])[1] for seed in range(1000)]
+    assert 0.03 < np.mean(found) < 0.07
+
+
+@pytest.mark.parametrize("raced", [False, True])
+def test_harmless_candidates_are_accepted(raced):
+    found = [
+        harmless_search(seed, [0.0] * 8, noise=0.01, race=Race(64, seed=seed) if raced else None) for seed in range(100)
+    ]
+    assert np.mean([accepted for _, accepted in found]) > 7

@@ -12,12 +12,13 @@ from splaser_plugin.errors import ConfigError, MatrixError
 from splaser_plugin.jobs import apply_recipe
 from splaser_plugin.margin import MarginScorer
 from splaser_plugin.pairs import pairs_from_rows
-from splaser_plugin.prediction import Sensitivity, sensitivities
+from splaser_plugin.prediction import sensitivities
 from splaser_plugin.prompts import Prompter
 from splaser_plugin.recipe import Recipe, Step, carry_out
 from splaser_plugin.scan import scan_model
 from splaser_plugin.scoring import Scores
 from splaser_plugin.search import Judge, search
+from splaser_plugin.teacher_forcing import forced_means
 from splaser_plugin.weights import Weights
 from tests.conftest import tiny_llama
 
@@ -99,21 +100,15 @@ def test_a_ladder_that_removes_nothing_is_refused():
 @settings(deadline=None)
 @given(rungs=RUNGS, seed=st.integers(0, 99))
 def test_predicted_candidates_come_best_first(scanned, rungs, seed):
-    scan, matrices = scanned
-    random = torch.Generator().manual_seed(seed)
-    found = {
-        matrix: Sensitivity(
-            torch.randn(min(matrix.shape), generator=random).numpy(),
-            torch.rand(min(matrix.shape), generator=random).numpy(),
-        )
-        for matrix in matrices
-    }
-    plain = choose_candidates(scan, matrices, rungs)
-    ordered = by_prediction(plain, found)
-    predictions = [each.predicted for each in ordered]
-    assert predictions == sorted(predictions, reverse=True)
-    assert {(each.matrix, each.rank) for each in ordered} == {(each.matrix, each.rank) for each in plain}
-    assert all(each.predicted == found[each.matrix].predicted(each.rank) for each in ordered)
+    plain = choose_candidates(*scanned, rungs)
+    values = torch.randint(-3, 3, (len(plain),), generator=torch.Generator().manual_seed(seed)).double().tolist()
+    ordered = by_prediction(plain, values)
+    told = {(each.matrix, each.rank): value for each, value in zip(plain, values, strict=True)}
+    assert [each.predicted for each in ordered] == sorted(values, reverse=True)
+    assert all(each.predicted == told[each.matrix, each.rank] for each in ordered)
+    places = {(each.matrix, each.rank): place for place, each in enumerate(plain)}
+    keys = [(-told[each.matrix, each.rank], places[each.matrix, each.rank]) for each in ordered]
+    assert keys == sorted(keys), "equals stay in the published order"
 
 
 class Wanted:
@@ -192,21 +187,20 @@ def test_a_planted_harmful_component_is_predicted_best(tokenizer, pairs):
     weights.reduce(matrix, 16)
     left, values, right = torch.linalg.svd(weights.read(matrix), full_matrices=False)
     healthy = scorer.score(range(4)).mean
-    scorer.mean_log_probabilities([(0, 0)])
-    margin = sum(
-        (scorer.mean_log_probabilities([(item, 0), (item, 1)]) * torch.tensor([1.0, -1.0])).sum() for item in range(4)
-    )
-    (gradient,) = torch.autograd.grad(margin, weights.parameters[matrix.parameter])
+    margin = torch.zeros(())
+    for prompt, (chosen, rejected) in zip(scorer.prompts, scorer.answers, strict=True):
+        margin = margin + forced_means(model, [prompt], [chosen]) - forced_means(model, [prompt], [rejected])
+    (gradient,) = torch.autograd.grad(margin.sum(), weights.parameters[matrix.parameter])
     outside = torch.eye(64) - left[:, :16] @ left[:, :16].mT, torch.eye(32) - right[:16].mT @ right[:16]
     up, _, down = torch.linalg.svd(outside[0] @ gradient @ outside[1])
     weights.write(matrix, weights.read(matrix) - 0.9 * values[15] * torch.outer(up[:, 0], down[0]))
     assert scorer.score(range(4)).mean < healthy - 0.02
     scan = scan_model(weights)
     chosen = choose_candidates(scan, weights.matrices()[0], [0.5])
-    best = by_prediction(chosen, sensitivities(weights, scorer, weights.matrices()[0]))[0]
+    found = sensitivities(weights, scorer, weights.matrices()[0])
+    best = by_prediction(chosen, [found[each.matrix].predicted(each.rank) for each in chosen])[0]
     assert best.matrix == matrix
     assert best.predicted > 0
-    print(healthy, best.predicted)
 
 
 QUICK = {"embedder": "self", "max_new_tokens": 4, "candidates": 7, "device": "cpu", "held_out_fraction": 0}

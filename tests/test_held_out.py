@@ -104,7 +104,7 @@ def test_the_configuration_says_how_pairs_are_split():
         ({"held_out_fraction": float("nan")}, "--held-out-fraction: got nan"),
         ({"held_out_fraction": True}, "--held-out-fraction: got True, expected float"),
         ({"alpha": 0.0}, "--alpha: got 0.0, expected at least 1e-06"),
-        ({"accept": "harmless"}, "--accept: got 'harmless', expected one of improve, confident"),
+        ({"accept": "all"}, "--accept: got 'all', expected one of auto, improve, confident, harmless"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -221,3 +221,22 @@ def test_the_confident_rule_keeps_a_part_of_what_has_a_higher_mean(tokenizer):
             assert sum(each != 0 for each in differences) >= 4  # 2 ** -4 <= 0.5 / 6
             best = trial.judgement.scores
     assert result.recipe.settings["accept"] == "confident"
+
+
+def test_with_a_tolerance_the_verdict_tells_whether_it_may_be_lost():
+    base = scores([0.5] * 20)
+    slightly = scores([0.49, 0.48, 0.51, 0.485] * 5)
+    assert compare(base, slightly, tolerance=0.05).loss_verdict == "loses less than the tolerance of 0.05"
+    assert "tolerance of 0.01 can't be ruled out" in compare(base, slightly, tolerance=0.01).loss_verdict
+    assert compare(base, slightly).loss_verdict == ""
+
+
+def test_compressing_keeps_what_is_harmless_and_counts_the_parameters(tokenizer):
+    told = Told()
+    settings = LaserConfig(**QUICK, samples=30, objective="compress", tolerance=10.0)
+    result = laser(tiny_llama(), PAIRS, config=settings, tokenizer=tokenizer, progress=told)
+    assert len(result.search.kept) == 6
+    stored = result.results()
+    assert stored["parameters_removed"] == sum(each["parameters_removed"] for each in stored["candidates"]) > 0
+    assert stored["held_out"]["loss_verdict"] == "loses less than the tolerance of 10"
+    assert told.facts[-1][1].endswith("; loses less than the tolerance of 10")

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import splaser_plugin
-from splaser_plugin import LaserConfig, laser
+from splaser_plugin import LaserConfig, laser, run_scan
 from splaser_plugin.errors import (
     CheckpointError,
     ConfigError,
@@ -19,7 +19,7 @@ from splaser_plugin.errors import (
     PairsError,
     RecipeError,
 )
-from splaser_plugin.jobs import apply_recipe, run_scan
+from splaser_plugin.jobs import apply_recipe
 from splaser_plugin.loading import load_model
 from splaser_plugin.output import check_output, whole_folder
 from splaser_plugin.recipe import Recipe

@@ -95,7 +95,7 @@ def test_a_second_scan_on_the_same_output_is_refused_and_harms_nothing(tmp_path)
     first = ScanJournal(output, SETTINGS)
     first.resume(dict)
     first.append(RECORDS[:1])
-    with pytest.raises(OutputError, match=r"scan\.json\.journal\.jsonl: another scan is at work there\. Wait"):
+    with pytest.raises(OutputError, match=r"scan\.json\.journal\.jsonl: another run is at work there\. Wait"):
         resumed(output)
     first.append(RECORDS[1:])
     first.close()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from splaser_plugin.acceptance import Confident, Improve
+from splaser_plugin.acceptance import Confident, Harmless, Improve
 from splaser_plugin.candidates import Candidate, choose_candidates
 from splaser_plugin.errors import MatrixError
 from splaser_plugin.racing import Race
@@ -197,3 +197,24 @@ def test_the_confident_rule_finds_a_planted_improvement(raced):
     found = [kept_of_noise(seed, Confident(0.05, 15), raced=raced, planted=7) for seed in range(100)]
     assert np.mean([7 in kept for kept in found]) > 0.9
     assert np.mean([kept == [7] for kept in found]) > 0.85
+
+
+def test_under_harmless_candidates_are_compared_with_the_base(candidates):
+    """Each loses less than the tolerance, but all of them together lose more."""
+    found, _ = planted_search(candidates, [-0.02] * 5, acceptance=Harmless(0.05, 0.05, 5), noise=0.01)
+    assert verdicts(found) == ["kept", "kept", "restored", "restored", "restored"]
+    assert [trial.judgement.best_before for trial in found.trials] == [0.0] * 5
+    assert found.final.mean == pytest.approx(-0.04)
+    raced, _ = planted_search(candidates, [-0.02] * 5, acceptance=Harmless(0.05, 0.05, 5), race=Race(128), noise=0.01)
+    assert raced.kept == found.kept
+    assert raced.final == found.final
+
+
+def test_parameters_removed_are_those_that_two_factors_have_fewer(candidates):
+    matrix = candidates[0].matrix
+    rows, columns = matrix.shape
+    for rank in range(1, min(matrix.shape) + 1):
+        fewer = rows * columns - (rows * rank + rank * columns)
+        assert Candidate(matrix, rank, "iqr", 1.0, 0.5).parameters_removed == max(0, fewer)
+    found, _ = planted_search(candidates, [0.1, -0.1, 0.1, -0.1, -0.1], noise=0.0)
+    assert found.parameters_removed == candidates[0].parameters_removed + candidates[2].parameters_removed

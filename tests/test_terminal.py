@@ -20,7 +20,8 @@ SCORES = Scores((0, 4), (0.25, 0.5))
     [
         (Judgement("kept", SCORES, 0.25, None), "score +0.3750 (+0.1250)  kept"),
         (Judgement("restored", SCORES, 0.5, None), "score +0.3750 (-0.1250)  restored"),
-        (Judgement("stopped", SCORES, 0.5, -0.1), "score +0.3750 (-0.1250)  stopped after 2 pairs"),
+        (Judgement("stopped", SCORES, 0.5, -0.1), "score +0.3750 (-0.1250)  stopped after 2 items"),
+        (Judgement("guarded", SCORES, 0.25, None, 1.0375), "score +0.3750 (+0.1250)  guarded at 1.0375"),
         (Judgement("screened", None, None, -0.125), "screen -0.1250  screened"),
     ],
 )

@@ -1,0 +1,78 @@
+"""A scorer of the user's own: a function, given by its dotted path."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splaser_plugin.distributed import share
+from splaser_plugin.errors import ScorerError
+from splaser_plugin.generation import evaluating
+from splaser_plugin.pairs import Pair
+from splaser_plugin.scoring import Scores
+
+Function = Callable[[Any, Any, list[Pair]], Sequence[float]]
+
+
+class CallableScorer:
+    """What a function says of the model: one number a pair, higher is better.
+
+    function: called with the model in evaluation mode, its tokenizer and some of the pairs, without gradients; the
+    same model and pairs have to give the same numbers. name: how it is called in messages.
+    """
+
+    def __init__(self, function: Function, model: Any, tokenizer: Any, pairs: Sequence[Pair], name: str) -> None:
+        self.name = name
+        self.size = len(pairs)
+        self._function = function
+        self._model = model
+        self._tokenizer = tokenizer
+        self._pairs = pairs
+
+    def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
+        """Raises ScorerError when the function returns anything but one finite number a pair."""
+        return Scores(tuple(items), tuple(share(items, self._values)))
+
+    def _values(self, items: list[int]) -> list[float]:
+        with torch.no_grad(), evaluating(self._model):
+            returned = self._function(self._model, self._tokenizer, [self._pairs[item] for item in items])
+        try:
+            values = [float(value) for value in returned]
+        except (TypeError, ValueError) as error:
+            raise ScorerError(f"--scorer {self.name}: expected one number a pair, got {returned!r:.80}.") from error
+        if len(values) != len(items):
+            raise ScorerError(f"--scorer {self.name}: returned {len(values)} scores for {len(items)} pairs.")
+        for item, value in zip(items, values, strict=True):
+            if not math.isfinite(value):
+                prompt = self._pairs[item].prompt
+                raise ScorerError(
+                    f"--scorer {self.name}: {value} for the pair '{prompt:.40}', expected a finite score."
+                )
+        return values
+
+
+def load_function(path: str) -> Function:
+    """The function `package.module.function`, looked for in the current folder too.
+
+    Raises ScorerError when there is no such module or function.
+    """
+    module_name, _, name = path.rpartition(".")
+    folder = str(Path.cwd())
+    if not {"", folder} & set(sys.path):
+        sys.path.append(folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ScorerError(
+            f"--scorer {path}: the module {module_name} can't be imported ({error}). Install it, or run in its folder."
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ScorerError(f"--scorer {path}: {module_name} has no function '{name}'.")
+    return function

@@ -1,0 +1,40 @@
+"""How well a model predicts plain text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from splaser_plugin.distributed import share
+from splaser_plugin.scoring import Scores
+from splaser_plugin.teacher_forcing import fitting_batch, mean_log_probabilities
+
+
+class PerplexityScorer:
+    """Mean log-probability of all tokens of a window but its first, in nats a token: minus transformers' own loss.
+
+    All windows are equally long, so the mean over some of them is that over their tokens; see `perplexity`.
+    windows: token ids, at least 2 in each. batch_size: most windows in one forward pass.
+    """
+
+    name = "perplexity"
+
+    def __init__(self, model: Any, windows: Sequence[Sequence[int]], *, batch_size: int) -> None:
+        self.model = model
+        self.size = len(windows)
+        self.windows = windows
+        self.batch_size = fitting_batch(batch_size, max(map(len, windows)))
+
+    def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
+        return Scores(tuple(items), tuple(share(items, self._means)))
+
+    def _means(self, items: list[int]) -> list[float]:
+        starts = [self.windows[item][:1] for item in items]
+        rests = [self.windows[item][1:] for item in items]
+        return mean_log_probabilities(self.model, starts, rests, batch_size=self.batch_size)
+
+
+def perplexity(scores: Scores) -> float:
+    """exp of minus the mean log-probability: of all tokens that a PerplexityScorer measured, together."""
+    return math.exp(-scores.mean)

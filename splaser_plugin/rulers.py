@@ -1,0 +1,82 @@
+"""What a run measures with: scorers by their names, all for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from splaser_plugin.config import SCORERS, LaserConfig, MeasureConfig
+from splaser_plugin.embedding import Embedder, load_embedder
+from splaser_plugin.generation import Generator
+from splaser_plugin.loading import context_length
+from splaser_plugin.margin import MarginScorer
+from splaser_plugin.own_scorer import CallableScorer, load_function
+from splaser_plugin.pairs import Pair
+from splaser_plugin.perplexity import PerplexityScorer
+from splaser_plugin.prompts import Prompter
+from splaser_plugin.scoring import Scorer, SemanticScorer
+from splaser_plugin.texts import open_text, read_windows
+from splaser_plugin.weights import Weights
+
+FORWARD_BATCH = 32
+"""Texts in one forward pass where the number of prompts generated for at once is found by measurement."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What scorers measure on; either may be empty."""
+
+    pairs: Sequence[Pair]
+    windows: Sequence[Sequence[int]] = ()
+    """Token ids of text, equally many in each."""
+
+
+class Rulers:
+    """Makes scorers of one model; what they have in common is made once, when it is first needed."""
+
+    def __init__(self, weights: Weights, tokenizer: Any, config: MeasureConfig) -> None:
+        self.weights = weights
+        self.model: Any = weights.model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.batch_size = config.batch_size or FORWARD_BATCH
+
+    def make(self, name: str, material: Material) -> Scorer:
+        """The scorer of that name: `semantic`, `margin`, `perplexity`, or the dotted path of a function."""
+        if name == "semantic":
+            return SemanticScorer(self.generator, self.embedder, material.pairs)
+        if name == "margin":
+            return MarginScorer(self.model, self.prompter, material.pairs, batch_size=self.batch_size)
+        if name == "perplexity":
+            return PerplexityScorer(self.model, material.windows, batch_size=self.batch_size)
+        return CallableScorer(load_function(name), self.model, self.tokenizer, material.pairs, name)
+
+    def windows(self) -> list[list[int]]:
+        """The windows of --text, as many as pairs are read. Raises TextError when it can't be read."""
+        config = self.config
+        context = context_length(self.model)
+        return read_windows(config.text, self.tokenizer, window=config.window, count=config.samples, context=context)
+
+    @cached_property
+    def prompter(self) -> Prompter:
+        return Prompter(self.tokenizer, self.config.template, context_length(self.model))
+
+    @cached_property
+    def generator(self) -> Generator:
+        limit, at_once = self.config.max_new_tokens, self.config.batch_size
+        return Generator(self.model, self.prompter, max_new_tokens=limit, batch_size=at_once)
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        device = next(iter(self.weights.parameters.values())).device
+        return load_embedder(self.config.embedder, self.weights, self.tokenizer, device, self.batch_size)
+
+
+def check_rulers(config: LaserConfig) -> None:
+    """Raise now what a missing text or function would raise once the model is there."""
+    if config.scorer not in SCORERS:
+        load_function(config.scorer)
+    if config.text:
+        next(open_text(config.text), None)

@@ -1,0 +1,80 @@
+"""Plain text in windows of equal length: from a file, or from a hub data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from splaser_plugin.errors import TextError
+
+MAX_TEXT_BYTES = 256 * 2**20
+COLUMN = "text"
+
+
+def read_windows(
+    source: str, tokenizer: Any, *, window: int, count: int, context: int | None = None
+) -> list[list[int]]:
+    """The first windows of `window` tokens each, at most `count`, one after the other; a shorter rest is dropped.
+
+    source: a UTF-8 text file, or a hub data set or folder of data files, as NAME or NAME:SUBSET: the column `text`
+    of its split `test`, or else of its first split, one row a line. context: the model's longest input in tokens.
+    No special tokens are added.
+    Raises TextError when it can't be read, has fewer than 2 windows, or they don't fit into the context.
+    """
+    if context is not None and window > context:
+        raise TextError(f"--window {window}: longer than the model's context of {context} tokens. Lower --window.")
+    tokens: list[int] = []
+    for part in open_text(source):
+        tokens += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(tokens) >= count * window:
+            break
+    whole = min(count, len(tokens) // window)
+    if whole < 2:
+        raise TextError(
+            f"--text {source}: {len(tokens)} tokens make {whole} windows of {window}, expected at least 2. Give a "
+            "longer text, or a smaller --window."
+        )
+    return [tokens[place * window : (place + 1) * window] for place in range(whole)]
+
+
+def open_text(source: str) -> Iterator[str]:
+    """The text in parts: a file as a whole, a data set row by row. Raises TextError, at once or while it is read."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return iter([_read_file(path)])
+    if path.suffix == ".txt" or (source.startswith((".", "/", "~")) and not path.is_dir()):
+        raise TextError(f"--text {source}: there is no such file. Give a text file, or the name of a hub data set.")
+    return _read_dataset(source)
+
+
+def _read_file(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+        if size > MAX_TEXT_BYTES:
+            raise TextError(f"--text {path}: {size:,} bytes, at most {MAX_TEXT_BYTES:,} are read. Cut the file.")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(f"--text {path}: not UTF-8 (at byte {error.start:,}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise TextError(f"--text {path}: can't be read ({error.strerror or error}). Check its rights.") from error
+
+
+def _read_dataset(source: str) -> Iterator[str]:
+    import datasets
+    import pyarrow
+
+    name, _, subset = source.partition(":")
+    try:
+        splits = datasets.load_dataset(name, subset or None, streaming=True)
+        rows: Iterator[Mapping[str, Any]] = iter(splits["test" if "test" in splits else next(iter(splits))])
+        for row in rows:
+            if not isinstance(row.get(COLUMN), str):
+                raise TextError(f"--text {source}: its columns are {', '.join(row)}, expected text in '{COLUMN}'.")
+            yield row[COLUMN] + "\n"
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise TextError(
+            f"--text {source}: no file of that name, and it can't be read as a data set ({reason}). Check the path, or "
+            "the name and the connection."
+        ) from error

@@ -1,0 +1,66 @@
+"""Laser the tiny model in processes that are killed at random moments, until so many were killed.
+
+    python -m tests.kill_runs MODEL PAIRS FOLDER KILLS
+
+FOLDER gets an output that nothing stopped, `unbroken`, and `0`, `1`, ...: each of a run that was started again
+after every kill until it came to its end.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from splaser_plugin import LaserConfig, laser
+from tests.test_laser_journal import OPTIONS
+
+
+def start(model: str, pairs: str, output: Path) -> int:
+    """A process that does the job; as a fork of this one it need not import everything again."""
+    if process := os.fork():
+        return process
+    status = 1
+    try:
+        laser(model, pairs, config=LaserConfig(**OPTIONS), output=output)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def ended(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def main(model: str, pairs: str, folder: str, kills: str) -> None:
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    if ended(start(model, pairs, Path(folder) / "unbroken")) != 0:
+        sys.exit("the unbroken run failed")
+    whole_s = time.monotonic() - started
+    moments = random.Random(0)
+    killed, runs = 0, 0
+    while True:
+        process = start(model, pairs, Path(folder) / str(runs))
+        if killed < int(kills):
+            time.sleep(moments.uniform(0, whole_s))
+            os.kill(process, signal.SIGKILL)
+        status = ended(process)
+        if status == -signal.SIGKILL:
+            killed += 1
+        elif status == 0:
+            runs += 1
+        else:
+            sys.exit(f"a run that was started again ended with {status}")
+        if killed == int(kills) and status == 0:
+            print(f"{killed} killed, {runs} runs came to their end")
+            return
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
