@@ -24,6 +24,7 @@ from splaser_plugin.integrations.freeze import freeze_all_but
 from splaser_plugin.jobs import LaserResult, laser_weights, read_pairs
 from splaser_plugin.output import check_output
 from splaser_plugin.pairs import PairSet
+from splaser_plugin.prediction import check_predictable
 from splaser_plugin.progress import Progress
 from splaser_plugin.rulers import check_rulers
 from splaser_plugin.scan import scan_model
@@ -123,6 +124,8 @@ class LaserCallback(TrainerCallback):
         """Raise now what would otherwise be raised after hours of training."""
         if self.config.save == "factored":
             _weights(trainer.accelerator.unwrap_model(model)).keep_factors()
+        if self.config.rank_by == "gradient":
+            check_predictable(_weights(trainer.accelerator.unwrap_model(model)))
         with undisturbed():
             self._split = read_pairs(self._rows(trainer), self.config)
             check_output(_output(args), overwrite=True, inputs=(model_name(trainer.accelerator.unwrap_model(model)),))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splaser_plugin import LaserConfig, laser
+from splaser_plugin import LaserConfig, jobs, laser
 from splaser_plugin.candidates import Candidate, by_prediction, choose_candidates
 from splaser_plugin.config import EDGES, parse_ranks
 from splaser_plugin.errors import ConfigError, MatrixError
@@ -13,6 +13,7 @@ from splaser_plugin.jobs import apply_recipe
 from splaser_plugin.margin import MarginScorer
 from splaser_plugin.pairs import pairs_from_rows
 from splaser_plugin.prediction import sensitivities
+from splaser_plugin.progress import Progress
 from splaser_plugin.prompts import Prompter
 from splaser_plugin.recipe import Recipe, Step, carry_out
 from splaser_plugin.scan import scan_model
@@ -224,3 +225,23 @@ def test_a_run_with_a_ladder_says_what_was_predicted_and_can_be_rebuilt(rank_by,
     assert result.search.kept, "this run has to keep something to show anything"
     for name, value in result.model.state_dict().items():
         assert torch.equal(rebuilt.state_dict()[name], value), name
+
+
+class StopsAfterTwo(Progress):
+    seen = 0
+
+    def trial(self, trial):
+        self.seen += 1
+        if self.seen == 2:
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_run_goes_on_in_the_predicted_order(tiny_folder, pairs, tmp_path, monkeypatch):
+    config = LaserConfig(**QUICK, rank_by="gradient", ranks="mp,0.4")
+    whole = laser(tiny_folder, pairs, config=config)
+    with pytest.raises(KeyboardInterrupt):
+        laser(tiny_folder, pairs, config=config, output=tmp_path / "out", progress=StopsAfterTwo())
+    monkeypatch.setattr(jobs, "sensitivities", None)  # what was predicted once is not predicted again
+    resumed = laser(tiny_folder, pairs, config=config, output=tmp_path / "out")
+    assert [each.candidate for each in resumed.search.trials] == [each.candidate for each in whole.search.trials]
+    assert resumed.recipe == whole.recipe
