@@ -23,6 +23,11 @@ class MergedWeights(Weights):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         super().__init__(model.get_base_model())
+        if self.is_sharded:
+            raise ModelError(
+                f"{type(self.model).__name__} has adapters and is sharded over processes, which can't be lasered in "
+                "place. Save the adapter, and run splaser laser with --adapter DIR on the base model."
+            )
         self._layers: dict[str, Any] = {}
         for name, module in self.model.named_modules():
             if not isinstance(module, BaseTunerLayer):

@@ -22,10 +22,12 @@ from splaser_plugin.errors import ConfigError, ModelError, PairsError
 from splaser_plugin.held_out import Split
 from splaser_plugin.integrations.freeze import freeze_all_but
 from splaser_plugin.jobs import LaserResult, laser_weights, read_pairs
+from splaser_plugin.loading import context_length
 from splaser_plugin.output import check_output
 from splaser_plugin.pairs import PairSet
 from splaser_plugin.prediction import check_predictable
 from splaser_plugin.progress import Progress
+from splaser_plugin.prompts import Prompter
 from splaser_plugin.rulers import check_rulers
 from splaser_plugin.scan import scan_model
 from splaser_plugin.selection import choose
@@ -122,16 +124,20 @@ class LaserCallback(TrainerCallback):
 
     def _check_what_training_would_be_lost_on(self, trainer: Any, args: TrainingArguments, model: Any) -> None:
         """Raise now what would otherwise be raised after hours of training."""
+        unwrapped = trainer.accelerator.unwrap_model(model)
         if self.config.save == "factored":
-            _weights(trainer.accelerator.unwrap_model(model)).keep_factors()
+            _weights(unwrapped).keep_factors()
         if self.config.rank_by == "gradient":
-            check_predictable(_weights(trainer.accelerator.unwrap_model(model)))
+            check_predictable(_weights(unwrapped))
         with undisturbed():
             self._split = read_pairs(self._rows(trainer), self.config)
-            check_output(_output(args), overwrite=True, inputs=(model_name(trainer.accelerator.unwrap_model(model)),))
+            check_output(_output(args), overwrite=True, inputs=(model_name(unwrapped),))
             check_rulers(self.config)
+            prompter = Prompter(trainer.processing_class, self.config.template, context_length(unwrapped))
+            for pair in self._split.pairs:
+                prompter.tokens(pair.messages)
             if self.config.embedder != "self":
-                SentenceEmbedder(self.config.embedder, torch.device("cpu"))
+                SentenceEmbedder(self.config.embedder, torch.device("cpu"), allow_pickle=self.config.allow_pickle)
 
     def _laser(self, trainer: Any, model: Any) -> dict[str, float]:
         started = time.monotonic()
@@ -257,4 +263,4 @@ def _refuse(trainer: Any, args: TrainingArguments, model: Any) -> None:
     is_fsdp1 = trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2
     if is_fsdp1 or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ModelError(f"FSDP version 1 flattens the weights. Use FSDP version 2 (fsdp_version: 2). {OFFLINE}")
-    Weights(trainer.accelerator.unwrap_model(model))
+    _weights(trainer.accelerator.unwrap_model(model)).check_dense()

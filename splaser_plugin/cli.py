@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 STOPPED = 130
 """Exit code after Ctrl-C or SIGTERM."""
-RESUMED = ("scan",)
+RESUMED = ("scan", "laser")
 """Commands that go on where they were stopped."""
 
 
@@ -118,7 +118,7 @@ def scan(
     from splaser_plugin.selection import top_by_type
 
     join_processes()
-    progress = _progress(transformers=model.endswith(".gguf"))
+    progress = _progress(transformers=model.endswith(".gguf") or config.allow_pickle)
     found = run_scan(model, config=config, output=output, progress=progress)
     if not is_main():
         return
@@ -141,11 +141,18 @@ def laser(
     config: LaserConfig,
     overwrite: Overwrite = False,
     as_json: Json = False,
+    push_to_hub: Annotated[
+        str, typer.Option(metavar="REPO", help="Also upload it to this repository of the hub; a new one is private.")
+    ] = "",
 ) -> None:
     """Reduce the noisiest matrices, one at a time, and keep what makes the model's own answers better."""
     from splaser_plugin.distributed import is_main, join_processes
+    from splaser_plugin.hub import check_repo
+    from splaser_plugin.hub import push_to_hub as push
     from splaser_plugin.jobs import laser as run_laser
 
+    if push_to_hub:
+        check_repo(push_to_hub)
     join_processes()
     progress = _progress()
     result = run_laser(model, pairs, config=config, output=output, overwrite=overwrite, progress=progress)
@@ -154,6 +161,8 @@ def laser(
     if as_json:
         print(json.dumps(result.results(), allow_nan=False))
     _show_laser(result, output, progress)
+    if push_to_hub:
+        progress.fact("on the hub", push(output.expanduser().resolve(), push_to_hub))
 
 
 @app.command()
@@ -163,6 +172,7 @@ def apply(
     model: Model,
     output: Output,
     device: Annotated[str, typer.Option(help="Device to compute on.")] = "auto",
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load weights that are pickled (.bin).")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Rebuild a lasered model from its recipe and the base model."""
@@ -171,17 +181,32 @@ def apply(
     path = check_output(output, overwrite=overwrite, inputs=(model, recipe))
     from splaser_plugin.factored_folder import save_model
     from splaser_plugin.jobs import lasered_weights
+    from splaser_plugin.model_card import model_card
     from splaser_plugin.recipe import Recipe
 
     loaded = Recipe.load(recipe)
     progress = _progress()
-    lasered, tokenizer = lasered_weights(loaded, model, device=device, progress=progress)
+    lasered, tokenizer = lasered_weights(loaded, model, device=device, allow_pickle=allow_pickle, progress=progress)
     with whole_folder(path) as folder:
         save_model(lasered, folder, None)
         tokenizer.save_pretrained(folder)
         loaded.save(folder / "recipe.json")
+        model_card(loaded).save(folder / "README.md")
     progress.fact("matrices reduced", str(len(loaded.steps)))
     progress.fact("model", str(output))
+
+
+@app.command()
+def report(
+    *,
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_SCAN", help="Output folder of laser, or a scan.json.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write.")] = Path("report.html"),
+) -> None:
+    """One page to look at: where the noise is, what the search did, whether it is better, what to train."""
+    from splaser_plugin.report import report as write
+
+    progress = _progress(transformers=False)
+    progress.fact("report", str(write(source, output)))
 
 
 @app.command()
@@ -266,6 +291,7 @@ def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:
     if stored < dense:
         progress.fact("dense model", f"splaser expand {output} -o ANOTHER_FOLDER")
     progress.fact("model", str(output))
+    progress.fact("report", str(output / "report.html"))
     progress.fact("rebuild", f"splaser apply {output / 'recipe.json'} {result.recipe.model} -o ANOTHER_FOLDER")
 
 

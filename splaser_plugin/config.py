@@ -48,6 +48,8 @@ def option(
 class Options:
     """What the configurations of all stages have in common."""
 
+    allow_pickle: bool = option(False, "Load weights that are pickled (.bin) if there are no others.")
+
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
             _check(each, getattr(self, each.name))

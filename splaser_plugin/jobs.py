@@ -22,12 +22,15 @@ from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, sp
 from splaser_plugin.laser_journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.loading import load_model
 from splaser_plugin.margin import MarginScorer
+from splaser_plugin.model_card import model_card
 from splaser_plugin.output import check_output, check_space, whole_folder
 from splaser_plugin.pairs import Pair, PairSet, load_pairs, pairs_from_rows, pairs_sha256
 from splaser_plugin.prediction import check_predictable, sensitivities
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.racing import Race
 from splaser_plugin.recipe import Recipe, Step, carry_out, versions
+from splaser_plugin.report import write_report
+from splaser_plugin.report_run import RESULTS_SCHEMA, run_from_results
 from splaser_plugin.rulers import Material, Rulers, check_rulers
 from splaser_plugin.scan import Scan, scan_model, write_json
 from splaser_plugin.scoring import Scorer, Scores
@@ -36,7 +39,6 @@ from splaser_plugin.weights import Weights, model_name
 
 __all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs"]
 
-RESULTS_SCHEMA = "splaser.results/1"
 GRADIENT_PAIRS = 32
 """Most pairs that a prediction is made from."""
 
@@ -71,6 +73,8 @@ class LaserResult:
 
     def results(self) -> dict[str, Any]:
         """The content of results.json."""
+        config = LaserConfig.from_dict(self.recipe.settings)
+        scored = self.split if config.unit == "pairs" else replace(self.split, search=(), held_out=())
         return {
             "schema": RESULTS_SCHEMA,
             "model": self.recipe.model,
@@ -79,19 +83,20 @@ class LaserResult:
                 "used": len(self.pairs.pairs),
                 "dropped": dict(self.pairs.dropped),
             },
-            "scorer": self.recipe.settings["scorer"],
-            "unit": "windows" if self.recipe.settings["scorer"] == "perplexity" else "pairs",
+            "scorer": config.scorer,
+            "unit": config.unit,
+            "compared_with": "base" if config.acceptance == "harmless" else "best",
             "baseline": _scores(self.search.baseline),
             "final": _scores(self.search.final),
             "generated_tokens": self.search.generated_tokens,
             "parameters_removed": self.search.parameters_removed,
             "candidates": [_trial(trial) for trial in self.search.trials],
             "held_out": _verdict(self.held_out, self.split),
-            "texts": {"search": _texts(self.split.search), "held_out": _texts(self.split.held_out)},
+            "texts": {"search": _texts(scored.search), "held_out": _texts(scored.held_out)},
         }
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the model, its tokenizer, scan.json, recipe.json and results.json: all of them or nothing.
+        """Write the model, its tokenizer and card, scan.json, recipe.json, results.json and report.html, or nothing.
 
         Under several processes all have to call it, and the main one writes.
         Raises OutputError when the folder exists and isn't empty, or can't be written.
@@ -106,7 +111,11 @@ class LaserResult:
                 self.tokenizer.save_pretrained(folder)
                 self.scan.save(folder / "scan.json")
                 self.recipe.save(folder / "recipe.json")
-                write_json(folder / "results.json", self.results())
+                results = self.results()
+                write_json(folder / "results.json", results)
+                run = run_from_results(results)
+                write_report(folder / "report.html", self.scan, run)
+                model_card(self.recipe, run).save(folder / "README.md")
 
         in_main(write)
         return path
@@ -163,7 +172,13 @@ def _laser(
             raise ModelError("a loaded model was given without its tokenizer. Pass tokenizer=...")
         name = model_name(model)
     else:
-        model, tokenizer = load_model(model, device=config.device, dtype=config.dtype, adapter=config.adapter)
+        model, tokenizer = load_model(
+            model,
+            device=config.device,
+            dtype=config.dtype,
+            adapter=config.adapter,
+            allow_pickle=config.allow_pickle,
+        )
     weights = Weights(model)
     if output is not None:
         in_main(lambda: check_space(output, weights.size))
@@ -300,13 +315,14 @@ def apply_recipe(
     model: str | Path | nn.Module,
     *,
     device: str = "auto",
+    allow_pickle: bool = False,
     progress: Progress = SILENT,
 ) -> tuple[Any, Any]:
     """The lasered model from its recipe and the base model, and the tokenizer (None for a loaded model).
 
-    Raises RecipeError when the model isn't the recipe's.
+    device, allow_pickle: see `load_model`. Raises RecipeError when the model isn't the recipe's.
     """
-    weights, tokenizer = lasered_weights(recipe, model, device=device, progress=progress)
+    weights, tokenizer = lasered_weights(recipe, model, device=device, allow_pickle=allow_pickle, progress=progress)
     return weights.model, tokenizer
 
 
@@ -315,6 +331,7 @@ def lasered_weights(
     model: str | Path | nn.Module,
     *,
     device: str = "auto",
+    allow_pickle: bool = False,
     progress: Progress = SILENT,
 ) -> tuple[Weights, Any]:
     """The same as `apply_recipe`, as weights that `factored.save_model` can write."""
@@ -323,7 +340,9 @@ def lasered_weights(
     loaded: Any = model
     if not isinstance(model, nn.Module):
         adapter = recipe.settings.get("adapter", "")
-        loaded, tokenizer = load_model(model, device=device, dtype=recipe.dtype, adapter=adapter)
+        loaded, tokenizer = load_model(
+            model, device=device, dtype=recipe.dtype, adapter=adapter, allow_pickle=allow_pickle
+        )
     weights = Weights(loaded)
     carry_out(recipe, weights, progress=progress)
     return weights, tokenizer

@@ -87,17 +87,16 @@ def stored_matrices(
         if not tensor.dtype.is_floating_point:
             continue
         is_head = _segments(name)[-2:-1] == ["lm_head"]
+        other = "lm_head.weight" if name == embedding else embedding if is_head else None
         parameters.append(
             _Parameter(
                 name,
                 tensor.shape,
                 embedding=looks_like_embedding(name),
                 transposed=transposed and len(tensor.shape) == 2 and block_index(name) is not None,
-                tied_to=embedding if tied and is_head and embedding else None,
+                tied_to=other if tied else None,
             )
         )
-        if tied and name == embedding:
-            parameters[-1] = _Parameter(name, tensor.shape, embedding=True, tied_to="lm_head.weight")
     return _classify(parameters, include, exclude)
 
 
@@ -126,12 +125,12 @@ def _parameters_of(model: nn.Module) -> list[_Parameter]:
     for module in model.modules():
         kind = embeddings if isinstance(module, nn.Embedding) else conv1d if isinstance(module, Conv1D) else set()
         kind.update(id(parameter) for parameter in module.parameters(recurse=False))
-    by_name = named_parameters(model)
+    named = named_parameters(model)
     sharers: dict[int, list[str]] = {}
-    for name, parameter in by_name.items():
+    for name, parameter in named.items():
         sharers.setdefault(id(parameter), []).append(name)
     parameters = []
-    for name, parameter in by_name.items():
+    for name, parameter in named.items():
         if not parameter.dtype.is_floating_point:
             raise ModelError(
                 f"{name} is {parameter.dtype}: quantised weights can't be scanned or reduced. "
@@ -234,14 +233,14 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(?:^|\.){body}(?=$|\.|\[)")
 
 
-def parameter_names(matrices: Iterable[Matrix]) -> Mapping[str, Matrix]:
+def by_name(matrices: Iterable[Matrix]) -> Mapping[str, Matrix]:
     """Matrices by their name. Raises MatrixError when a name occurs twice."""
-    by_name: dict[str, Matrix] = {}
+    named: dict[str, Matrix] = {}
     for matrix in matrices:
-        if matrix.name in by_name:
+        if matrix.name in named:
             raise MatrixError(f"{matrix.name} occurs twice in this model, so its name doesn't tell which is meant.")
-        by_name[matrix.name] = matrix
-    return by_name
+        named[matrix.name] = matrix
+    return named
 
 
 def _segments(name: str) -> list[str]:

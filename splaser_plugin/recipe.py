@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from splaser_plugin.errors import RecipeError
-from splaser_plugin.matrices import parameter_names
+from splaser_plugin.matrices import by_name
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.scan import read_json, write_json
 from splaser_plugin.weights import Weights
@@ -81,7 +81,7 @@ def carry_out(recipe: Recipe, weights: Weights, *, progress: Progress = SILENT) 
             f"the recipe was made for weights {recipe.weights[:12]} of {recipe.model} in {recipe.dtype}, but this "
             f"model's are {got[:12]}. Give the base model, in the same dtype, before any change."
         )
-    matrices = parameter_names(weights.matrices()[0])
+    matrices = by_name(weights.matrices(*(_patterns(recipe, key) for key in ("include", "exclude")))[0])
     for step in recipe.steps:
         if step.name not in matrices or matrices[step.name].shape != step.shape:
             raise RecipeError(f"{step.name} of shape {step.shape} is not among this model's matrices.")
@@ -95,6 +95,14 @@ def carry_out(recipe: Recipe, weights: Weights, *, progress: Progress = SILENT) 
         for step in recipe.steps:
             weights.reduce(matrices[step.name], step.rank)
             advance(1)
+
+
+def _patterns(recipe: Recipe, key: str) -> list[str]:
+    """A run could reduce only what its patterns let through, and what is named by them alone (embeddings, heads)."""
+    patterns = recipe.settings.get(key, [])
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(each, str) for each in patterns):
+        raise RecipeError(f"the recipe's setting '{key}' is {patterns!r}, expected a list of patterns.")
+    return list(patterns)
 
 
 def versions() -> dict[str, str]:

@@ -71,7 +71,14 @@ class Rulers:
     @cached_property
     def embedder(self) -> Embedder:
         device = next(iter(self.weights.parameters.values())).device
-        return load_embedder(self.config.embedder, self.weights, self.tokenizer, device, self.batch_size)
+        return load_embedder(
+            self.config.embedder,
+            self.weights,
+            self.tokenizer,
+            device,
+            self.batch_size,
+            allow_pickle=self.config.allow_pickle,
+        )
 
 
 def check_rulers(config: LaserConfig) -> None:

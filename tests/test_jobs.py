@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from splaser_plugin.errors import (
 from splaser_plugin.jobs import apply_recipe
 from splaser_plugin.loading import load_model
 from splaser_plugin.output import check_output, whole_folder
-from splaser_plugin.recipe import Recipe
+from splaser_plugin.recipe import Recipe, Step
 from tests.conftest import tiny_llama
 
 QUICK = {"embedder": "self", "max_new_tokens": 6, "candidates": 6, "device": "cpu", "edge": "mp"}
@@ -70,6 +71,17 @@ def test_applying_the_recipe_gives_the_same_bits(lasered, tiny_folder):
     model, tokenizer = apply_recipe(out / "recipe.json", tiny_folder, device="cpu")
     assert same(model.state_dict(), result.model.state_dict())
     assert tokenizer.chat_template == result.tokenizer.chat_template
+
+
+def test_a_recipe_reaches_what_only_its_patterns_name(lasered):
+    result, _ = lasered
+    base = tiny_llama()
+    step = Step("lm_head", 5, "mp", 1.0, tuple(base.lm_head.weight.shape))
+    recipe = replace(result.recipe, steps=(step,), settings={**result.recipe.settings, "include": ["lm_head"]})
+    model, _ = apply_recipe(recipe, base)
+    assert torch.linalg.matrix_rank(model.lm_head.weight.double(), rtol=1e-5) == 5
+    with pytest.raises(RecipeError, match=r"setting 'exclude' is 7, expected a list of patterns"):
+        apply_recipe(replace(recipe, settings={"exclude": 7}), tiny_llama())
 
 
 def test_results_hold_every_score(lasered):

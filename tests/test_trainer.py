@@ -297,6 +297,12 @@ def test_what_would_stop_the_laser_after_training_stops_it_before(trainer_of, pa
     for callback, error, message in bad:
         with pytest.raises(error, match=message):
             trainer_of(tiny_llama(), callback, Trains()).train()
+    with pytest.raises(ModelError, match=r"no plain LoRA.*Merge the adapter"):
+        dora = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+        trainer_of(dora, LaserCallback(pairs=pairs, config=CONFIG), Trains()).train()
+    with pytest.raises(PairsError, match=r"leaves no room for an answer in the model's context of 8"):
+        short = tiny_llama(max_position_embeddings=8)
+        trainer_of(short, LaserCallback(pairs=pairs, config=CONFIG), Trains()).train()
     (tmp_path / "run" / "lasered").mkdir(parents=True)
     (tmp_path / "run" / "lasered" / "mine.txt").write_text("x")
     with pytest.raises(OutputError, match=r"no recipe\.json"):
@@ -364,3 +370,12 @@ def test_adapters_other_than_plain_lora_are_refused():
         MergedWeights(model)
     with pytest.raises(ModelError, match=r"freeze_to is for full fine-tuning.*lora_config"):
         LaserCallback(when=None, freeze_to="top", top=1)._freeze(None, model)
+
+
+def test_adapters_on_sharded_weights_are_refused():
+    class Sharded(MergedWeights):
+        is_sharded = True
+
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match=r"has adapters and is sharded.*splaser laser with --adapter DIR"):
+        Sharded(model)
