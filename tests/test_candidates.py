@@ -222,7 +222,9 @@ def test_a_run_with_a_ladder_says_what_was_predicted_and_can_be_rebuilt(rank_by,
     assert result.recipe.settings["ranks"] == "mp,0.75,0.4"
     result.recipe.save(tmp_path / "recipe.json")
     rebuilt, _ = apply_recipe(tmp_path / "recipe.json", tiny_folder, device="cpu")
-    assert result.search.kept, "this run has to keep something to show anything"
+    assert any(step.threshold is None for step in result.recipe.steps), "this run has to keep a fraction"
+    card = (result.save(tmp_path / "saved") / "README.md").read_text()
+    assert "| edge or share kept | threshold |" in card
     for name, value in result.model.state_dict().items():
         assert torch.equal(rebuilt.state_dict()[name], value), name
 
