@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from splaser_plugin.loading import load_model
 from splaser_plugin.margin import MarginScorer
 from splaser_plugin.model_card import model_card
 from splaser_plugin.output import check_output, check_space, whole_folder
-from splaser_plugin.pairs import Pair, PairSet, load_pairs, pairs_from_rows, pairs_sha256
+from splaser_plugin.pairs import ROWS, Pair, PairSet, PairSource, pairs_sha256, read_pairs_from
 from splaser_plugin.prediction import check_predictable, sensitivities
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.racing import Race
@@ -32,6 +32,7 @@ from splaser_plugin.recipe import Recipe, Step, carry_out, versions
 from splaser_plugin.report import write_report
 from splaser_plugin.report_run import RESULTS_SCHEMA, run_from_results
 from splaser_plugin.rulers import Material, Rulers, check_rulers
+from splaser_plugin.run_file import run_file
 from splaser_plugin.scan import Scan, scan_model, write_json
 from splaser_plugin.scoring import Scorer, Scores
 from splaser_plugin.search import Judge, SearchResult, Trial, search
@@ -39,6 +40,7 @@ from splaser_plugin.weights import Weights, model_name
 
 __all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs"]
 
+NO_PAIRS = "none"
 GRADIENT_PAIRS = 32
 """Most pairs that a prediction is made from."""
 
@@ -96,7 +98,7 @@ class LaserResult:
         }
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the model, its tokenizer and card, scan.json, recipe.json, results.json and report.html, or nothing.
+        """Write the model, its tokenizer and card, its scan, recipe, run.yaml and results, and the report, or nothing.
 
         Under several processes all have to call it, and the main one writes.
         Raises OutputError when the folder exists and isn't empty, or can't be written.
@@ -111,6 +113,7 @@ class LaserResult:
                 self.tokenizer.save_pretrained(folder)
                 self.scan.save(folder / "scan.json")
                 self.recipe.save(folder / "recipe.json")
+                (folder / "run.yaml").write_text(self._run_file(), encoding="utf-8")
                 results = self.results()
                 write_json(folder / "results.json", results)
                 run = run_from_results(results)
@@ -120,10 +123,14 @@ class LaserResult:
         in_main(write)
         return path
 
+    def _run_file(self) -> str:
+        source = "" if self.pairs.source in (ROWS, NO_PAIRS) else self.pairs.source
+        return run_file({"model": self.recipe.model, "pairs": source}, self.recipe.settings)
+
 
 def laser(
     model: str | Path | Any,
-    pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None = None,
+    pairs: PairSource | None = None,
     *,
     config: LaserConfig | None = None,
     tokenizer: Any = None,
@@ -157,7 +164,7 @@ def laser(
 
 def _laser(
     model: Any,
-    pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None,
+    pairs: PairSource | None,
     config: LaserConfig,
     tokenizer: Any,
     journal: Journal,
@@ -204,7 +211,7 @@ def laser_weights(
         check_predictable(weights)
     device = next(iter(weights.parameters.values())).device
     progress.fact("device", f"{device}, {_dtype(model)}")
-    rulers = Rulers(weights, tokenizer, config)
+    rulers = Rulers(model, tokenizer, config, weights)
     split, searched, apart = _materials(split, rulers, config)
     if split.pairs.pairs:
         progress.fact("pairs", split.pairs.summary)
@@ -348,7 +355,7 @@ def lasered_weights(
     return weights, tokenizer
 
 
-def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None, config: LaserConfig) -> Split:
+def read_pairs(pairs: PairSource | None, config: LaserConfig) -> Split:
     """The pairs that a run with this configuration uses, from whatever form they come in: to search on and held out.
 
     Raises ConfigError when there are none and something needs them.
@@ -356,22 +363,11 @@ def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None,
     if pairs is None or pairs == "":
         if config.needs_pairs:
             raise ConfigError("--pairs: none were given; only --scorer perplexity goes without. Give --pairs FILE.")
-        return Split(PairSet((), "none", {}, 0), (), (), "no pairs")
-    pair_set = _pair_set(pairs, config)
+        return Split(PairSet((), NO_PAIRS, {}, 0), (), (), "no pairs")
+    pair_set = read_pairs_from(pairs, **config.pair_limits)
     if config.held_out:
-        return split_by_set(pair_set, _pair_set(config.held_out, config))
+        return split_by_set(pair_set, read_pairs_from(config.held_out, **config.pair_limits))
     return split_by_prompt(pair_set, config.held_out_fraction, config.seed)
-
-
-def _pair_set(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]], config: LaserConfig) -> PairSet:
-    if isinstance(pairs, PairSet):
-        return pairs
-    limits: dict[str, Any] = {
-        "samples": config.samples,
-        "max_prompt_chars": config.max_prompt_chars,
-        "max_answer_chars": config.max_answer_chars,
-    }
-    return load_pairs(pairs, **limits) if isinstance(pairs, (str, Path)) else pairs_from_rows(pairs, **limits)
 
 
 def _dtype(model: Any) -> str:
