@@ -362,7 +362,10 @@ def read_pairs(pairs: PairSource | None, config: LaserConfig) -> Split:
     """
     if pairs is None or pairs == "":
         if config.needs_pairs:
-            raise ConfigError("--pairs: none were given; only --scorer perplexity goes without. Give --pairs FILE.")
+            raise ConfigError(
+                "--pairs: none were given; only --scorer perplexity goes without, and --rank-by gradient doesn't. "
+                "Give --pairs FILE."
+            )
         return Split(PairSet((), NO_PAIRS, {}, 0), (), (), "no pairs")
     pair_set = read_pairs_from(pairs, **config.pair_limits)
     if config.held_out:
