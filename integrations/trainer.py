@@ -134,7 +134,7 @@ class LaserCallback(TrainerCallback):
             for pair in self._split.pairs:
                 prompter.tokens(pair.messages)
             if self.config.embedder != "self":
-                SentenceEmbedder(self.config.embedder, torch.device("cpu"))
+                SentenceEmbedder(self.config.embedder, torch.device("cpu"), allow_pickle=self.config.allow_pickle)
 
     def _laser(self, trainer: Any, model: Any) -> dict[str, float]:
         started = time.monotonic()
@@ -259,4 +259,4 @@ def _refuse(trainer: Any, args: TrainingArguments, model: Any) -> None:
     is_fsdp1 = trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2
     if is_fsdp1 or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ModelError(f"FSDP version 1 flattens the weights. Use FSDP version 2 (fsdp_version: 2). {OFFLINE}")
-    _weights(trainer.accelerator.unwrap_model(model))
+    _weights(trainer.accelerator.unwrap_model(model)).check_dense()

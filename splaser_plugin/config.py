@@ -47,9 +47,11 @@ def option(
 class Options:
     """What the configurations of all stages have in common."""
 
+    allow_pickle: bool = option(False, "Load weights that are pickled (.bin) if there are no others.")
+
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
-            _check(each, getattr(self, each.name))
+            check_value(each, getattr(self, each.name))
 
     @classmethod
     def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
@@ -97,6 +99,15 @@ class MeasureConfig(Options):
     device: str = option("auto", "Device to run on: auto, cpu, cuda, cuda:1, mps.")
     dtype: str = option("auto", "Weights' dtype; auto is the checkpoint's own.", choices=DTYPES)
     seed: int = option(0, "Seed of everything random.", minimum=0)
+
+    @property
+    def pair_limits(self) -> dict[str, Any]:
+        """Which pairs are read, as `read_pairs_from` takes it."""
+        return {
+            "samples": self.samples,
+            "max_prompt_chars": self.max_prompt_chars,
+            "max_answer_chars": self.max_answer_chars,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,13 +225,17 @@ def _guard(text: str) -> tuple[str, float]:
     return scorer, limit
 
 
-def _check(each: dataclasses.Field[Any], value: Any) -> None:
+def check_value(each: dataclasses.Field[Any], value: Any) -> None:
+    """Raises ConfigError when the option `each` can't have this value."""
     limits = each.metadata
     flag = "--" + each.name.replace("_", "-")
-    expected = type(each.default)
+    expected: type = type(each.default)
     accepted = (int, float) if expected is float else expected
     if not isinstance(value, accepted) or (expected is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{flag}: got {value!r}, expected {expected.__name__}.")
+        kind = "a list of text" if expected is tuple else expected.__name__
+        raise ConfigError(f"{flag}: got {value!r}, expected {kind}.")
+    if isinstance(value, tuple) and not all(isinstance(part, str) for part in value):
+        raise ConfigError(f"{flag}: got {list(value)!r}, expected a list of text.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{flag}: got {value}, expected a finite number.")
     if limits["choices"] and value not in limits["choices"]:

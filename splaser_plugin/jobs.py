@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +20,16 @@ from splaser_plugin.guard import Guard
 from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, split_by_set, split_windows
 from splaser_plugin.laser_journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.loading import load_model
+from splaser_plugin.model_card import model_card
 from splaser_plugin.output import check_output, check_space, whole_folder
-from splaser_plugin.pairs import Pair, PairSet, load_pairs, pairs_from_rows, pairs_sha256
+from splaser_plugin.pairs import ROWS, Pair, PairSet, PairSource, pairs_sha256, read_pairs_from
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.racing import Race
 from splaser_plugin.recipe import Recipe, Step, carry_out, versions
+from splaser_plugin.report import write_report
+from splaser_plugin.report_run import RESULTS_SCHEMA, run_from_results
 from splaser_plugin.rulers import Material, Rulers, check_rulers
+from splaser_plugin.run_file import run_file
 from splaser_plugin.scan import Scan, scan_model, write_json
 from splaser_plugin.scoring import Scorer, Scores
 from splaser_plugin.search import Judge, SearchResult, Trial, choose_candidates, search
@@ -33,7 +37,7 @@ from splaser_plugin.weights import Weights, model_name
 
 __all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs"]
 
-RESULTS_SCHEMA = "splaser.results/1"
+NO_PAIRS = "none"
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class LaserResult:
 
     def results(self) -> dict[str, Any]:
         """The content of results.json."""
+        config = LaserConfig.from_dict(self.recipe.settings)
+        scored = self.split if config.unit == "pairs" else replace(self.split, search=(), held_out=())
         return {
             "schema": RESULTS_SCHEMA,
             "model": self.recipe.model,
@@ -74,19 +80,20 @@ class LaserResult:
                 "used": len(self.pairs.pairs),
                 "dropped": dict(self.pairs.dropped),
             },
-            "scorer": self.recipe.settings["scorer"],
-            "unit": "windows" if self.recipe.settings["scorer"] == "perplexity" else "pairs",
+            "scorer": config.scorer,
+            "unit": config.unit,
+            "compared_with": "base" if config.acceptance == "harmless" else "best",
             "baseline": _scores(self.search.baseline),
             "final": _scores(self.search.final),
             "generated_tokens": self.search.generated_tokens,
             "parameters_removed": self.search.parameters_removed,
             "candidates": [_trial(trial) for trial in self.search.trials],
             "held_out": _verdict(self.held_out, self.split),
-            "texts": {"search": _texts(self.split.search), "held_out": _texts(self.split.held_out)},
+            "texts": {"search": _texts(scored.search), "held_out": _texts(scored.held_out)},
         }
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the model, its tokenizer, scan.json, recipe.json and results.json: all of them or nothing.
+        """Write the model, its tokenizer and card, its scan, recipe, run.yaml and results, and the report, or nothing.
 
         Under several processes all have to call it, and the main one writes.
         Raises OutputError when the folder exists and isn't empty, or can't be written.
@@ -101,15 +108,24 @@ class LaserResult:
                 self.tokenizer.save_pretrained(folder)
                 self.scan.save(folder / "scan.json")
                 self.recipe.save(folder / "recipe.json")
-                write_json(folder / "results.json", self.results())
+                (folder / "run.yaml").write_text(self._run_file(), encoding="utf-8")
+                results = self.results()
+                write_json(folder / "results.json", results)
+                run = run_from_results(results)
+                write_report(folder / "report.html", self.scan, run)
+                model_card(self.recipe, run).save(folder / "README.md")
 
         in_main(write)
         return path
 
+    def _run_file(self) -> str:
+        source = "" if self.pairs.source in (ROWS, NO_PAIRS) else self.pairs.source
+        return run_file({"model": self.recipe.model, "pairs": source}, self.recipe.settings)
+
 
 def laser(
     model: str | Path | Any,
-    pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None = None,
+    pairs: PairSource | None = None,
     *,
     config: LaserConfig | None = None,
     tokenizer: Any = None,
@@ -143,7 +159,7 @@ def laser(
 
 def _laser(
     model: Any,
-    pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None,
+    pairs: PairSource | None,
     config: LaserConfig,
     tokenizer: Any,
     journal: Journal,
@@ -158,7 +174,13 @@ def _laser(
             raise ModelError("a loaded model was given without its tokenizer. Pass tokenizer=...")
         name = model_name(model)
     else:
-        model, tokenizer = load_model(model, device=config.device, dtype=config.dtype, adapter=config.adapter)
+        model, tokenizer = load_model(
+            model,
+            device=config.device,
+            dtype=config.dtype,
+            adapter=config.adapter,
+            allow_pickle=config.allow_pickle,
+        )
     weights = Weights(model)
     if output is not None:
         in_main(lambda: check_space(output, weights.size))
@@ -182,7 +204,7 @@ def laser_weights(
     model: Any = weights.model
     device = next(iter(weights.parameters.values())).device
     progress.fact("device", f"{device}, {_dtype(model)}")
-    rulers = Rulers(weights, tokenizer, config)
+    rulers = Rulers(model, tokenizer, config, weights)
     split, searched, apart = _materials(split, rulers, config)
     if split.pairs.pairs:
         progress.fact("pairs", split.pairs.summary)
@@ -282,13 +304,14 @@ def apply_recipe(
     model: str | Path | nn.Module,
     *,
     device: str = "auto",
+    allow_pickle: bool = False,
     progress: Progress = SILENT,
 ) -> tuple[Any, Any]:
     """The lasered model from its recipe and the base model, and the tokenizer (None for a loaded model).
 
-    Raises RecipeError when the model isn't the recipe's.
+    device, allow_pickle: see `load_model`. Raises RecipeError when the model isn't the recipe's.
     """
-    weights, tokenizer = lasered_weights(recipe, model, device=device, progress=progress)
+    weights, tokenizer = lasered_weights(recipe, model, device=device, allow_pickle=allow_pickle, progress=progress)
     return weights.model, tokenizer
 
 
@@ -297,6 +320,7 @@ def lasered_weights(
     model: str | Path | nn.Module,
     *,
     device: str = "auto",
+    allow_pickle: bool = False,
     progress: Progress = SILENT,
 ) -> tuple[Weights, Any]:
     """The same as `apply_recipe`, as weights that `factored.save_model` can write."""
@@ -305,13 +329,15 @@ def lasered_weights(
     loaded: Any = model
     if not isinstance(model, nn.Module):
         adapter = recipe.settings.get("adapter", "")
-        loaded, tokenizer = load_model(model, device=device, dtype=recipe.dtype, adapter=adapter)
+        loaded, tokenizer = load_model(
+            model, device=device, dtype=recipe.dtype, adapter=adapter, allow_pickle=allow_pickle
+        )
     weights = Weights(loaded)
     carry_out(recipe, weights, progress=progress)
     return weights, tokenizer
 
 
-def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None, config: LaserConfig) -> Split:
+def read_pairs(pairs: PairSource | None, config: LaserConfig) -> Split:
     """The pairs that a run with this configuration uses, from whatever form they come in: to search on and held out.
 
     Raises ConfigError when there are none and something needs them.
@@ -319,22 +345,11 @@ def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None,
     if pairs is None or pairs == "":
         if config.needs_pairs:
             raise ConfigError("--pairs: none were given; only --scorer perplexity goes without. Give --pairs FILE.")
-        return Split(PairSet((), "none", {}, 0), (), (), "no pairs")
-    pair_set = _pair_set(pairs, config)
+        return Split(PairSet((), NO_PAIRS, {}, 0), (), (), "no pairs")
+    pair_set = read_pairs_from(pairs, **config.pair_limits)
     if config.held_out:
-        return split_by_set(pair_set, _pair_set(config.held_out, config))
+        return split_by_set(pair_set, read_pairs_from(config.held_out, **config.pair_limits))
     return split_by_prompt(pair_set, config.held_out_fraction, config.seed)
-
-
-def _pair_set(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]], config: LaserConfig) -> PairSet:
-    if isinstance(pairs, PairSet):
-        return pairs
-    limits: dict[str, Any] = {
-        "samples": config.samples,
-        "max_prompt_chars": config.max_prompt_chars,
-        "max_answer_chars": config.max_answer_chars,
-    }
-    return load_pairs(pairs, **limits) if isinstance(pairs, (str, Path)) else pairs_from_rows(pairs, **limits)
 
 
 def _dtype(model: Any) -> str:

@@ -34,7 +34,12 @@ class Candidate:
 
     @property
     def parameters_removed(self) -> int:
-        """Parameters that two factors of this rank have fewer than the matrix; 0 where they have more."""
+        """Parameters that two factors of this rank have fewer than the matrix; 0 where they have more.
+
+        Also 0 for an expert's slice of a fused parameter, which is stored whole (see `splaser_plugin.factored`).
+        """
+        if self.matrix.expert is not None:
+            return 0
         rows, columns = self.matrix.shape
         return max(0, rows * columns - self.rank * (rows + columns))
 

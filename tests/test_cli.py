@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from splaser_plugin.cli import main
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.jobs import laser
 from splaser_plugin.loading import load_model
@@ -18,30 +19,6 @@ from tests.conftest import ROOT, tiny_llama
 from tests.test_jobs import QUICK
 
 FLAGS = ["--embedder", "self", "--max-new-tokens", "6", "--candidates", "4", "--device", "cpu", "--edge", "mp"]
-
-
-@pytest.fixture
-def pairs_file(tmp_path, pairs):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    return str(path)
-
-
-@pytest.fixture
-def splaser(monkeypatch, capsys):
-    """Run the command in this process; gives its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["splaser", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
 
 
 def test_a_switch_can_be_turned_off(splaser, tiny_folder, pairs_file, tmp_path):
@@ -103,6 +80,43 @@ def test_laser_then_apply_give_the_same_model(splaser, tiny_folder, pairs_file, 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_run_comes_with_its_report_and_card(splaser, tiny_folder, pairs_file, tmp_path):
+    out = tmp_path / "out"
+    code, _, told = splaser("laser", tiny_folder, "--pairs", pairs_file, "-o", out, *FLAGS)
+    assert code == 0, told
+    assert f"report  {out / 'report.html'}" in told
+    code, printed, told = splaser("report", out, "-o", tmp_path / "again.html")
+    assert (code, printed) == (0, "")
+    assert str(tmp_path / "again.html") in told
+    page = (tmp_path / "again.html").read_bytes()
+    assert page == (out / "report.html").read_bytes()
+    assert b"What is the capital of France?" in page
+    card = ModelCard.load(out / "README.md")
+    assert card.data.base_model == tiny_folder.name
+    assert str(tiny_folder) not in str(card) and str(tmp_path) not in str(card)
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert all(step["name"] in card.text for step in recipe["steps"])
+    code, _, told = splaser("apply", out / "recipe.json", tiny_folder, "-o", tmp_path / "rebuilt", "--device", "cpu")
+    assert code == 0, told
+    assert ModelCard.load(tmp_path / "rebuilt" / "README.md").data == ModelCard.load(out / "README.md").data
+
+
+def test_a_run_can_be_pushed_to_the_hub(splaser, tiny_folder, pairs_file, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, **options: SimpleNamespace(repo_id=repo))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: pushed.append(options["repo_id"]))
+    run = ("laser", tiny_folder, "--pairs", pairs_file, "-o", tmp_path / "out", *FLAGS, "--push-to-hub")
+    code, _, told = splaser(*run, "not/a/repo")
+    assert code == 2 and "--push-to-hub: got 'not/a/repo'" in told
+    assert not (tmp_path / "out").exists()
+    code, printed, told = splaser(*run, "alice/mine")
+    assert code == 0, told
+    assert pushed == ["alice/mine"]
+    assert "hf_planted" not in printed + told
+    assert not any(b"hf_planted" in path.read_bytes() for path in (tmp_path / "out").iterdir())
+
+
 def test_a_lora_adapter_is_merged_first(tiny_folder, pairs, tmp_path):
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")
@@ -130,6 +144,8 @@ def test_a_lora_adapter_is_merged_first(tiny_folder, pairs, tmp_path):
         (["laser", "MODEL", "--pairs", "PAIRS", "-o", "out", "--held-out", "PAIRS"], 1, "PairsError: "),
         (["laser", "MODEL", "--pairs", "PAIRS", "-o", "out", "--accept", "all"], 2, "--accept: got 'all'"),
         (["laser", "MODEL", "--pairs", "PAIRS", "-o", "out", "--held-out-fraction", "1"], 2, "at most 0.9"),
+        (["report", "nothing.json"], 1, "RecipeError: nothing.json"),
+        (["report", "MODEL"], 1, "has no scan.json"),
         (["apply", "nothing.json", "MODEL", "-o", "out"], 1, "RecipeError: nothing.json"),
     ],
 )
