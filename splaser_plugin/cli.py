@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from splaser_plugin.config import LaserConfig, Options, ScanConfig
+from splaser_plugin.config import CompareConfig, LaserConfig, Options, ScanConfig
 from splaser_plugin.errors import ConfigError, SplaserError, printable
 
 if TYPE_CHECKING:
+    from splaser_plugin.comparison import Comparison
     from splaser_plugin.jobs import LaserResult
     from splaser_plugin.progress import Progress
     from splaser_plugin.scan import Scan
@@ -197,6 +198,29 @@ def apply(
 
 
 @app.command()
+@options_of(CompareConfig)
+def compare(
+    *,
+    models: Annotated[list[str], typer.Argument(help="Model folders, .gguf files or hub ids; the first is the base.")],
+    pairs: Annotated[str, typer.Option(help="Preference pairs: a json, jsonl, csv or parquet file, or a data set.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the comparison goes, as JSON.")],
+    config: CompareConfig,
+    as_json: Json = False,
+) -> None:
+    """Measure models on the same pairs and text, each against the first with 95 % intervals."""
+    from splaser_plugin.output import check_file
+
+    check_file(output, replaceable="splaser.comparison/1")
+    from splaser_plugin.comparison import compare_models
+
+    found = compare_models(models, pairs, config=config, progress=_progress())
+    found.save(output)
+    if as_json:
+        print(json.dumps(found.to_dict(), allow_nan=False))
+    _show_comparison(found, output)
+
+
+@app.command()
 def report(
     *,
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_SCAN", help="Output folder of laser, or a scan.json.")],
@@ -279,6 +303,19 @@ def _show_scan(found: Scan, output: Path, progress: Progress) -> None:
     progress.fact("scan", str(output))
 
 
+def _show_comparison(found: Comparison, output: Path) -> None:
+    from rich.console import Console
+
+    from splaser_plugin.terminal import comparison_tables, escape
+
+    console = Console(stderr=True)
+    names = [Path(model.model).name or model.model for model in found.models]
+    for table in comparison_tables(names, found.figures()):
+        console.print(table)
+    told = f"Changes and their 95 % intervals are against {names[0]}. Written to {output}."
+    console.print(escape(told), soft_wrap=True)
+
+
 def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:
     found = result.search
     progress.fact("kept", f"{len(found.kept)} of {len(found.trials)} candidates")
@@ -287,7 +324,8 @@ def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:
         progress.fact("parameters", f"{dense:,} before, {stored:,} after")
     else:
         progress.fact("parameters", f"{found.parameters_removed:,} of {dense:,} removed, if stored as factors")
-    progress.fact("score", f"{found.baseline.mean:+.4f} before, {found.final.mean:+.4f} after, on the same pairs")
+    unit = LaserConfig.from_dict(result.recipe.settings).unit
+    progress.fact("score", f"{found.baseline.mean:+.4f} before, {found.final.mean:+.4f} after, on the same {unit}")
     if stored < dense:
         progress.fact("dense model", f"splaser expand {output} -o ANOTHER_FOLDER")
     progress.fact("model", str(output))

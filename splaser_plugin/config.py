@@ -100,6 +100,15 @@ class MeasureConfig(Options):
     dtype: str = option("auto", "Weights' dtype; auto is the checkpoint's own.", choices=DTYPES)
     seed: int = option(0, "Seed of everything random.", minimum=0)
 
+    @property
+    def pair_limits(self) -> dict[str, Any]:
+        """Which pairs are read, as `read_pairs_from` takes it."""
+        return {
+            "samples": self.samples,
+            "max_prompt_chars": self.max_prompt_chars,
+            "max_answer_chars": self.max_answer_chars,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(MeasureConfig):

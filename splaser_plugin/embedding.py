@@ -98,18 +98,3 @@ class SelfEmbedder:
                 mean = (hidden.float() * mask[..., None]).sum(1) / lengths[:, None]
                 vectors.update(zip(batch, torch.nn.functional.normalize(mean, dim=-1).cpu(), strict=True))
         return torch.stack([vectors[index] for index in range(len(tokens))])
-
-
-def load_embedder(
-    name: str,
-    weights: Weights,
-    tokenizer: Any,
-    device: torch.device,
-    batch_size: int,
-    *,
-    allow_pickle: bool = False,
-) -> Embedder:
-    """The embedder called `name`: `self`, or a sentence-transformers model on `device`."""
-    if name == "self":
-        return SelfEmbedder(weights, tokenizer, batch_size)
-    return SentenceEmbedder(name, device, allow_pickle=allow_pickle)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from splaser_plugin.laser_journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.loading import load_model
 from splaser_plugin.model_card import model_card
 from splaser_plugin.output import check_output, check_space, whole_folder
-from splaser_plugin.pairs import Pair, PairSet, load_pairs, pairs_from_rows, pairs_sha256
+from splaser_plugin.pairs import Pair, PairSet, PairSource, pairs_sha256, read_pairs_from
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.racing import Race
 from splaser_plugin.recipe import Recipe, Step, carry_out, versions
@@ -117,7 +117,7 @@ class LaserResult:
 
 def laser(
     model: str | Path | Any,
-    pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None = None,
+    pairs: PairSource | None = None,
     *,
     config: LaserConfig | None = None,
     tokenizer: Any = None,
@@ -151,7 +151,7 @@ def laser(
 
 def _laser(
     model: Any,
-    pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None,
+    pairs: PairSource | None,
     config: LaserConfig,
     tokenizer: Any,
     journal: Journal,
@@ -196,7 +196,7 @@ def laser_weights(
     model: Any = weights.model
     device = next(iter(weights.parameters.values())).device
     progress.fact("device", f"{device}, {_dtype(model)}")
-    rulers = Rulers(weights, tokenizer, config)
+    rulers = Rulers(model, tokenizer, config, weights)
     split, searched, apart = _materials(split, rulers, config)
     if split.pairs.pairs:
         progress.fact("pairs", split.pairs.summary)
@@ -329,7 +329,7 @@ def lasered_weights(
     return weights, tokenizer
 
 
-def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None, config: LaserConfig) -> Split:
+def read_pairs(pairs: PairSource | None, config: LaserConfig) -> Split:
     """The pairs that a run with this configuration uses, from whatever form they come in: to search on and held out.
 
     Raises ConfigError when there are none and something needs them.
@@ -338,21 +338,10 @@ def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None,
         if config.needs_pairs:
             raise ConfigError("--pairs: none were given; only --scorer perplexity goes without. Give --pairs FILE.")
         return Split(PairSet((), "none", {}, 0), (), (), "no pairs")
-    pair_set = _pair_set(pairs, config)
+    pair_set = read_pairs_from(pairs, **config.pair_limits)
     if config.held_out:
-        return split_by_set(pair_set, _pair_set(config.held_out, config))
+        return split_by_set(pair_set, read_pairs_from(config.held_out, **config.pair_limits))
     return split_by_prompt(pair_set, config.held_out_fraction, config.seed)
-
-
-def _pair_set(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]], config: LaserConfig) -> PairSet:
-    if isinstance(pairs, PairSet):
-        return pairs
-    limits: dict[str, Any] = {
-        "samples": config.samples,
-        "max_prompt_chars": config.max_prompt_chars,
-        "max_answer_chars": config.max_answer_chars,
-    }
-    return load_pairs(pairs, **limits) if isinstance(pairs, (str, Path)) else pairs_from_rows(pairs, **limits)
 
 
 def _dtype(model: Any) -> str:

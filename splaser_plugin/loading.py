@@ -66,6 +66,11 @@ def load_model(
     return model.to(place).eval(), tokenizer
 
 
+def check_source(name: str | Path, *, allow_pickle: bool = False) -> None:
+    """Raise CheckpointError when there is nothing there that `load_model` loads."""
+    _source(name, allow_pickle)
+
+
 def _load(name: str | Path, source: str, dtype: str | torch.dtype, options: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from splaser_plugin.errors import ConfigError, PairsError
 from splaser_plugin.pair_formats import (
@@ -63,6 +64,19 @@ class PairSet:
         """One line for people: source, pairs, rows read, and what was dropped."""
         dropped = f"; dropped: {_describe_counts(self.dropped)}" if self.dropped else ""
         return f"{self.source}: {len(self.pairs):,} pairs from {self.rows_read:,} rows{dropped}"
+
+
+PairSource = str | Path | PairSet | Iterable[Mapping[str, Any]]
+
+
+def read_pairs_from(source: PairSource, **limits: Any) -> PairSet:
+    """Pairs in whatever form they come: a source of `load_pairs`, rows of `pairs_from_rows`, or a PairSet as it is.
+
+    limits: `samples`, `max_prompt_chars` and `max_answer_chars` of those two.
+    """
+    if isinstance(source, PairSet):
+        return source
+    return load_pairs(source, **limits) if isinstance(source, (str, Path)) else pairs_from_rows(source, **limits)
 
 
 def load_pairs(
