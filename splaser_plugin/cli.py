@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import threading
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,23 +68,57 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON to 
 
 
 def options_of(config_class: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one flag for each field of a configuration, passed to it as the argument `config`."""
+    """Give a command one flag for each field of a configuration, passed to it as the argument `config`.
+
+    And --config: a file in which any of the command's arguments and options may stand, where no flag is given.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         fields = dataclasses.fields(config_class)
+        own = [each for name, each in inspect.signature(command, eval_str=True).parameters.items() if name != "config"]
 
-        def with_config(**arguments: Any) -> None:
+        def with_config(config_file: Path | None, **arguments: Any) -> None:
             values = {each.name: arguments.pop(each.name) for each in fields}
             command(config=config_class.from_dict(values), **arguments)
 
-        flags = [_flag(each) for each in fields]
-        own = [each for name, each in inspect.signature(command, eval_str=True).parameters.items() if name != "config"]
-        with_config.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
-        with_config.__annotations__ = {each.name: each.annotation for each in [*own, *flags]}
+        flags = [*own, _config_file(config_class, own), *[_flag(each) for each in fields]]
+        with_config.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
+        with_config.__annotations__ = {each.name: each.annotation for each in flags}
         with_config.__name__, with_config.__doc__ = command.__name__, command.__doc__
         return with_config
 
     return decorate
+
+
+def _config_file(config_class: type[Options], own: list[inspect.Parameter]) -> inspect.Parameter:
+    """--config: a file whose values stand in for flags that aren't given. own: the command's own arguments."""
+    types = {_key(each): _plain_type(each.annotation) for each in own}
+    names = {_key(each): each.name for each in own}
+
+    def read(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None:
+            from splaser_plugin.run_file import read_run_file
+
+            values = read_run_file(path, config_class, types)
+            context.default_map = {names.get(key, key): value for key, value in values.items()}
+        return path
+
+    text = "YAML file in which any of these arguments and options may stand, as in a run's run.yaml; flags win."
+    flag = typer.Option("--config", help=text, is_eager=True, callback=read)
+    return inspect.Parameter(
+        "config_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, flag]
+    )
+
+
+def _key(argument: inspect.Parameter) -> str:
+    """How a command's own argument is called in a file: as its flag, with underscores."""
+    return argument.name.removeprefix("as_")
+
+
+def _plain_type(annotation: Any) -> type:
+    annotated = typing.get_args(annotation)[0]
+    kind = typing.get_origin(annotated) or annotated
+    return kind if kind in (bool, int, list) else str
 
 
 def _flag(each: dataclasses.Field[Any]) -> inspect.Parameter:

@@ -28,6 +28,9 @@ from splaser_plugin.pair_sources import open_source
 
 __all__ = ["Message", "Pair", "PairSet", "load_pairs", "pairs_from_rows", "pairs_sha256"]
 
+ROWS = "rows"
+"""Source of pairs that no file or data set is known of."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -113,7 +116,7 @@ def load_pairs(
 def pairs_from_rows(
     rows: Iterable[object],
     *,
-    source: str = "rows",
+    source: str = ROWS,
     samples: int | None = None,
     max_prompt_chars: int = 512,
     max_answer_chars: int = 512,
