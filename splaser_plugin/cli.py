@@ -278,7 +278,7 @@ def expand(
     output: Output,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a model that is stored in factors into a plain one, equal to what --save dense writes."""
+    """Turn a model that was saved with --save factored into a plain one, bit for bit the one that was scored."""
     from splaser_plugin.output import check_output, whole_folder
 
     path = check_output(output, overwrite=overwrite, inputs=(model,))
