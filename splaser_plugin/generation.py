@@ -9,14 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import GenerationConfig
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from splaser_plugin.distributed import process_count
+from splaser_plugin.errors import ScoreError
 from splaser_plugin.prompts import Prompter
 
 FIRST_BATCH = 8
 LEAST_GAIN = 1.1
+MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+"""What a model's own code may raise while it generates."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,8 @@ class Answer:
     text: str
     tokens: tuple[int, ...]
     """Generated ids, with the end token if the model came to one."""
+    is_cut: bool = False
+    """Whether the longest length ended it, and not the model."""
 
 
 class BatchSize:
@@ -93,6 +104,8 @@ class Generator:
                     raise
                 self.batch.halve()
                 continue
+            except MODEL_ERRORS as error:
+                raise ScoreError(f"the model fails at its answers: {type(error).__name__}: {error}") from error
             waiting = waiting[len(batch) :]
             for index, tokens in zip(batch, more, strict=True):
                 said[index] += tokens
@@ -102,7 +115,7 @@ class Generator:
 
     def _room(self, prompt: Sequence[int], said: Sequence[int]) -> int:
         """How many tokens an answer that goes on may still get."""
-        if said and said[-1] in self.end_tokens:
+        if self._has_ended(said):
             return 0
         room = self.max_new_tokens
         if self.prompter.context is not None:
@@ -121,35 +134,101 @@ class Generator:
         for place, row in enumerate(rows):
             ids[place, longest - len(row) :] = torch.tensor(row)
             mask[place, longest - len(row) :] = 1
-        greedy = GenerationConfig(
-            max_new_tokens=steps,
-            do_sample=False,
-            eos_token_id=self.end_tokens or None,
-            pad_token_id=self._pad,
-            use_cache=True,
-        )
         device = next(self.model.parameters()).device
         started = time.perf_counter()
         with plain_generation(self.model), evaluating(self.model):
-            output = self.model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=greedy,
+            output = self._continue(ids.to(device), mask.to(device), steps)
+        self.batch.took(len(rows), sum(map(len, output)), time.perf_counter() - started)
+        return [tokens[:room] for tokens, room in zip(output, rooms, strict=True)]
+
+    def _continue(self, ids: Tensor, mask: Tensor, steps: int) -> list[list[int]]:
+        """Up to `steps` tokens that follow each row. Whenever half of the rows have ended, the others go on alone."""
+        made: list[list[int]] = [[] for _ in ids]
+        going = list(range(len(ids)))
+        ends = torch.tensor(self.end_tokens, device=ids.device)
+        cache = None
+        nan = _SeenNan()
+        while going and steps > 0:
+            found = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=GenerationConfig(
+                    max_new_tokens=steps,
+                    do_sample=False,
+                    eos_token_id=self.end_tokens or None,
+                    pad_token_id=self._pad,
+                    use_cache=True,
+                    return_dict_in_generate=True,
+                ),
+                logits_processor=LogitsProcessorList([nan]),
+                stopping_criteria=None if self.is_sharded else StoppingCriteriaList([_HalfEnded(len(ids), ends)]),
                 synced_gpus=process_count() > 1 and self.is_sharded,
-            )[:, longest:].cpu()
-        self.batch.took(len(rows), output.numel(), time.perf_counter() - started)
-        return [self._until_end(row)[:room] for row, room in zip(output.tolist(), rooms, strict=True)]
+            )
+            new = found.sequences[:, ids.shape[1] :]
+            steps = steps - new.shape[1] if new.shape[1] else 0
+            for index, tokens in zip(going, new.tolist(), strict=True):
+                made[index] += self._until_end(tokens)
+            left = [place for place, index in enumerate(going) if not self._has_ended(made[index])]
+            going = [going[place] for place in left]
+            chosen = torch.tensor(left, device=ids.device, dtype=torch.long)
+            ids = found.sequences[chosen]
+            mask = torch.cat([mask, torch.ones_like(new)], dim=1)[chosen]
+            cache = _rows_of(found.past_key_values, chosen)
+        if nan.was_seen:
+            raise ScoreError("the model's logits are nan, so that it has no answers.")
+        return made
+
+    def _has_ended(self, tokens: Sequence[int]) -> bool:
+        return bool(tokens) and tokens[-1] in self.end_tokens
 
     def _until_end(self, tokens: list[int]) -> list[int]:
         ends = [tokens.index(end) for end in self.end_tokens if end in tokens]
         return tokens[: min(ends) + 1] if ends else tokens
 
     def _answer(self, tokens: list[int]) -> Answer:
-        has_end = bool(tokens) and tokens[-1] in self.end_tokens
-        text = self.prompter.tokenizer.decode(tokens[:-1] if has_end else tokens, skip_special_tokens=True)
+        said = tokens[:-1] if self._has_ended(tokens) else tokens
+        text = self.prompter.tokenizer.decode(said, skip_special_tokens=True)
+        stopped = ""
         if self.prompter.stop_text:
-            text = text.split(self.prompter.stop_text)[0]
-        return Answer(text.strip(), tuple(tokens))
+            text, stopped, _ = text.partition(self.prompter.stop_text)
+        return Answer(text.strip(), tuple(tokens), is_cut=not self._has_ended(tokens) and not stopped)
+
+
+class _SeenNan(LogitsProcessor):
+    """Remembers whether any logit was nan, which greedy choice would take for the first token."""
+
+    def __init__(self) -> None:
+        self._seen: Tensor | None = None
+
+    @property
+    def was_seen(self) -> bool:
+        return self._seen is not None and bool(self._seen)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        now = scores.isnan().any()
+        self._seen = now if self._seen is None else self._seen | now
+        return scores
+
+
+class _HalfEnded(StoppingCriteria):
+    """Stops generating once half of the rows, or more, have ended."""
+
+    def __init__(self, rows: int, ends: Tensor) -> None:
+        self._ends = ends
+        self._ended = torch.zeros(rows, dtype=torch.bool, device=ends.device)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **rest: Any) -> Tensor:
+        self._ended |= torch.isin(input_ids[:, -1], self._ends)
+        return (2 * self._ended.sum() >= len(self._ended)).expand(len(self._ended))
+
+
+def _rows_of(cache: Any, rows: Tensor) -> Any:
+    """Those rows of a cache of keys and values; None, so that it is computed again, where it is of another kind."""
+    if not all(hasattr(layer, "batch_select_indices") for layer in getattr(cache, "layers", [None])):
+        return None
+    cache.batch_select_indices(rows)
+    return cache
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from splaser_plugin.search import Candidate, Trial
+    from splaser_plugin.candidates import Candidate
+    from splaser_plugin.search import Trial
 
 
 class Progress:

@@ -23,8 +23,9 @@ from splaser_plugin.progress import Progress
 from splaser_plugin.trial_table import trial_line, trial_table
 
 if TYPE_CHECKING:
+    from splaser_plugin.candidates import Candidate
     from splaser_plugin.comparison import Figure
-    from splaser_plugin.search import Candidate, Trial
+    from splaser_plugin.search import Trial
 
 MARGIN = 17
 """Columns of the labels."""
@@ -97,6 +98,8 @@ class TerminalProgress(Progress):
     def trial(self, trial: Trial) -> None:
         self._trials.append(trial)
         self._trying = None
+        if self._draws and trial.judgement.reason is not None:
+            self.fact("failed", f"{trial.candidate.matrix.name}: {trial.judgement.reason}")
         if self.level >= Level.NORMAL and not self._draws:
             verbose = self.level >= Level.VERBOSE
             self.console.print(trial_line(len(self._trials), trial, verbose=verbose), soft_wrap=True)

@@ -11,7 +11,8 @@ from rich.text import Text
 from splaser_plugin.errors import printable
 
 if TYPE_CHECKING:
-    from splaser_plugin.search import Candidate, Judgement, Trial
+    from splaser_plugin.candidates import Candidate
+    from splaser_plugin.search import Judgement, Trial
 
 HEAD = ("", "matrix", "rank", "score", "change", "")
 LEAST_NAME = 16
@@ -23,6 +24,9 @@ def trial_line(number: int, trial: Trial, *, verbose: bool = False) -> Text:
     candidate, judgement = trial.candidate, trial.judgement
     matrix = candidate.matrix
     line = Text(f"{number:>15}  {printable(matrix.name)}  rank {candidate.rank} of {min(matrix.shape)}  ")
+    if judgement.reason is not None:
+        line.append(f"failed: {printable(judgement.reason)}")
+        return line
     if judgement.scores is None or judgement.best_before is None:
         line.append(f"screen {judgement.screen_change:+.4f}  ")
     else:
@@ -38,7 +42,7 @@ def trial_table(
 ) -> Table:
     """A row a candidate, no wider than `width`: the names of matrices are shortened in the middle.
 
-    trying: the one that is tried now, if any. first: number of the first. verbose: with time and tokens, where they fit.
+    trying: the one that is tried now, if any. first: number of the first. verbose: time and tokens, too, if they fit.
     """
     head: list[str | Text] = [*HEAD, "time", "tokens"] if verbose else [*HEAD]
     rows: list[list[str | Text]] = [_row(number, trial, verbose) for number, trial in enumerate(trials, first)]
@@ -90,7 +94,7 @@ def _rank(candidate: Candidate) -> str:
 def _change(judgement: Judgement) -> str:
     """Of the score, or of the screen where that is all there is."""
     if judgement.scores is None or judgement.best_before is None:
-        return f"{judgement.screen_change:+.4f}"
+        return "" if judgement.screen_change is None else f"{judgement.screen_change:+.4f}"
     return f"{judgement.scores.mean - judgement.best_before:+.4f}"
 
 

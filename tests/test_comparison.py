@@ -20,11 +20,10 @@ from splaser_plugin.pairs import pairs_from_rows
 from splaser_plugin.prompts import Prompter
 from splaser_plugin.terminal import comparison_tables
 from tests.conftest import tiny_llama
-from tests.test_cli import pairs_file, splaser
 from tests.test_margin import one_token_at_a_time
 from tests.test_rulers import text
 
-__all__ = ["pairs_file", "splaser", "text"]
+__all__ = ["text"]
 
 QUICK = {"max_new_tokens": 5, "window": 16, "samples": 9, "device": "cpu"}
 

@@ -8,9 +8,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from splaser_plugin.candidates import Candidate
 from splaser_plugin.matrices import Matrix
 from splaser_plugin.scoring import Scores
-from splaser_plugin.search import Candidate, Judgement, Trial
+from splaser_plugin.search import Judgement, Trial
 from splaser_plugin.terminal import Level, TerminalProgress
 from splaser_plugin.trial_table import shortened
 
@@ -44,6 +45,7 @@ def drawn(width, level=Level.NORMAL):
         (Judgement("stopped", SCORES, 0.5, -0.1), "score +0.3750 (-0.1250)  stopped after 2 items"),
         (Judgement("guarded", SCORES, 0.25, None, 1.0375), "score +0.3750 (+0.1250)  guarded at 1.0375"),
         (Judgement("screened", None, None, -0.125), "screen -0.1250  screened"),
+        (Judgement("failed", None, None, None, reason="answers \x1b are empty"), "failed: answers \\x1b are empty"),
     ],
 )
 def test_a_line_tells_how_far_a_candidate_came(judgement, told):
@@ -60,7 +62,8 @@ def everything(progress):
         for index in range(120):
             progress.trying(trial(None, LONG).candidate)
             verdict = ("kept", "restored", "stopped", "guarded")[index % 4]
-            progress.trial(trial(Judgement(verdict, SCORES, -12.5, None, 1.0375), LONG))
+            failed = Judgement("failed", None, None, None, reason="its answers say nothing, " * 9)
+            progress.trial(trial(Judgement(verdict, SCORES, -12.5, None, 1.0375) if index else failed, LONG))
             advance(1)
     progress.result("verdict", "no difference that 24 pairs can show")
     progress.command("rebuild", ["splaser", "apply", "a folder/recipe.json", *["a-model"] * 12])
@@ -71,7 +74,7 @@ def everything(progress):
 def test_no_line_is_longer_than_the_terminal(width, level):
     progress, printed = drawn(width, level)
     everything(progress)
-    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", line) for line in printed.getvalue().splitlines()]
+    lines = re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed.getvalue()))
     assert max(map(cell_len, lines)) <= width
     assert ("stopped at 2" in printed.getvalue()) == (level > Level.QUIET)
     if level > Level.QUIET:
@@ -99,7 +102,7 @@ def test_elsewhere_each_thing_is_one_plain_line():
     lines = printed.getvalue().splitlines()
     assert len(lines) == 5 + 120
     assert all("\x1b" not in line for line in lines)
-    assert lines[3].endswith("kept  1.2 s, 0 tokens")
+    assert lines[4].endswith("restored  1.2 s, 0 tokens")
 
 
 def test_quiet_tells_what_came_out_and_nothing_else():
