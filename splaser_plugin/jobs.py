@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from splaser_plugin.acceptance import Acceptance, Confident, Harmless, Improve
-from splaser_plugin.config import LaserConfig
+from splaser_plugin.candidates import by_prediction, choose_candidates
+from splaser_plugin.config import LaserConfig, parse_ranks
 from splaser_plugin.distributed import in_main
 from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.factored_folder import parameter_counts, save_model
@@ -20,9 +21,11 @@ from splaser_plugin.guard import Guard
 from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, split_by_set, split_windows
 from splaser_plugin.laser_journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.loading import load_model
+from splaser_plugin.margin import MarginScorer
 from splaser_plugin.model_card import model_card
 from splaser_plugin.output import check_output, check_space, whole_folder
 from splaser_plugin.pairs import ROWS, Pair, PairSet, PairSource, pairs_sha256, read_pairs_from
+from splaser_plugin.prediction import check_predictable, sensitivities
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.racing import Race
 from splaser_plugin.recipe import Recipe, Step, carry_out, versions
@@ -32,12 +35,14 @@ from splaser_plugin.rulers import Material, Rulers, check_rulers
 from splaser_plugin.run_file import run_file
 from splaser_plugin.scan import Scan, scan_model, write_json
 from splaser_plugin.scoring import Scorer, Scores
-from splaser_plugin.search import Judge, SearchResult, Trial, choose_candidates, search
+from splaser_plugin.search import Judge, SearchResult, Trial, search
 from splaser_plugin.weights import Weights, model_name
 
 __all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs"]
 
 NO_PAIRS = "none"
+GRADIENT_PAIRS = 32
+"""Most pairs that a prediction is made from."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,8 @@ def laser_weights(
     if config.save == "factored":
         weights.keep_factors()
     model: Any = weights.model
+    if config.rank_by == "gradient":
+        check_predictable(weights)
     device = next(iter(weights.parameters.values())).device
     progress.fact("device", f"{device}, {_dtype(model)}")
     rulers = Rulers(model, tokenizer, config, weights)
@@ -236,10 +243,21 @@ def laser_weights(
 
     scan = journal.once("scan", (), scanned, Scan.to_dict, Scan.from_dict)
     matrices, _ = weights.matrices(config.include, config.exclude)
-    candidates = choose_candidates(scan, matrices, config.candidates)
+    candidates = choose_candidates(scan, matrices, parse_ranks(config.ranks))
+    if config.rank_by == "gradient":
+        some = MarginScorer(model, rulers.prompter, split.search[:GRADIENT_PAIRS], batch_size=rulers.batch_size)
+
+        def predicted() -> list[float]:
+            reducible = {each.matrix for each in candidates}
+            tried = [matrix for matrix in matrices if matrix in reducible]
+            found = sensitivities(weights, some, tried, progress=progress)
+            return [found[each.matrix].predicted(each.rank) for each in candidates]
+
+        progress.fact("ranked by", f"predicted margin, from a gradient over {some.size} pairs")
+        candidates = by_prediction(candidates, journal.once("predictions", (), predicted, list, list))
     judge = Judge(
         scorer,
-        acceptance=_acceptance(config, len(candidates)),
+        acceptance=_acceptance(config, min(config.candidates, len(candidates))),
         race=Race(scorer.size, seed=config.seed) if config.race else None,
         screen=screen,
         guard=guard,
@@ -247,7 +265,7 @@ def laser_weights(
     journal.subject = "base model, held out"
     base = _measure(held_out, "held-out base", progress)
     journal.subject = "base model"
-    found = search(weights, candidates, judge, journal=journal, progress=progress)
+    found = search(weights, candidates, judge, limit=config.candidates, journal=journal, progress=progress)
     journal.subject = "result, held out"
     result = _measure(held_out, "held-out result", progress, like=base) if found.kept else base
     tolerance = config.tolerance if config.acceptance == "harmless" else None
@@ -344,7 +362,10 @@ def read_pairs(pairs: PairSource | None, config: LaserConfig) -> Split:
     """
     if pairs is None or pairs == "":
         if config.needs_pairs:
-            raise ConfigError("--pairs: none were given; only --scorer perplexity goes without. Give --pairs FILE.")
+            raise ConfigError(
+                "--pairs: none were given; only --scorer perplexity goes without, and --rank-by gradient doesn't. "
+                "Give --pairs FILE."
+            )
         return Split(PairSet((), NO_PAIRS, {}, 0), (), (), "no pairs")
     pair_set = read_pairs_from(pairs, **config.pair_limits)
     if config.held_out:
@@ -395,7 +416,9 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "name": candidate.matrix.name,
         "rank": candidate.rank,
         "full_rank": min(candidate.matrix.shape),
+        "edge": candidate.edge,
         "snr": candidate.snr,
+        "predicted": candidate.predicted,
         "parameters_removed": candidate.parameters_removed,
         "verdict": judgement.verdict,
         "score": scores.mean if scores else None,
