@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from splaser_plugin.acceptance import Acceptance, Confident, Harmless, Improve
-from splaser_plugin.candidates import by_prediction, choose_candidates
+from splaser_plugin.candidates import by_prediction, by_size, choose_candidates
 from splaser_plugin.config import LaserConfig, parse_ranks
 from splaser_plugin.distributed import in_main
 from splaser_plugin.errors import ConfigError, ModelError
@@ -260,6 +260,8 @@ def laser_weights(
 
         progress.fact("ranked by", f"predicted margin, from a gradient over {some.size} pairs")
         candidates = by_prediction(candidates, journal.once("predictions", (), predicted, list, list))
+    if config.objective == "compress":
+        candidates = by_size(candidates)
     judge = Judge(
         scorer,
         acceptance=_acceptance(config, min(config.candidates, len(candidates))),
