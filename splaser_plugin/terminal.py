@@ -20,7 +20,7 @@ from rich.text import Text
 
 from splaser_plugin.errors import printable
 from splaser_plugin.progress import Progress
-from splaser_plugin.trial_table import trial_line, trial_table
+from splaser_plugin.trial_table import shortened, trial_line, trial_table
 
 if TYPE_CHECKING:
     from splaser_plugin.candidates import Candidate
@@ -99,7 +99,8 @@ class TerminalProgress(Progress):
         self._trials.append(trial)
         self._trying = None
         if self._draws and trial.judgement.reason is not None:
-            self.fact("failed", f"{trial.candidate.matrix.name}: {trial.judgement.reason}")
+            name = shortened(trial.candidate.matrix.name, self.console.width - MARGIN - 1)
+            self.fact("failed", f"{name}: {trial.judgement.reason}")
         if self.level >= Level.NORMAL and not self._draws:
             verbose = self.level >= Level.VERBOSE
             self.console.print(trial_line(len(self._trials), trial, verbose=verbose), soft_wrap=True)
