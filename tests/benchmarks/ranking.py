@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -85,7 +85,7 @@ class Study:
                     ]
         return edits
 
-    def measure(self, scorers: dict[str, Scorer]) -> dict[str, list[float]]:
+    def measure(self, scorers: Mapping[str, Scorer]) -> dict[str, list[float]]:
         """Score of each pair by each of these rulers."""
         return {name: list(scorer.score(range(scorer.size)).values) for name, scorer in scorers.items()}
 
@@ -222,9 +222,7 @@ def report(study: Study, edits: Sequence[tuple[Matrix, int]], measured: Measured
     lines = [
         f"{len(edits)} truncations; c was chosen on the {int((~judged).sum())} at depths {blocks[::2]}: {told}.",
         *table(predicted, changes, np.full(len(edits), True), f"All {len(edits)} truncations"),
-        *table(
-            predicted, changes, judged, f"The {int(judged.sum())} at depths {blocks[1::2]}, that c wasn't chosen on"
-        ),
+        *table(predicted, changes, judged, f"The {int(judged.sum())} at depths {blocks[1::2]}"),
     ]
     return "\n".join(lines)
 
