@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,8 @@ def stored_ranks(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
 def expand_folder(model: str, folder: Path) -> int:
     """Write the dense model of a factored one to `folder`, and copy what else is with it: tokenizer, recipe.
 
-    Returns how many layers were factored: 0 for a run that kept nothing. Raises CheckpointError as `load` does.
+    Returns how many layers were factored: 0 for a run that kept nothing. Raises CheckpointError as `load` does, and
+    RecipeError when the recipe or the results that are copied are damaged.
     """
     source = resolve_model(model)
     ranks = stored_ranks(source, read_config(source))
@@ -120,7 +122,22 @@ def expand_folder(model: str, folder: Path) -> int:
         is_weights = file.name.endswith((".safetensors", INDEX_NAME))
         if file.is_file() and not is_weights and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
+    _rewrite_card(folder)
     return len(ranks)
+
+
+def _rewrite_card(folder: Path) -> None:
+    """Make the card of a lasered model say that its weights are dense."""
+    from splaser_plugin.model_card import model_card
+    from splaser_plugin.recipe import Recipe
+    from splaser_plugin.report_run import load_results
+
+    if not (folder / "recipe.json").is_file():
+        return
+    recipe = Recipe.load(folder / "recipe.json")
+    results = folder / "results.json"
+    run = load_results(results) if results.is_file() else None
+    model_card(replace(recipe, settings={**recipe.settings, "save": "dense"}), run).save(folder / "README.md")
 
 
 def _plan(folder: Path) -> Any:

@@ -382,6 +382,8 @@ def _scores(scores: Scores) -> dict[str, Any]:
         "score": scores.mean,
         "per_pair": list(scores.values),
         "answers": [answer.text for answer in scores.answers],
+        "empty_answers": scores.empty_answers,
+        "cut_answers": scores.cut_answers,
         "generated_tokens": scores.generated_tokens,
     }
 
@@ -425,6 +427,7 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "best_before": judgement.best_before,
         "screen_change": judgement.screen_change,
         "guard_loss": judgement.guard_loss,
+        "reason": judgement.reason,
         "pairs_scored": list(scores.items) if scores else [],
         "per_pair": list(scores.values) if scores else [],
         "generated_tokens": scores.generated_tokens if scores else 0,

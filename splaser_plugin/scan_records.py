@@ -6,7 +6,7 @@ import json
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from splaser_plugin.edges import EdgeFit, fit_edges
 from splaser_plugin.errors import RecipeError
 from splaser_plugin.matrices import Matrix, Skipped
 from splaser_plugin.output import whole_file
+from splaser_plugin.typed import check_types
 
 SCHEMA = "splaser.scan/1"
 QUANTILES = 256
@@ -48,7 +49,7 @@ class MatrixScan:
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> MatrixScan:
         """The record from its plain values. Raises KeyError, TypeError or OverflowError when it isn't whole."""
-        return cls(
+        record = cls(
             **{
                 **stored,
                 "shape": tuple(stored["shape"]),
@@ -56,6 +57,8 @@ class MatrixScan:
                 "edges": {edge: EdgeFit(**stored["edges"][edge]) for edge in EDGES},
             }
         )
+        check_types(record)
+        return record
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,17 @@ class Scan:
             got = stored.get("schema") if isinstance(stored, dict) else type(stored).__name__
             raise RecipeError(f"{source}: schema is {got!r}, expected '{SCHEMA}'. Make it anew with splaser scan.")
         try:
-            return cls(
+            scan = cls(
                 **{key: stored[key] for key in ("model", "weights", "edge")},
                 matrices=tuple(MatrixScan.from_dict(each) for each in stored["matrices"]),
                 skipped=tuple(Skipped(**each) for each in stored["skipped"]),
                 **{key: stored[key] for key in ("precision", "version") if key in stored},
             )
-        except (KeyError, TypeError, OverflowError) as error:
+            check_types(replace(scan, matrices=()))
+            if scan.edge not in EDGES:
+                raise TypeError(f"edge is {scan.edge!r:.80}, expected one of {', '.join(EDGES)}")
+            return scan
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise RecipeError(f"{source}: not a whole scan ({error}). Make it anew with splaser scan.") from error
 
     @classmethod

@@ -111,6 +111,8 @@ _FORMS = {
 
 
 def _outcome(judgement: Judgement) -> str:
+    if judgement.reason is not None:
+        return f"failed: {escape(judgement.reason)}"
     if judgement.scores is None or judgement.best_before is None:
         return f"screen {judgement.screen_change:+.4f}  screened"
     change = judgement.scores.mean - judgement.best_before

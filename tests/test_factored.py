@@ -408,6 +408,9 @@ def test_expanding_gives_the_dense_folder(run, tmp_path, monkeypatch, capsys):
     assert same_state(expanded, result.model)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "expanded" / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
+    assert "splaser_plugin.load" in (out / "README.md").read_text()
+    card = (tmp_path / "expanded" / "README.md").read_text()
+    assert "splaser_plugin.load" not in card and "candidates were tried" in card
     assert (tmp_path / "expanded" / "recipe.json").read_bytes() == (out / "recipe.json").read_bytes()
     assert (
         AutoTokenizer.from_pretrained(tmp_path / "expanded")("Hello")["input_ids"]
