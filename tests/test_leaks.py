@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -43,7 +44,7 @@ WATCHED = """
 def test_no_command_on_local_files_uses_the_network_or_tells_the_token(tiny_folder, minilm, pairs_file, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
-    (data / "train.jsonl").write_bytes(open(pairs_file, "rb").read())
+    (data / "train.jsonl").write_bytes(Path(pairs_file).read_bytes())
     model, fast = str(tiny_folder), [each for each in FLAGS if each not in ("--embedder", "self")]
     with_minilm = ["--embedder", str(minilm), *fast]
     commands = [
