@@ -114,6 +114,7 @@ def search(
             if is_passed_over(candidate, trials):
                 continue
             started = time.monotonic()
+            progress.trying(candidate)
             journal.subject = f"{candidate.matrix.name} rank {candidate.rank}"
             with weights.trying(candidate.matrix) as attempt:
                 attempt.reduce(candidate.rank)

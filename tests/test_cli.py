@@ -55,7 +55,7 @@ def test_scan_writes_the_scan_and_the_top_names(splaser, tiny_folder, tmp_path):
     names = json.loads(top.read_text())
     assert set(names) == {matrix.type for matrix in scan.matrices}
     assert all(len(each) == 1 for each in names.values())
-    assert "11 scanned" in told
+    assert "scanned  11 matrices" in told
     assert str(out) in told
 
 
