@@ -199,7 +199,7 @@ def _known(
 def _record_or_none(stored: Mapping[str, Any]) -> MatrixScan | None:
     try:
         return MatrixScan.from_dict(stored)
-    except (KeyError, TypeError, OverflowError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 
