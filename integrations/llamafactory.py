@@ -11,6 +11,7 @@ from pprint import pformat
 from typing import Any
 
 from splaser_plugin.errors import ConfigError, OutputError
+from splaser_plugin.files import read_json
 from splaser_plugin.integrations.plan import DEFAULT_RANK, Plan, first_row, header, unusable
 from splaser_plugin.integrations.yaml_text import base_values, comment, merged_yaml, new_yaml
 from splaser_plugin.pair_formats import recognise
@@ -158,10 +159,7 @@ def merged_dataset_info(path: Path, entry: Mapping[str, Any], *, overwrite: bool
 
     Raises ConfigError when it is damaged, OutputError when it has another entry of that name (unless `overwrite`).
     """
-    try:
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: can't be read as JSON ({error}). Mend it first.") from error
+    known = read_json(path, ConfigError) if path.exists() else {}
     if not isinstance(known, dict):
         raise ConfigError(f"{path}: holds {type(known).__name__}, expected data sets by name.")
     for name, description in entry.items():

@@ -25,6 +25,7 @@ from splaser_plugin.jobs import LaserResult, laser_weights, read_pairs
 from splaser_plugin.loading import context_length
 from splaser_plugin.output import check_output
 from splaser_plugin.pairs import PairSet
+from splaser_plugin.prediction import check_predictable
 from splaser_plugin.progress import Progress
 from splaser_plugin.prompts import Prompter
 from splaser_plugin.rulers import check_rulers
@@ -126,6 +127,8 @@ class LaserCallback(TrainerCallback):
         unwrapped = trainer.accelerator.unwrap_model(model)
         if self.config.save == "factored":
             _weights(unwrapped).keep_factors()
+        if self.config.rank_by == "gradient":
+            check_predictable(_weights(unwrapped))
         with undisturbed():
             self._split = read_pairs(self._rows(trainer), self.config)
             check_output(_output(args), overwrite=True, inputs=(model_name(unwrapped),))
@@ -134,7 +137,7 @@ class LaserCallback(TrainerCallback):
             for pair in self._split.pairs:
                 prompter.tokens(pair.messages)
             if self.config.embedder != "self":
-                SentenceEmbedder(self.config.embedder, torch.device("cpu"))
+                SentenceEmbedder(self.config.embedder, torch.device("cpu"), allow_pickle=self.config.allow_pickle)
 
     def _laser(self, trainer: Any, model: Any) -> dict[str, float]:
         started = time.monotonic()
@@ -153,12 +156,13 @@ class LaserCallback(TrainerCallback):
 
     def _metrics(self, result: LaserResult) -> dict[str, float]:
         found = result.search
+        last = {each.matrix: each.rank for each in found.kept}
         metrics = {
             "laser/score_before": found.baseline.mean,
             "laser/score_after": found.final.mean,
-            "laser/matrices_tried": len(found.trials),
-            "laser/matrices_kept": len(found.kept),
-            "laser/rank_removed": sum(min(each.matrix.shape) - each.rank for each in found.kept),
+            "laser/matrices_tried": len({each.candidate.matrix for each in found.trials}),
+            "laser/matrices_kept": len(last),
+            "laser/rank_removed": sum(min(matrix.shape) - rank for matrix, rank in last.items()),
             "laser/seconds": self._seconds,
         }
         if result.held_out is not None:
@@ -259,4 +263,4 @@ def _refuse(trainer: Any, args: TrainingArguments, model: Any) -> None:
     is_fsdp1 = trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2
     if is_fsdp1 or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ModelError(f"FSDP version 1 flattens the weights. Use FSDP version 2 (fsdp_version: 2). {OFFLINE}")
-    _weights(trainer.accelerator.unwrap_model(model))
+    _weights(trainer.accelerator.unwrap_model(model)).check_dense()

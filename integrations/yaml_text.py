@@ -13,9 +13,11 @@ from typing import Any
 import yaml
 
 from splaser_plugin.errors import ConfigError, MissingExtraError, OutputError, printable
+from splaser_plugin.files import read_bytes
 
 MARK = "# splaser: "
 """Begins each comment line at the top, by which the lines of an earlier merge are known."""
+MAX_BASE_BYTES = 1_000_000
 
 
 def new_yaml(values: Mapping[str, Any], header: Iterable[str]) -> str:
@@ -45,7 +47,7 @@ def merged_yaml(base: Path, values: Mapping[str, Any], header: Iterable[str], *,
     keeper.indent(mapping=mapping, sequence=offset + 2, offset=offset)
     try:
         document = keeper.load(text)
-    except YAMLError as error:
+    except (YAMLError, RecursionError) as error:
         raise _not_yaml(base, error) from error
     for key in without:
         document.pop(key, None)
@@ -61,7 +63,7 @@ def base_values(base: Path) -> dict[str, Any]:
     """The user's file as plain values, as the tools read it. Raises as `merged_yaml` does."""
     try:
         values = yaml.safe_load(read_base(base))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise _not_yaml(base, error) from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"--base {base}: holds {type(values).__name__}, expected keys and values.")
@@ -69,10 +71,11 @@ def base_values(base: Path) -> dict[str, Any]:
 
 
 def read_base(base: Path) -> str:
+    """Its text. Raises OutputError when it can't be read, or is larger than anyone's configuration."""
     try:
-        return base.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OutputError(f"--base {base}: can't be read ({error}). Check the path.") from error
+        return read_bytes(base, OutputError, MAX_BASE_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OutputError(f"--base {base}: can't be read ({error}). Save it as UTF-8.") from error
 
 
 def _indents(text: str) -> tuple[int, int]:

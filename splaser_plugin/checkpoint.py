@@ -19,7 +19,8 @@ from typing import Any, TypeAlias
 import torch
 
 from splaser_plugin.errors import CheckpointError, nearest
-from splaser_plugin.model_folder import INDEX_NAME, find_shards, open_file, read_config, resolve_model
+from splaser_plugin.files import open_file
+from splaser_plugin.model_folder import INDEX_NAME, find_shards, read_config, resolve_model
 from splaser_plugin.safetensors_header import StoredTensor, read_header, shown
 
 __all__ = ["Checkpoint", "TensorPart", "open_checkpoint", "read_tensors", "resolve_model"]
@@ -76,7 +77,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     shard_bytes: dict[Path, int] = {}
     for shard, indexed_names in find_shards(folder).items():
-        with open_file(shard) as file:
+        with open_file(shard, CheckpointError) as file:
             shard_bytes[shard] = os.fstat(file.fileno()).st_size
             stored_tensors = {stored.name: stored for stored in read_header(file, shard_bytes[shard], shard)}
         if twice := sorted(stored_tensors.keys() & tensors.keys()):
@@ -163,7 +164,7 @@ def _fill(buffer: memoryview, file: BufferedReader, stored: StoredTensor, file_b
 
 @contextmanager
 def _open_unchanged(shard: Path, file_bytes: int) -> Iterator[BufferedReader]:
-    with open_file(shard) as file:
+    with open_file(shard, CheckpointError) as file:
         now_bytes = os.fstat(file.fileno()).st_size
         if now_bytes != file_bytes:
             raise CheckpointError(

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import threading
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,17 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from splaser_plugin.config import LaserConfig, Options, ScanConfig
+from splaser_plugin.config import CompareConfig, LaserConfig, Options, ScanConfig
 from splaser_plugin.errors import ConfigError, SplaserError, printable
 
 if TYPE_CHECKING:
+    from splaser_plugin.comparison import Comparison
     from splaser_plugin.jobs import LaserResult
     from splaser_plugin.progress import Progress
     from splaser_plugin.scan import Scan
 
 STOPPED = 130
 """Exit code after Ctrl-C or SIGTERM."""
-RESUMED = ("scan",)
+RESUMED = ("scan", "laser")
 """Commands that go on where they were stopped."""
 
 
@@ -66,23 +68,57 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON to 
 
 
 def options_of(config_class: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one flag for each field of a configuration, passed to it as the argument `config`."""
+    """Give a command one flag for each field of a configuration, passed to it as the argument `config`.
+
+    And --config: a file in which any of the command's arguments and options may stand, where no flag is given.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         fields = dataclasses.fields(config_class)
+        own = [each for name, each in inspect.signature(command, eval_str=True).parameters.items() if name != "config"]
 
-        def with_config(**arguments: Any) -> None:
+        def with_config(config_file: Path | None, **arguments: Any) -> None:
             values = {each.name: arguments.pop(each.name) for each in fields}
             command(config=config_class.from_dict(values), **arguments)
 
-        flags = [_flag(each) for each in fields]
-        own = [each for name, each in inspect.signature(command, eval_str=True).parameters.items() if name != "config"]
-        with_config.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
-        with_config.__annotations__ = {each.name: each.annotation for each in [*own, *flags]}
+        flags = [*own, _config_file(config_class, own), *[_flag(each) for each in fields]]
+        with_config.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
+        with_config.__annotations__ = {each.name: each.annotation for each in flags}
         with_config.__name__, with_config.__doc__ = command.__name__, command.__doc__
         return with_config
 
     return decorate
+
+
+def _config_file(config_class: type[Options], own: list[inspect.Parameter]) -> inspect.Parameter:
+    """--config: a file whose values stand in for flags that aren't given. own: the command's own arguments."""
+    types = {_key(each): _plain_type(each.annotation) for each in own}
+    names = {_key(each): each.name for each in own}
+
+    def read(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None:
+            from splaser_plugin.run_file import read_run_file
+
+            values = read_run_file(path, config_class, types)
+            context.default_map = {names.get(key, key): value for key, value in values.items()}
+        return path
+
+    text = "YAML file in which any of these arguments and options may stand, as in a run's run.yaml; flags win."
+    flag = typer.Option("--config", help=text, is_eager=True, callback=read)
+    return inspect.Parameter(
+        "config_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, flag]
+    )
+
+
+def _key(argument: inspect.Parameter) -> str:
+    """How a command's own argument is called in a file: as its flag, with underscores."""
+    return argument.name.removeprefix("as_")
+
+
+def _plain_type(annotation: Any) -> type:
+    annotated = typing.get_args(annotation)[0]
+    kind = typing.get_origin(annotated) or annotated
+    return kind if kind in (bool, int, list) else str
 
 
 def _flag(each: dataclasses.Field[Any]) -> inspect.Parameter:
@@ -118,7 +154,7 @@ def scan(
     from splaser_plugin.selection import top_by_type
 
     join_processes()
-    progress = _progress(transformers=model.endswith(".gguf"))
+    progress = _progress(transformers=model.endswith(".gguf") or config.allow_pickle)
     found = run_scan(model, config=config, output=output, progress=progress)
     if not is_main():
         return
@@ -172,6 +208,7 @@ def apply(
     model: Model,
     output: Output,
     device: Annotated[str, typer.Option(help="Device to compute on.")] = "auto",
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load weights that are pickled (.bin).")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Rebuild a lasered model from its recipe and the base model."""
@@ -185,7 +222,7 @@ def apply(
 
     loaded = Recipe.load(recipe)
     progress = _progress()
-    lasered, tokenizer = lasered_weights(loaded, model, device=device, progress=progress)
+    lasered, tokenizer = lasered_weights(loaded, model, device=device, allow_pickle=allow_pickle, progress=progress)
     with whole_folder(path) as folder:
         save_model(lasered, folder, None)
         tokenizer.save_pretrained(folder)
@@ -193,6 +230,29 @@ def apply(
         model_card(loaded).save(folder / "README.md")
     progress.fact("matrices reduced", str(len(loaded.steps)))
     progress.fact("model", str(output))
+
+
+@app.command()
+@options_of(CompareConfig)
+def compare(
+    *,
+    models: Annotated[list[str], typer.Argument(help="Model folders, .gguf files or hub ids; the first is the base.")],
+    pairs: Annotated[str, typer.Option(help="Preference pairs: a json, jsonl, csv or parquet file, or a data set.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the comparison goes, as JSON.")],
+    config: CompareConfig,
+    as_json: Json = False,
+) -> None:
+    """Measure models on the same pairs and text, each against the first with 95 % intervals."""
+    from splaser_plugin.output import check_file
+
+    check_file(output, replaceable="splaser.comparison/1")
+    from splaser_plugin.comparison import compare_models
+
+    found = compare_models(models, pairs, config=config, progress=_progress())
+    found.save(output)
+    if as_json:
+        print(json.dumps(found.to_dict(), allow_nan=False))
+    _show_comparison(found, output)
 
 
 @app.command()
@@ -215,7 +275,7 @@ def expand(
     output: Output,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a model that is stored in factors into a plain one, equal to what --save dense writes."""
+    """Turn a model that was saved with --save factored into a plain one, bit for bit the one that was scored."""
     from splaser_plugin.output import check_output, whole_folder
 
     path = check_output(output, overwrite=overwrite, inputs=(model,))
@@ -278,6 +338,19 @@ def _show_scan(found: Scan, output: Path, progress: Progress) -> None:
     progress.fact("scan", str(output))
 
 
+def _show_comparison(found: Comparison, output: Path) -> None:
+    from rich.console import Console
+
+    from splaser_plugin.terminal import comparison_tables, escape
+
+    console = Console(stderr=True)
+    names = [Path(model.model).name or model.model for model in found.models]
+    for table in comparison_tables(names, found.figures()):
+        console.print(table)
+    told = f"Changes and their 95 % intervals are against {names[0]}. Written to {output}."
+    console.print(escape(told), soft_wrap=True)
+
+
 def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:
     found = result.search
     progress.fact("kept", f"{len(found.kept)} of {len(found.trials)} candidates")
@@ -286,7 +359,8 @@ def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:
         progress.fact("parameters", f"{dense:,} before, {stored:,} after")
     else:
         progress.fact("parameters", f"{found.parameters_removed:,} of {dense:,} removed, if stored as factors")
-    progress.fact("score", f"{found.baseline.mean:+.4f} before, {found.final.mean:+.4f} after, on the same pairs")
+    unit = LaserConfig.from_dict(result.recipe.settings).unit
+    progress.fact("score", f"{found.baseline.mean:+.4f} before, {found.final.mean:+.4f} after, on the same {unit}")
     if stored < dense:
         progress.fact("dense model", f"splaser expand {output} -o ANOTHER_FOLDER")
     progress.fact("model", str(output))

@@ -21,6 +21,7 @@ SCORERS = ("semantic", "margin", "perplexity")
 OBJECTIVES = ("quality", "compress")
 ACCEPTANCES = ("auto", "improve", "confident", "harmless")
 SCREENS = ("none", "margin")
+RANKINGS = ("snr", "gradient")
 SAVES = ("dense", "factored")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -47,9 +48,11 @@ def option(
 class Options:
     """What the configurations of all stages have in common."""
 
+    allow_pickle: bool = option(False, "Load weights that are pickled (.bin) if there are no others.")
+
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
-            _check(each, getattr(self, each.name))
+            check_value(each, getattr(self, each.name))
 
     @classmethod
     def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
@@ -98,6 +101,15 @@ class MeasureConfig(Options):
     dtype: str = option("auto", "Weights' dtype; auto is the checkpoint's own.", choices=DTYPES)
     seed: int = option(0, "Seed of everything random.", minimum=0)
 
+    @property
+    def pair_limits(self) -> dict[str, Any]:
+        """Which pairs are read, as `read_pairs_from` takes it."""
+        return {
+            "samples": self.samples,
+            "max_prompt_chars": self.max_prompt_chars,
+            "max_answer_chars": self.max_answer_chars,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(MeasureConfig):
@@ -119,7 +131,11 @@ class LaserConfig(ScanConfig, MeasureConfig):
         0.3, "Part of the pairs kept for the verdict at the end; 0 searches on all.", minimum=0, maximum=0.9
     )
     held_out: str = option("", "File or data set for the verdict instead of a fraction, at most --samples of it.")
-    candidates: int = option(15, "Matrices to try, those of lowest SNR first.", minimum=1)
+    candidates: int = option(15, "Most truncations to try, one matrix each unless --ranks gives several.", minimum=1)
+    rank_by: str = option(
+        "snr", "Which to try first: lowest SNR, or best predicted by a gradient over some pairs.", choices=RANKINGS
+    )
+    ranks: str = option("", "Ranks to try of each matrix: edges and fractions, as in iqr,mp,0.5,0.1; empty: --edge.")
     adapter: str = option("", "LoRA adapter folder to merge into the model first.")
     scorer: str = option(
         "semantic",
@@ -155,6 +171,7 @@ class LaserConfig(ScanConfig, MeasureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        parse_ranks(self.ranks)
         if self.scorer not in SCORERS and not DOTTED_PATH.fullmatch(self.scorer):
             raise ConfigError(
                 f"--scorer: got '{self.scorer}', expected one of {', '.join(SCORERS)}, or the dotted path of your own "
@@ -184,7 +201,8 @@ class LaserConfig(ScanConfig, MeasureConfig):
     @property
     def needs_pairs(self) -> bool:
         """Whether anything that is measured takes preference pairs."""
-        return self.unit == "pairs" or self.screen == "margin" or self.guard_scorer not in ("", "perplexity")
+        guarded = self.guard_scorer not in ("", "perplexity")
+        return self.unit == "pairs" or self.screen == "margin" or self.rank_by == "gradient" or guarded
 
     @property
     def guard_scorer(self) -> str:
@@ -195,6 +213,33 @@ class LaserConfig(ScanConfig, MeasureConfig):
     def guard_limit(self) -> float:
         """Largest ratio of perplexities, candidate to base, or largest fall of the mean score."""
         return _guard(self.guard)[1]
+
+
+def parse_ranks(text: str) -> tuple[str | float, ...]:
+    """The rungs of `--ranks`: names of edges, and fractions of a matrix's components to keep.
+
+    Raises ConfigError for a part that is neither, and for one that is given twice.
+    """
+    rungs: list[str | float] = []
+    for part in text.split(",") if text.strip() else ():
+        rung = part.strip()
+        value = rung if rung in EDGES else _fraction(rung)
+        if value is None:
+            raise ConfigError(
+                f"--ranks: '{rung}' in '{text}' is neither an edge ({', '.join(EDGES)}) nor a fraction between 0 and 1."
+            )
+        if value in rungs:
+            raise ConfigError(f"--ranks: '{rung}' stands twice in '{text}'. Leave one out.")
+        rungs.append(value)
+    return tuple(rungs)
+
+
+def _fraction(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 < value < 1 else None
 
 
 def _guard(text: str) -> tuple[str, float]:
@@ -214,13 +259,17 @@ def _guard(text: str) -> tuple[str, float]:
     return scorer, limit
 
 
-def _check(each: dataclasses.Field[Any], value: Any) -> None:
+def check_value(each: dataclasses.Field[Any], value: Any) -> None:
+    """Raises ConfigError when the option `each` can't have this value."""
     limits = each.metadata
     flag = "--" + each.name.replace("_", "-")
-    expected = type(each.default)
+    expected: type = type(each.default)
     accepted = (int, float) if expected is float else expected
     if not isinstance(value, accepted) or (expected is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{flag}: got {value!r}, expected {expected.__name__}.")
+        kind = "a list of text" if expected is tuple else expected.__name__
+        raise ConfigError(f"{flag}: got {value!r}, expected {kind}.")
+    if isinstance(value, tuple) and not all(isinstance(part, str) for part in value):
+        raise ConfigError(f"{flag}: got {list(value)!r}, expected a list of text.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{flag}: got {value}, expected a finite number.")
     if limits["choices"] and value not in limits["choices"]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from splaser_plugin.distributed import share
 from splaser_plugin.errors import EmbedderError
 from splaser_plugin.generation import evaluating
+from splaser_plugin.trust import check_embedder_folder
 from splaser_plugin.weights import Weights
 
 
@@ -28,20 +29,26 @@ class Embedder(Protocol):
 class SentenceEmbedder:
     """A sentence-transformers model.
 
-    model: folder or hub id. Raises EmbedderError when it can't be loaded.
+    model: folder or hub id. allow_pickle: load weights that are pickled, if there are no others. Code that comes
+    with it never runs. Raises EmbedderError when it can't be loaded.
     """
 
-    def __init__(self, model: str, device: torch.device) -> None:
+    def __init__(self, model: str, device: torch.device, *, allow_pickle: bool = False) -> None:
         logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
         from sentence_transformers import SentenceTransformer
 
         self.name = model
-        looks_local = model.startswith((".", "/", "~"))
-        if looks_local and not Path(model).expanduser().is_dir():
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            check_embedder_folder(folder, allow_pickle=allow_pickle)
+        elif model.startswith((".", "/", "~")):
             raise EmbedderError(f"embedder {model}: there is no such folder. Check --embedder, or use 'self'.")
+        only_safetensors = {} if allow_pickle else {"use_safetensors": True}
         try:
-            self._model = SentenceTransformer(str(Path(model).expanduser()), device=str(device))
-        except (OSError, ValueError, ImportError) as error:
+            self._model = SentenceTransformer(
+                str(folder), device=str(device), trust_remote_code=False, model_kwargs=only_safetensors
+            )
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
             raise EmbedderError(
                 f"embedder '{model}' can't be loaded ({str(error).splitlines()[0]}). Give --embedder a folder or hub "
                 "id of a sentence-transformers model that can be reached, or 'self'."
@@ -91,10 +98,3 @@ class SelfEmbedder:
                 mean = (hidden.float() * mask[..., None]).sum(1) / lengths[:, None]
                 vectors.update(zip(batch, torch.nn.functional.normalize(mean, dim=-1).cpu(), strict=True))
         return torch.stack([vectors[index] for index in range(len(tokens))])
-
-
-def load_embedder(name: str, weights: Weights, tokenizer: Any, device: torch.device, batch_size: int) -> Embedder:
-    """The embedder called `name`: `self`, or a sentence-transformers model on `device`."""
-    if name == "self":
-        return SelfEmbedder(weights, tokenizer, batch_size)
-    return SentenceEmbedder(name, device)

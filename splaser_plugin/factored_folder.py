@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from splaser_plugin.errors import CheckpointError, nearest
 from splaser_plugin.factored import CONFIG_KEY, FactoredLinear, Factors, as_stored, expand
 from splaser_plugin.model_folder import INDEX_NAME, read_config, resolve_model
 from splaser_plugin.safetensors_header import shown
+from splaser_plugin.trust import check_model_folder
 from splaser_plugin.weights import Weights
 
 
@@ -68,27 +70,20 @@ def load(model: str | Path, **arguments: Any) -> Any:
     model: a folder or hub id, factored or not. arguments: of `from_pretrained` (dtype, device_map, ...).
     Raises CheckpointError, with the file and the tensor, when anything is missing, damaged or at odds.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     folder = resolve_model(str(model))
+    check_model_folder(folder)
     ranks = stored_ranks(folder, read_config(folder))
     if not ranks:
         return AutoModelForCausalLM.from_pretrained(folder, **arguments)
     checkpoint = open_checkpoint(folder)
-    try:
-        with torch.device("meta"):
-            planned = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-        _install(planned, ranks, folder)
-        loader = _factored_class(type(planned), ranks, folder)
-        # sizes that are at odds are reported below, by the tensor's name
-        loaded, report = loader.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
-        )
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{folder}: can't be loaded as a causal language model ({str(error).strip().splitlines()[0]}). "
-            "Save it again."
-        ) from error
+    planned = _plan(folder)
+    _install(planned, ranks, folder)
+    _check_shapes(planned, checkpoint)
+    loader = _factored_class(type(planned), ranks, folder)
+    # sizes that are at odds under other names are reported below, by the tensor's name
+    loaded, report = loader.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments)
     _check_report(report, checkpoint)
     _check_dtypes(ranks, checkpoint)
     for name, rank in ranks.items():
@@ -117,18 +112,59 @@ def stored_ranks(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
 def expand_folder(model: str, folder: Path) -> int:
     """Write the dense model of a factored one to `folder`, and copy what else is with it: tokenizer, recipe.
 
-    Returns how many layers were factored. Raises CheckpointError when none is, or as `load` does.
+    Returns how many layers were factored: 0 for a run that kept nothing. Raises CheckpointError as `load` does, and
+    RecipeError when the recipe or the results that are copied are damaged.
     """
     source = resolve_model(model)
     ranks = stored_ranks(source, read_config(source))
-    if not ranks:
-        raise CheckpointError(f"{model}: has no factored layers, so there is nothing to expand. Use it as it is.")
     expand(load(source, dtype="auto")).save_pretrained(folder)
     for file in source.iterdir():
         is_weights = file.name.endswith((".safetensors", INDEX_NAME))
         if file.is_file() and not is_weights and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
+    _rewrite_card(folder)
     return len(ranks)
+
+
+def _rewrite_card(folder: Path) -> None:
+    """Make the card of a lasered model say that its weights are dense."""
+    from splaser_plugin.model_card import model_card
+    from splaser_plugin.recipe import Recipe
+    from splaser_plugin.report_run import load_results
+
+    if not (folder / "recipe.json").is_file():
+        return
+    recipe = Recipe.load(folder / "recipe.json")
+    results = folder / "results.json"
+    run = load_results(results) if results.is_file() else None
+    model_card(replace(recipe, settings={**recipe.settings, "save": "dense"}), run).save(folder / "README.md")
+
+
+def _plan(folder: Path) -> Any:
+    """The model that config.json describes, dense and on the meta device.
+
+    Raises CheckpointError when it describes none.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        LookupError,
+        ArithmeticError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(
+            f"{folder / 'config.json'}: makes no causal language model ({reason[:200]}). Save the model again."
+        ) from error
 
 
 def _install(model: nn.Module, ranks: Mapping[str, int], folder: Path) -> None:
@@ -173,6 +209,18 @@ def _factored_class(kind: type[Any], ranks: Mapping[str, int], folder: Path) -> 
     return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
 
 
+def _check_shapes(planned: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError, before any memory is taken, when a tensor has another shape than its parameter."""
+    for name, parameter in planned.named_parameters():
+        stored = checkpoint.tensors.get(name)
+        if stored is not None and stored.shape != tuple(parameter.shape):
+            raise _wrong_shape(f"{stored.shard}: tensor {shown(name)}", stored.shape, tuple(parameter.shape))
+
+
+def _wrong_shape(where: str, got: tuple[int, ...], expected: tuple[int, ...]) -> CheckpointError:
+    return CheckpointError(f"{where} has shape {got}, expected {expected} by config.json. Save the model again.")
+
+
 def _check_report(report: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless every tensor of the model was in the files, in its shape, and no other."""
 
@@ -181,9 +229,7 @@ def _check_report(report: Mapping[str, Any], checkpoint: Checkpoint) -> None:
         return f"{stored.shard if stored else checkpoint.folder}: tensor {shown(name)}"
 
     for name, got, expected in sorted(report["mismatched_keys"]):
-        raise CheckpointError(
-            f"{where(name)} has shape {tuple(got)}, expected {tuple(expected)} by config.json. Save the model again."
-        )
+        raise _wrong_shape(where(name), tuple(got), tuple(expected))
     for name in sorted(report["missing_keys"]):
         raise CheckpointError(f"{where(name)} is missing. Save the model again.")
     for name in sorted(report["unexpected_keys"]):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import GenerationConfig
+from torch import Tensor, nn
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from splaser_plugin.distributed import process_count
 from splaser_plugin.prompts import Prompter
@@ -102,7 +102,7 @@ class Generator:
 
     def _room(self, prompt: Sequence[int], said: Sequence[int]) -> int:
         """How many tokens an answer that goes on may still get."""
-        if said and said[-1] in self.end_tokens:
+        if self._has_ended(said):
             return 0
         room = self.max_new_tokens
         if self.prompter.context is not None:
@@ -121,35 +121,80 @@ class Generator:
         for place, row in enumerate(rows):
             ids[place, longest - len(row) :] = torch.tensor(row)
             mask[place, longest - len(row) :] = 1
-        greedy = GenerationConfig(
-            max_new_tokens=steps,
-            do_sample=False,
-            eos_token_id=self.end_tokens or None,
-            pad_token_id=self._pad,
-            use_cache=True,
-        )
         device = next(self.model.parameters()).device
         started = time.perf_counter()
         with plain_generation(self.model), evaluating(self.model):
-            output = self.model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=greedy,
+            output = self._continue(ids.to(device), mask.to(device), steps)
+        self.batch.took(len(rows), sum(map(len, output)), time.perf_counter() - started)
+        return [tokens[:room] for tokens, room in zip(output, rooms, strict=True)]
+
+    def _continue(self, ids: Tensor, mask: Tensor, steps: int) -> list[list[int]]:
+        """Up to `steps` tokens that follow each row. Whenever half of the rows have ended, the others go on alone."""
+        made: list[list[int]] = [[] for _ in ids]
+        going = list(range(len(ids)))
+        ends = torch.tensor(self.end_tokens, device=ids.device)
+        cache = None
+        while going and steps > 0:
+            found = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=GenerationConfig(
+                    max_new_tokens=steps,
+                    do_sample=False,
+                    eos_token_id=self.end_tokens or None,
+                    pad_token_id=self._pad,
+                    use_cache=True,
+                    return_dict_in_generate=True,
+                ),
+                stopping_criteria=None if self.is_sharded else StoppingCriteriaList([_HalfEnded(len(ids), ends)]),
                 synced_gpus=process_count() > 1 and self.is_sharded,
-            )[:, longest:].cpu()
-        self.batch.took(len(rows), output.numel(), time.perf_counter() - started)
-        return [self._until_end(row)[:room] for row, room in zip(output.tolist(), rooms, strict=True)]
+            )
+            new = found.sequences[:, ids.shape[1] :]
+            steps = steps - new.shape[1] if new.shape[1] else 0
+            for index, tokens in zip(going, new.tolist(), strict=True):
+                made[index] += self._until_end(tokens)
+            left = [place for place, index in enumerate(going) if not self._has_ended(made[index])]
+            going = [going[place] for place in left]
+            chosen = torch.tensor(left, device=ids.device, dtype=torch.long)
+            ids = found.sequences[chosen]
+            mask = torch.cat([mask, torch.ones_like(new)], dim=1)[chosen]
+            cache = _rows_of(found.past_key_values, chosen)
+        return made
+
+    def _has_ended(self, tokens: Sequence[int]) -> bool:
+        return bool(tokens) and tokens[-1] in self.end_tokens
 
     def _until_end(self, tokens: list[int]) -> list[int]:
         ends = [tokens.index(end) for end in self.end_tokens if end in tokens]
         return tokens[: min(ends) + 1] if ends else tokens
 
     def _answer(self, tokens: list[int]) -> Answer:
-        has_end = bool(tokens) and tokens[-1] in self.end_tokens
-        text = self.prompter.tokenizer.decode(tokens[:-1] if has_end else tokens, skip_special_tokens=True)
+        said = tokens[:-1] if self._has_ended(tokens) else tokens
+        text = self.prompter.tokenizer.decode(said, skip_special_tokens=True)
         if self.prompter.stop_text:
             text = text.split(self.prompter.stop_text)[0]
         return Answer(text.strip(), tuple(tokens))
+
+
+class _HalfEnded(StoppingCriteria):
+    """Stops generating once half of the rows, or more, have ended."""
+
+    def __init__(self, rows: int, ends: Tensor) -> None:
+        self._ends = ends
+        self._ended = torch.zeros(rows, dtype=torch.bool, device=ends.device)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **rest: Any) -> Tensor:
+        self._ended |= torch.isin(input_ids[:, -1], self._ends)
+        return (2 * self._ended.sum() >= len(self._ended)).expand(len(self._ended))
+
+
+def _rows_of(cache: Any, rows: Tensor) -> Any:
+    """Those rows of a cache of keys and values; None, so that it is computed again, where it is of another kind."""
+    if not all(hasattr(layer, "batch_select_indices") for layer in getattr(cache, "layers", [None])):
+        return None
+    cache.batch_select_indices(rows)
+    return cache
 
 
 @contextmanager

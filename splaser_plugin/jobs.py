@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from splaser_plugin.acceptance import Acceptance, Confident, Harmless, Improve
-from splaser_plugin.config import LaserConfig
+from splaser_plugin.candidates import by_prediction, choose_candidates
+from splaser_plugin.config import LaserConfig, parse_ranks
 from splaser_plugin.distributed import in_main
 from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.factored_folder import parameter_counts, save_model
@@ -20,21 +21,28 @@ from splaser_plugin.guard import Guard
 from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, split_by_set, split_windows
 from splaser_plugin.laser_journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.loading import load_model
+from splaser_plugin.margin import MarginScorer
 from splaser_plugin.model_card import model_card
 from splaser_plugin.output import check_output, check_space, whole_folder
-from splaser_plugin.pairs import Pair, PairSet, load_pairs, pairs_from_rows, pairs_sha256
+from splaser_plugin.pairs import ROWS, Pair, PairSet, PairSource, pairs_sha256, read_pairs_from
+from splaser_plugin.prediction import check_predictable, sensitivities
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.racing import Race
 from splaser_plugin.recipe import Recipe, Step, carry_out, versions
 from splaser_plugin.report import write_report
 from splaser_plugin.report_run import RESULTS_SCHEMA, run_from_results
 from splaser_plugin.rulers import Material, Rulers, check_rulers
+from splaser_plugin.run_file import run_file
 from splaser_plugin.scan import Scan, scan_model, write_json
 from splaser_plugin.scoring import Scorer, Scores
-from splaser_plugin.search import Judge, SearchResult, Trial, choose_candidates, search
+from splaser_plugin.search import Judge, SearchResult, Trial, search
 from splaser_plugin.weights import Weights, model_name
 
 __all__ = ["LaserResult", "apply_recipe", "laser", "laser_weights", "read_pairs"]
+
+NO_PAIRS = "none"
+GRADIENT_PAIRS = 32
+"""Most pairs that a prediction is made from."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class LaserResult:
         }
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the model, its tokenizer and card, scan.json, recipe.json, results.json and report.html, or nothing.
+        """Write the model, its tokenizer and card, its scan, recipe, run.yaml and results, and the report, or nothing.
 
         Under several processes all have to call it, and the main one writes.
         Raises OutputError when the folder exists and isn't empty, or can't be written.
@@ -105,6 +113,7 @@ class LaserResult:
                 self.tokenizer.save_pretrained(folder)
                 self.scan.save(folder / "scan.json")
                 self.recipe.save(folder / "recipe.json")
+                (folder / "run.yaml").write_text(self._run_file(), encoding="utf-8")
                 results = self.results()
                 write_json(folder / "results.json", results)
                 run = run_from_results(results)
@@ -114,10 +123,14 @@ class LaserResult:
         in_main(write)
         return path
 
+    def _run_file(self) -> str:
+        source = "" if self.pairs.source in (ROWS, NO_PAIRS) else self.pairs.source
+        return run_file({"model": self.recipe.model, "pairs": source}, self.recipe.settings)
+
 
 def laser(
     model: str | Path | Any,
-    pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None = None,
+    pairs: PairSource | None = None,
     *,
     config: LaserConfig | None = None,
     tokenizer: Any = None,
@@ -151,7 +164,7 @@ def laser(
 
 def _laser(
     model: Any,
-    pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None,
+    pairs: PairSource | None,
     config: LaserConfig,
     tokenizer: Any,
     journal: Journal,
@@ -166,7 +179,13 @@ def _laser(
             raise ModelError("a loaded model was given without its tokenizer. Pass tokenizer=...")
         name = model_name(model)
     else:
-        model, tokenizer = load_model(model, device=config.device, dtype=config.dtype, adapter=config.adapter)
+        model, tokenizer = load_model(
+            model,
+            device=config.device,
+            dtype=config.dtype,
+            adapter=config.adapter,
+            allow_pickle=config.allow_pickle,
+        )
     weights = Weights(model)
     if output is not None:
         in_main(lambda: check_space(output, weights.size))
@@ -188,9 +207,11 @@ def laser_weights(
     if config.save == "factored":
         weights.keep_factors()
     model: Any = weights.model
+    if config.rank_by == "gradient":
+        check_predictable(weights)
     device = next(iter(weights.parameters.values())).device
     progress.fact("device", f"{device}, {_dtype(model)}")
-    rulers = Rulers(weights, tokenizer, config)
+    rulers = Rulers(model, tokenizer, config, weights)
     split, searched, apart = _materials(split, rulers, config)
     if split.pairs.pairs:
         progress.fact("pairs", split.pairs.summary)
@@ -222,10 +243,21 @@ def laser_weights(
 
     scan = journal.once("scan", (), scanned, Scan.to_dict, Scan.from_dict)
     matrices, _ = weights.matrices(config.include, config.exclude)
-    candidates = choose_candidates(scan, matrices, config.candidates)
+    candidates = choose_candidates(scan, matrices, parse_ranks(config.ranks))
+    if config.rank_by == "gradient":
+        some = MarginScorer(model, rulers.prompter, split.search[:GRADIENT_PAIRS], batch_size=rulers.batch_size)
+
+        def predicted() -> list[float]:
+            reducible = {each.matrix for each in candidates}
+            tried = [matrix for matrix in matrices if matrix in reducible]
+            found = sensitivities(weights, some, tried, progress=progress)
+            return [found[each.matrix].predicted(each.rank) for each in candidates]
+
+        progress.fact("ranked by", f"predicted margin, from a gradient over {some.size} pairs")
+        candidates = by_prediction(candidates, journal.once("predictions", (), predicted, list, list))
     judge = Judge(
         scorer,
-        acceptance=_acceptance(config, len(candidates)),
+        acceptance=_acceptance(config, min(config.candidates, len(candidates))),
         race=Race(scorer.size, seed=config.seed) if config.race else None,
         screen=screen,
         guard=guard,
@@ -233,7 +265,7 @@ def laser_weights(
     journal.subject = "base model, held out"
     base = _measure(held_out, "held-out base", progress)
     journal.subject = "base model"
-    found = search(weights, candidates, judge, journal=journal, progress=progress)
+    found = search(weights, candidates, judge, limit=config.candidates, journal=journal, progress=progress)
     journal.subject = "result, held out"
     result = _measure(held_out, "held-out result", progress, like=base) if found.kept else base
     tolerance = config.tolerance if config.acceptance == "harmless" else None
@@ -290,13 +322,14 @@ def apply_recipe(
     model: str | Path | nn.Module,
     *,
     device: str = "auto",
+    allow_pickle: bool = False,
     progress: Progress = SILENT,
 ) -> tuple[Any, Any]:
     """The lasered model from its recipe and the base model, and the tokenizer (None for a loaded model).
 
-    Raises RecipeError when the model isn't the recipe's.
+    device, allow_pickle: see `load_model`. Raises RecipeError when the model isn't the recipe's.
     """
-    weights, tokenizer = lasered_weights(recipe, model, device=device, progress=progress)
+    weights, tokenizer = lasered_weights(recipe, model, device=device, allow_pickle=allow_pickle, progress=progress)
     return weights.model, tokenizer
 
 
@@ -305,6 +338,7 @@ def lasered_weights(
     model: str | Path | nn.Module,
     *,
     device: str = "auto",
+    allow_pickle: bool = False,
     progress: Progress = SILENT,
 ) -> tuple[Weights, Any]:
     """The same as `apply_recipe`, as weights that `factored.save_model` can write."""
@@ -313,36 +347,30 @@ def lasered_weights(
     loaded: Any = model
     if not isinstance(model, nn.Module):
         adapter = recipe.settings.get("adapter", "")
-        loaded, tokenizer = load_model(model, device=device, dtype=recipe.dtype, adapter=adapter)
+        loaded, tokenizer = load_model(
+            model, device=device, dtype=recipe.dtype, adapter=adapter, allow_pickle=allow_pickle
+        )
     weights = Weights(loaded)
     carry_out(recipe, weights, progress=progress)
     return weights, tokenizer
 
 
-def read_pairs(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]] | None, config: LaserConfig) -> Split:
+def read_pairs(pairs: PairSource | None, config: LaserConfig) -> Split:
     """The pairs that a run with this configuration uses, from whatever form they come in: to search on and held out.
 
     Raises ConfigError when there are none and something needs them.
     """
     if pairs is None or pairs == "":
         if config.needs_pairs:
-            raise ConfigError("--pairs: none were given; only --scorer perplexity goes without. Give --pairs FILE.")
-        return Split(PairSet((), "none", {}, 0), (), (), "no pairs")
-    pair_set = _pair_set(pairs, config)
+            raise ConfigError(
+                "--pairs: none were given; only --scorer perplexity goes without, and --rank-by gradient doesn't. "
+                "Give --pairs FILE."
+            )
+        return Split(PairSet((), NO_PAIRS, {}, 0), (), (), "no pairs")
+    pair_set = read_pairs_from(pairs, **config.pair_limits)
     if config.held_out:
-        return split_by_set(pair_set, _pair_set(config.held_out, config))
+        return split_by_set(pair_set, read_pairs_from(config.held_out, **config.pair_limits))
     return split_by_prompt(pair_set, config.held_out_fraction, config.seed)
-
-
-def _pair_set(pairs: str | Path | PairSet | Iterable[Mapping[str, Any]], config: LaserConfig) -> PairSet:
-    if isinstance(pairs, PairSet):
-        return pairs
-    limits: dict[str, Any] = {
-        "samples": config.samples,
-        "max_prompt_chars": config.max_prompt_chars,
-        "max_answer_chars": config.max_answer_chars,
-    }
-    return load_pairs(pairs, **limits) if isinstance(pairs, (str, Path)) else pairs_from_rows(pairs, **limits)
 
 
 def _dtype(model: Any) -> str:
@@ -388,7 +416,9 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "name": candidate.matrix.name,
         "rank": candidate.rank,
         "full_rank": min(candidate.matrix.shape),
+        "edge": candidate.edge,
         "snr": candidate.snr,
+        "predicted": candidate.predicted,
         "parameters_removed": candidate.parameters_removed,
         "verdict": judgement.verdict,
         "score": scores.mean if scores else None,

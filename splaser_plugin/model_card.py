@@ -117,10 +117,11 @@ def _how_stored(recipe: Recipe) -> str:
 def _recipe_table(recipe: Recipe) -> str:
     if not recipe.steps:
         return "Nothing was kept."
-    rows = ["| matrix | shape | rank | edge | threshold |", "| --- | --- | --- | --- | --- |"]
+    rows = ["| matrix | shape | rank | edge or share kept | threshold |", "| --- | --- | --- | --- | --- |"]
     for step in recipe.steps:
         shape = " x ".join(map(str, step.shape))
-        rows.append(f"| {code(step.name)} | {shape} | {step.rank} | {code(step.edge)} | {step.threshold:.4g} |")
+        threshold = "" if step.threshold is None else f"{step.threshold:.4g}"
+        rows.append(f"| {code(step.name)} | {shape} | {step.rank} | {code(step.edge)} | {threshold} |")
     return "\n".join(rows)
 
 

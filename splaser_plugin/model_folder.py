@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from io import BufferedReader
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from splaser_plugin.errors import CheckpointError
+from splaser_plugin.files import read_bytes
 from splaser_plugin.safetensors_header import parse_json_object, shown
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_GLOB = "model-*-of-*.safetensors"
 PLAIN_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
-MAX_JSON_BYTES = 100_000_000
 # The tokenizer comes along, so that transformers can load the folder. Subfolders hold other formats.
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
@@ -28,15 +26,16 @@ OTHER_WEIGHTS = (
     (("adapter_model.safetensors",), "It is an adapter: merge it (PEFT's merge_and_unload) and save that."),
     (
         (".bin", ".pt", ".pth", ".ckpt"),
-        "Pickled weights can run code, safetensors can't. If you trust them, convert them once: "
-        "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder).",
+        "Pickled weights can run code when they are read, so only safetensors are. If you trust them, pass "
+        "--allow-pickle.",
     ),
 )
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, *, allow_pickle: bool = False) -> Path:
     """The local folder of `model`: itself if it is one, else the hub cache's, downloaded there if need be.
 
+    allow_pickle: download pickled weights where there are no safetensors.
     The network is used only for a hub id whose weights aren't all in the cache.
     Raises CheckpointError when there is neither such a folder nor such a model on the hub.
     """
@@ -51,22 +50,24 @@ def resolve_model(model: str) -> Path:
         raise CheckpointError(f"{shown(model)}: it is a file. Give the folder that holds it.")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise CheckpointError(f"{shown(model)}: no such folder. Give a model's folder or a hub id.")
-    return _from_hub(model)
+    return _from_hub(model, allow_pickle)
 
 
 def find_shards(folder: Path) -> dict[Path, set[str] | None]:
     """The files in `folder` that hold the weights, sorted by name, each with its tensors' names in the index.
 
     The names are None for `model.safetensors` without an index.
-    Raises CheckpointError when there are no weights, or the shards there are not those the index names.
+    Raises CheckpointError when there are no weights, when the shards there are not those the index names, or
+    when one is a link that leads out of the folder; into the hub cache's `blobs` it may.
     """
     present = {path.name for pattern in (SINGLE_NAME, SHARD_GLOB) for path in folder.glob(pattern)}
     index = folder / INDEX_NAME
     if not index.exists():
         if present != {SINGLE_NAME}:
             raise CheckpointError(_why_not_readable(folder, present))
+        _check_links(folder, present)
         return {folder / SINGLE_NAME: None}
-    names_by_shard = parse_index(read_json_bytes(index), index)
+    names_by_shard = parse_index(read_bytes(index, CheckpointError), index)
     missing = sorted(name for name in names_by_shard if not (folder / name).exists())
     if missing:
         raise CheckpointError(
@@ -78,6 +79,7 @@ def find_shards(folder: Path) -> dict[Path, set[str] | None]:
         raise CheckpointError(
             f"{folder}: {shown(unknown[0])} is there, but not in {INDEX_NAME}. Remove what doesn't belong."
         )
+    _check_links(folder, names_by_shard)
     return {folder / name: names_by_shard[name] for name in sorted(names_by_shard)}
 
 
@@ -103,29 +105,24 @@ def parse_index(text: bytes, index: Path) -> dict[str, set[str]]:
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of the model in `folder`, {} without one. Raises CheckpointError when it is damaged."""
     config = folder / "config.json"
+    return read_object(config) if config.exists() else {}
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`. Raises CheckpointError when it can't be read, is enormous, or is none."""
     # transformers lets a key's last value win here, and such configs work
-    return parse_json_object(read_json_bytes(config), config, unique_keys=False) if config.exists() else {}
+    return parse_json_object(read_bytes(file, CheckpointError), file, unique_keys=False)
 
 
-def read_json_bytes(file: Path) -> bytes:
-    """The bytes of `file`. Raises CheckpointError when it can't be read or is larger than any model needs."""
-    with open_file(file) as opened:
-        text = opened.read(MAX_JSON_BYTES + 1)
-    if len(text) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{file}: more than {MAX_JSON_BYTES} bytes of JSON, no model needs that.")
-    return text
-
-
-@contextmanager
-def open_file(file: Path) -> Iterator[BufferedReader]:
-    """`file` opened to read its bytes. Raises CheckpointError when it is no regular file or can't be read."""
-    try:
-        if not file.is_file():  # a pipe or a device would never end
-            raise CheckpointError(f"{file}: missing, or no regular file.")
-        with file.open("rb") as opened:
-            yield opened
-    except OSError as error:
-        raise CheckpointError(f"{file}: can't be read ({error.strerror or error}).") from error
+def _check_links(folder: Path, names: Iterable[str]) -> None:
+    inside = folder.resolve()
+    for name in sorted(names):
+        target = (folder / name).resolve()
+        if not target.is_relative_to(inside) and target.parent.name != "blobs":
+            raise CheckpointError(
+                f"{folder / name}: is a link to {shown(str(target))}, out of the folder. Give the folder that holds "
+                "the files themselves."
+            )
 
 
 def _why_not_readable(folder: Path, present: set[str]) -> str:
@@ -143,7 +140,7 @@ def _why_not_readable(folder: Path, present: set[str]) -> str:
     return f"{folder}: no weights. Expected {SINGLE_NAME} or {INDEX_NAME}, found {listed}."
 
 
-def _from_hub(model: str) -> Path:
+def _from_hub(model: str, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -155,7 +152,10 @@ def _from_hub(model: str) -> Path:
             find_shards(cached)
             return cached
         except (LocalEntryNotFoundError, CheckpointError):  # not there, or only a part of it
-            return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
+            folder = Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
+        if allow_pickle and not any(folder.glob("*.safetensors")):
+            snapshot_download(model, allow_patterns=["pytorch_model*.bin"])
+        return folder
     except (OSError, ValueError, *http_errors) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(

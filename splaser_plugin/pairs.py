@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from splaser_plugin.errors import ConfigError, PairsError
 from splaser_plugin.pair_formats import (
@@ -26,6 +27,9 @@ from splaser_plugin.pair_formats import (
 from splaser_plugin.pair_sources import open_source
 
 __all__ = ["Message", "Pair", "PairSet", "load_pairs", "pairs_from_rows", "pairs_sha256"]
+
+ROWS = "rows"
+"""Source of pairs that no file or data set is known of."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,19 @@ class PairSet:
         return f"{self.source}: {len(self.pairs):,} pairs from {self.rows_read:,} rows{dropped}"
 
 
+PairSource = str | Path | PairSet | Iterable[Mapping[str, Any]]
+
+
+def read_pairs_from(source: PairSource, **limits: Any) -> PairSet:
+    """Pairs in whatever form they come: a source of `load_pairs`, rows of `pairs_from_rows`, or a PairSet as it is.
+
+    limits: `samples`, `max_prompt_chars` and `max_answer_chars` of those two.
+    """
+    if isinstance(source, PairSet):
+        return source
+    return load_pairs(source, **limits) if isinstance(source, (str, Path)) else pairs_from_rows(source, **limits)
+
+
 def load_pairs(
     source: str | Path,
     *,
@@ -99,7 +116,7 @@ def load_pairs(
 def pairs_from_rows(
     rows: Iterable[object],
     *,
-    source: str = "rows",
+    source: str = ROWS,
     samples: int | None = None,
     max_prompt_chars: int = 512,
     max_answer_chars: int = 512,

@@ -25,7 +25,9 @@ class Step:
     name: str
     rank: int
     edge: str
-    threshold: float
+    """Where the rank comes from: an edge, or the fraction of components that stayed."""
+    threshold: float | None
+    """Of the edge; None for a fraction."""
     shape: tuple[int, int]
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from splaser_plugin.config import SCORERS, LaserConfig, MeasureConfig
-from splaser_plugin.embedding import Embedder, load_embedder
+from splaser_plugin.embedding import Embedder, SelfEmbedder, SentenceEmbedder
 from splaser_plugin.generation import Generator
 from splaser_plugin.loading import context_length
 from splaser_plugin.margin import MarginScorer
@@ -34,11 +34,14 @@ class Material:
 
 
 class Rulers:
-    """Makes scorers of one model; what they have in common is made once, when it is first needed."""
+    """Makes scorers of one model; what they have in common is made once, when it is first needed.
 
-    def __init__(self, weights: Weights, tokenizer: Any, config: MeasureConfig) -> None:
+    weights: of the model, if it will be changed.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, config: MeasureConfig, weights: Weights | None = None) -> None:
+        self.model = model
         self.weights = weights
-        self.model: Any = weights.model
         self.tokenizer = tokenizer
         self.config = config
         self.batch_size = config.batch_size or FORWARD_BATCH
@@ -70,8 +73,10 @@ class Rulers:
 
     @cached_property
     def embedder(self) -> Embedder:
-        device = next(iter(self.weights.parameters.values())).device
-        return load_embedder(self.config.embedder, self.weights, self.tokenizer, device, self.batch_size)
+        if self.config.embedder == "self":
+            return SelfEmbedder(self.weights or Weights(self.model), self.tokenizer, self.batch_size)
+        device = next(self.model.parameters()).device
+        return SentenceEmbedder(self.config.embedder, device, allow_pickle=self.config.allow_pickle)
 
 
 def check_rulers(config: LaserConfig) -> None:

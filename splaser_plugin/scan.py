@@ -51,8 +51,9 @@ def run_scan(
 ) -> Scan:
     """Scan a model: a loaded one where it is, a folder of safetensors or a hub id straight from disk.
 
-    A .gguf file is loaded first. output: scan.json to write; with it nothing is computed twice: what a scan
-    that was killed had finished is taken from its journal, and a finished scan of the same weights as it is.
+    A .gguf file, and pickled weights where the configuration allows them, are loaded first. output: scan.json to
+    write; with it nothing is computed twice: what a scan that was killed had finished is taken from its journal,
+    and a finished scan of the same weights as it is.
     Raises CheckpointError, ModelError, MatrixError or SpectrumError; with `output` OutputError.
     """
     if output is not None:
@@ -61,13 +62,15 @@ def run_scan(
         from splaser_plugin.weights import model_name
 
         return _scan_loaded(model, model_name(model), config, output, progress)
-    if str(model).endswith(".gguf"):
-        from splaser_plugin.loading import load_model
-
-        return _scan_loaded(load_model(model)[0], str(model), config, output, progress)
     from splaser_plugin.checkpoint import open_checkpoint, resolve_model
     from splaser_plugin.factored_folder import stored_ranks
 
+    allow_pickle = config is not None and config.allow_pickle
+    if str(model).endswith(".gguf") or (allow_pickle and _is_pickled(str(model))):
+        from splaser_plugin.loading import load_model
+
+        loaded, _ = load_model(model, allow_pickle=allow_pickle)
+        return _scan_loaded(loaded, str(model), config, output, progress)
     checkpoint = open_checkpoint(resolve_model(str(model)))
     if stored_ranks(checkpoint.folder, checkpoint.config):
         raise CheckpointError(
@@ -75,6 +78,13 @@ def run_scan(
             f"splaser expand {model} -o DENSE."
         )
     return scan_checkpoint(checkpoint, config=config, name=str(model), output=output, progress=progress)
+
+
+def _is_pickled(model: str) -> bool:
+    from splaser_plugin.checkpoint import resolve_model
+    from splaser_plugin.trust import has_only_pickles
+
+    return has_only_pickles(resolve_model(model, allow_pickle=True))
 
 
 def _scan_loaded(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from splaser_plugin import files
 from splaser_plugin.config import EDGES
 from splaser_plugin.edges import EdgeFit, fit_edges
 from splaser_plugin.errors import RecipeError
@@ -22,6 +23,8 @@ from splaser_plugin.stored_values import count, number, optional, text
 SCHEMA = "splaser.scan/1"
 QUANTILES = 256
 """Most values kept of one spectrum, for drawing."""
+MAX_SCAN_BYTES = 2_000_000_000
+"""That of 10,000 matrices has 100 MB."""
 
 
 @dataclass(frozen=True)
@@ -175,14 +178,9 @@ def _compact(stored: dict[str, Any]) -> dict[str, Any]:
 def read_json(path: str | Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """A JSON file's content; object_hook as in `json.loads`.
 
-    Raises RecipeError when it is missing or no JSON.
+    Raises RecipeError when it is missing, too large or no JSON.
     """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), object_hook=object_hook)
-    except OSError as error:
-        raise RecipeError(f"{path}: can't be read ({error.strerror}). Check the path.") from error
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{path}: not JSON ({error}). It may be half written; make it anew.") from error
+    return files.read_json(path, RecipeError, max_bytes=MAX_SCAN_BYTES, object_hook=object_hook)
 
 
 def write_json(path: str | Path, content: Any, default: Callable[[Any], Any] | None = None) -> None:

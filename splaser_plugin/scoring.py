@@ -92,7 +92,10 @@ class SemanticScorer:
         )
 
     def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
-        answers = self.answers(items, like)
+        return self.scored(items, self.answers(items, like), like)
+
+    def scored(self, items: Sequence[int], answers: Sequence[Answer], like: Scores | None = None) -> Scores:
+        """The measurement that these answers make, one to each of the items."""
         values = _known_values(items, answers, like)
         new = [place for place in range(len(items)) if place not in values]
         if new:

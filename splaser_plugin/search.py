@@ -8,35 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from splaser_plugin.acceptance import Acceptance, Improve
-from splaser_plugin.errors import MatrixError
+from splaser_plugin.candidates import Candidate
 from splaser_plugin.guard import Guard
 from splaser_plugin.laser_journal import Journal
-from splaser_plugin.matrices import Matrix
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.racing import Race
-from splaser_plugin.scan import MatrixScan, Scan
 from splaser_plugin.scoring import Scorer, Scores
 from splaser_plugin.statistics import upper_bound
 from splaser_plugin.weights import Weights
 
 SCREEN_RISK = 0.05
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A matrix to try, and the rank to reduce it to."""
-
-    matrix: Matrix
-    rank: int
-    edge: str
-    threshold: float
-    snr: float | None
-
-    @property
-    def parameters_removed(self) -> int:
-        """Parameters that two factors of this rank have fewer than the matrix; 0 where they have more."""
-        rows, columns = self.matrix.shape
-        return max(0, rows * columns - self.rank * (rows + columns))
 
 
 @dataclass(frozen=True)
@@ -94,38 +75,18 @@ class SearchResult:
         return sum(scores.generated_tokens for scores in (self.baseline, *tried))
 
 
-def choose_candidates(scan: Scan, matrices: Sequence[Matrix], count: int) -> list[Candidate]:
-    """The `count` matrices of lowest snr, lowest first, each with its edge's rank.
-
-    Matrices in which the edge leaves nothing to remove are passed over; where it leaves nothing to keep,
-    the largest component stays. Raises MatrixError when no candidate is left.
-    """
-    by_name = {matrix.name: matrix for matrix in matrices}
-    candidates = [_candidate(found, by_name[found.name], scan.edge) for found in scan.ranked("snr")]
-    reducible = [candidate for candidate in candidates if candidate.rank < min(candidate.matrix.shape)]
-    if not reducible:
-        raise MatrixError(
-            f"edge '{scan.edge}' calls every singular value of all {len(candidates)} matrices signal: nothing to "
-            "reduce. Try another --edge."
-        )
-    return reducible[:count]
-
-
-def _candidate(found: MatrixScan, matrix: Matrix, edge: str) -> Candidate:
-    fit = found.edges[edge]
-    return Candidate(matrix, max(1, fit.rank), edge, fit.threshold, fit.snr)
-
-
 def search(
     weights: Weights,
     candidates: Sequence[Candidate],
     judge: Judge,
     *,
+    limit: int | None = None,
     journal: Journal | None = None,
     progress: Progress = SILENT,
 ) -> SearchResult:
     """Try each candidate on top of what was kept so far, and keep what the judge says is better.
 
+    limit: most candidates to try; those that `is_passed_over` don't count.
     journal: told which candidate is being measured, if the judge's scorers are recorded in one.
     An exception or Ctrl-C leaves kept changes in place and the undecided matrix bit for bit as it was.
     """
@@ -135,8 +96,13 @@ def search(
         advance(1)
     progress.fact("baseline score", f"{baseline.mean:+.4f}")
     trials: list[Trial] = []
-    with progress.phase("search", len(candidates)) as advance:
+    most = len(candidates) if limit is None else min(limit, len(candidates))
+    with progress.phase("search", most) as advance:
         for candidate in candidates:
+            if len(trials) == most:
+                break
+            if is_passed_over(candidate, trials):
+                continue
             started = time.monotonic()
             journal.subject = f"{candidate.matrix.name} rank {candidate.rank}"
             with weights.trying(candidate.matrix) as attempt:
@@ -148,6 +114,18 @@ def search(
             progress.trial(trials[-1])
             advance(1)
     return SearchResult(baseline, judge.best, tuple(trials))
+
+
+def is_passed_over(candidate: Candidate, trials: Sequence[Trial]) -> bool:
+    """Whether what became of the same matrix's other ranks leaves no reason to try this one.
+
+    In the published order, from gentle to hard, a matrix is given up once a rank of it was not kept; candidates with
+    a prediction stand on their own, but for what wouldn't go below a rank that was kept.
+    """
+    earlier = [trial for trial in trials if trial.candidate.matrix == candidate.matrix]
+    if candidate.predicted is None:
+        return not all(trial.kept for trial in earlier)
+    return any(trial.kept and trial.candidate.rank <= candidate.rank for trial in earlier)
 
 
 class Judge:

@@ -138,6 +138,23 @@ def factors(weight: Tensor, rank: int, *, precision: Precision = "auto") -> tupl
     return (long_side, short_side.mT) if rows >= columns else (short_side, long_side.mT)
 
 
+def components(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """All singular values of a weight, and its singular vectors on the short side, in one order: largest first.
+
+    Returns (short,) and (short, short), whose columns are right singular vectors where rows >= columns and left
+    ones elsewhere; on the weight's device, in float32, or float64 for a float64 weight. The vectors are those
+    that `truncate` keeps and removes, from the same Gram matrix.
+    Raises SpectrumError as `singular_values` does.
+    """
+    matrix = _readable(weight, dimensions=2)
+    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.element_size() > 1 else torch.float32
+    with _exact_products(matrix.device, torch.float64):
+        exponent = _exponent(matrix)
+        squares, vectors = torch.linalg.eigh(_gram(matrix, exponent, torch.float64))
+        values = _unscaled_tensor(squares.flip(0).clamp_(min=0).sqrt_(), exponent)
+    return values.to(dtype).to(weight.device), vectors.flip(1).to(dtype).to(weight.device)
+
+
 def _attempts(precision: str) -> tuple[torch.dtype, ...]:
     if precision not in _ATTEMPTS:
         raise SpectrumError(f"unknown precision {precision!r}. Use one of: {', '.join(_ATTEMPTS)}.")

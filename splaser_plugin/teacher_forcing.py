@@ -15,12 +15,11 @@ LOGITS_ROWS = 2048
 """Predicted tokens in one forward pass, about: each has logits over the whole vocabulary."""
 
 
-@torch.no_grad()
 def forced_logits(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Tensor]:
     """The logits that predict each token of each answer: one (tokens, vocabulary) tensor a prompt.
 
     prompts, answers: token ids; a prompt has at least one. One forward pass, padded on the right, where padding
-    can't reach what a causal model computes before it.
+    can't reach what a causal model computes before it. Gradients flow wherever they are enabled.
     """
     rows = [torch.tensor([*prompt, *answer[:-1]]) for prompt, answer in zip(prompts, answers, strict=True)]
     device = next(model.parameters()).device
@@ -35,31 +34,46 @@ def forced_logits(model: Any, prompts: Sequence[Sequence[int]], answers: Sequenc
     return [logits[row, start : start + len(answers[row])] for row, start in enumerate(first)]
 
 
+def forced_means(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Tensor:
+    """Mean log-probability of each answer's tokens after its prompt, in nats a token; 0 for an empty answer.
+
+    Returns (answers,), float32 or, for a float64 model, float64. One forward pass; see `forced_logits`.
+    """
+    found = forced_logits(model, prompts, answers)
+    return torch.stack([_mean(logits, answer) for logits, answer in zip(found, answers, strict=True)])
+
+
+@torch.no_grad()
 def mean_log_probabilities(
     model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, batch_size: int
 ) -> list[float]:
-    """Mean log-probability of each answer's tokens after its prompt, in nats a token; 0 for an empty answer.
+    """`forced_means` of any number of answers. The model is in evaluation mode meanwhile.
 
-    batch_size: most answers in one forward pass; those of similar length go together. The model is in evaluation
-    mode meanwhile.
+    batch_size: most answers in one forward pass.
     """
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]) + len(answers[index]))
     means: dict[int, float] = {}
     with evaluating(model):
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
-            found = forced_logits(model, [prompts[index] for index in batch], [answers[index] for index in batch])
-            for index, logits in zip(batch, found, strict=True):
-                means[index] = mean_log_probability(logits, answers[index])
+        for batch in similar_lengths(prompts, answers, batch_size):
+            found = forced_means(model, [prompts[index] for index in batch], [answers[index] for index in batch])
+            means.update(zip(batch, found.tolist(), strict=True))
     return [means[index] for index in range(len(prompts))]
 
 
-def mean_log_probability(logits: Tensor, tokens: Sequence[int]) -> float:
-    """In nats a token; 0 without tokens. logits: (tokens, vocabulary), those that predict each token."""
+def similar_lengths(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch_size: int
+) -> list[list[int]]:
+    """The answers' places in batches, those of similar length together, so that little is padded."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]) + len(answers[index]))
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+
+
+def _mean(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Of the tokens' log-probabilities. logits: (tokens, vocabulary), those that predict each token."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     if not tokens:
-        return 0.0
-    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
-    return log_probabilities.gather(-1, torch.tensor(tokens, device=logits.device)[:, None]).mean().item()
+        return torch.zeros((), dtype=dtype, device=logits.device)
+    log_probabilities = torch.log_softmax(logits.to(dtype), dim=-1)
+    return log_probabilities.gather(-1, torch.tensor(tokens, device=logits.device)[:, None]).mean()
 
 
 def fitting_batch(batch_size: int, longest: int) -> int:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape as without_markup
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.table import Table
 
 from splaser_plugin.errors import printable
 from splaser_plugin.progress import Progress
 
 if TYPE_CHECKING:
+    from splaser_plugin.comparison import Figure
     from splaser_plugin.search import Judgement, Trial
 
 
@@ -59,6 +61,53 @@ class TerminalProgress(Progress):
 def escape(text: str) -> str:
     """Names and texts from strangers, as they may be printed: without rich's markup or control characters."""
     return without_markup(printable(text))
+
+
+def comparison_tables(names: Sequence[str], figures: Sequence[Mapping[str, Figure]]) -> list[Table]:
+    """The first model beside two others at a time, so that a table fits into 80 columns."""
+    groups = [range(start, min(start + 2, len(names))) for start in range(1, len(names), 2)] or [range(0)]
+    return [_comparison_table(names, figures, [0, *group]) for group in groups]
+
+
+def _comparison_table(names: Sequence[str], figures: Sequence[Mapping[str, Figure]], shown: Sequence[int]) -> Table:
+    table = Table(width=80)
+    table.add_column("", no_wrap=True)
+    for place in shown:
+        table.add_column(escape(names[place]), justify="right", overflow="fold", ratio=1)
+    for name, form in _FORMS.items():
+        if name in figures[0]:
+            table.add_row(form.called, *(form.cell(figures[place][name]) for place in shown))
+    return table
+
+
+class _Form(NamedTuple):
+    """How a metric looks in a table."""
+
+    called: str
+    value: str
+    change: str
+    sign: str = ""
+    """Before the change."""
+
+    def cell(self, figure: Figure) -> str:
+        """Value, change and interval, each on its line."""
+        lines = [self.value.format(figure.value)]
+        if figure.change is not None:
+            lines.append(self.sign + self.change.format(figure.change))
+        if figure.interval is not None:
+            lines.append(" to ".join(self.change.format(each) for each in figure.interval))
+        return "\n".join(lines)
+
+
+_FORMS = {
+    "semantic": _Form("semantic score", "{:+.4f}", "{:+.4f}"),
+    "margin": _Form("preference margin", "{:+.4f}", "{:+.4f}"),
+    "likelier": _Form("chosen likelier", "{:.1%}", "{:+.1%}"),
+    "perplexity": _Form("perplexity", "{:,.3f}", "{:.4f}", "x"),
+    "parameters": _Form("parameters", "{:,}", "{:+,}"),
+    "file_bytes": _Form("bytes on disk", "{:,}", "{:+,}"),
+    "tokens_per_s": _Form("tokens a second", "{:,.1f}", "{:.2f}", "x"),
+}
 
 
 def _outcome(judgement: Judgement) -> str:

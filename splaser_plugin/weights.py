@@ -33,8 +33,17 @@ class Weights:
         self.factors: dict[Matrix, Factors] | None = None
 
     def matrices(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[Matrix], list[Skipped]]:
-        """See `splaser_plugin.matrices.model_matrices`."""
+        """See `splaser_plugin.matrices.model_matrices`. Raises ModelError as `check_dense` does too."""
+        self.check_dense()
         return model_matrices(self.model, include=include, exclude=exclude)
+
+    def check_dense(self) -> None:
+        """Raise ModelError when the model has factored layers."""
+        if any(isinstance(module, FactoredLinear) for module in self.model.modules()):
+            raise ModelError(
+                f"{type(self.model).__name__} has factored layers, which can't be scanned or reduced again. Use the "
+                "dense model: splaser expand FOLDER -o DENSE, or splaser_plugin.expand(model)."
+            )
 
     @property
     def is_sharded(self) -> bool:
@@ -230,11 +239,6 @@ def _check(model: nn.Module) -> None:
         )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ModelError(f"{kind} is an encoder-decoder model; only causal language models can be lasered.")
-    if any(isinstance(module, FactoredLinear) for module in model.modules()):
-        raise ModelError(
-            f"{kind} has factored layers, which can't be scanned or reduced again. Use the dense model: "
-            "splaser expand FOLDER -o DENSE, or splaser_plugin.expand(model)."
-        )
     places = set(map(str, getattr(model, "hf_device_map", {}).values()))
     is_offloaded = "disk" in places or ("cpu" in places and len(places) > 1)
     if is_offloaded or any(parameter.is_meta for parameter in model.parameters()):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+from splaser_plugin.cli import main
 from splaser_plugin.demo import prepare_embedder, prepare_model
 
 ROOT = Path(__file__).parents[1]
@@ -85,3 +88,27 @@ def pairs() -> list[dict[str, str]]:
         {"prompt": "How many days has a week?", "chosen": "It has seven days.", "rejected": "It has nine days."},
         {"prompt": "Say hello.", "chosen": "Hello! How can I help you?", "rejected": "Go away."},
     ]
+
+
+@pytest.fixture
+def pairs_file(tmp_path, pairs):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return str(path)
+
+
+@pytest.fixture
+def splaser(monkeypatch, capsys):
+    """Run the command in this process; gives its exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["splaser", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from splaser_plugin import LaserCallback, LaserConfig
-from splaser_plugin.distributed import is_main, process_index
+from splaser_plugin.distributed import is_main, process_count, process_index
+from splaser_plugin.errors import ModelError
 from splaser_plugin.jobs import laser_weights, read_pairs
 from splaser_plugin.weights import Weights
 
@@ -56,11 +58,33 @@ def engine(folder: Path, model_folder: str) -> None:
     result.save(folder / "saved")
 
 
+def gradient(folder: Path, model_folder: str) -> None:
+    """The engine with candidates ordered by a gradient, on a model that each process has whole.
+
+    Then again on a sharded one: what it is refused with goes to refused-RANK.txt.
+    """
+    config = replace(CONFIG, rank_by="gradient", ranks="mp,0.5")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    weights = Weights(AutoModelForCausalLM.from_pretrained(model_folder))
+    finish(folder, weights, laser_weights(weights, tokenizer, read_pairs(PAIRS, config), config=config, name="tiny"))
+    if process_count() == 1:
+        return
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    shard(model)
+    try:
+        laser_weights(Weights(model), tokenizer, read_pairs(PAIRS, config), config=config, name="tiny")
+    except ModelError as error:
+        (folder / f"refused-{process_index()}.txt").write_text(str(error))
+
+
 def shard(model) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -102,6 +126,8 @@ if __name__ == "__main__":
     kind, target, source = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     if kind == "engine":
         engine(target, source)
+    elif kind == "gradient":
+        gradient(target, source)
     else:
         trainer(target, source, sharded=kind == "sharded-trainer", when="before" if kind == "ddp-before" else "after")
     if dist.is_initialized():

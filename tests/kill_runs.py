@@ -13,22 +13,27 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from splaser_plugin import LaserConfig, laser
+from splaser_plugin.loading import load_model
 from tests.test_laser_journal import OPTIONS
 
 
-def start(model: str, pairs: str, output: Path) -> int:
-    """A process that does the job; as a fork of this one it need not import everything again."""
+def start(model: Any, tokenizer: Any, pairs: str, output: Path) -> int:
+    """A process that does the job; as a fork of this one it need not import and load everything again."""
     if process := os.fork():
         return process
     status = 1
     try:
-        laser(model, pairs, config=LaserConfig(**OPTIONS), output=output)
+        laser(model, pairs, tokenizer=tokenizer, config=LaserConfig(**OPTIONS), output=output)
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
@@ -39,25 +44,26 @@ def ended(process: int) -> int:
 
 def main(model: str, pairs: str, folder: str, kills: str) -> None:
     torch.set_num_threads(1)
+    loaded = load_model(model, device="cpu")
     started = time.monotonic()
-    if ended(start(model, pairs, Path(folder) / "unbroken")) != 0:
+    if ended(start(*loaded, pairs, Path(folder) / "unbroken")) != 0:
         sys.exit("the unbroken run failed")
     whole_s = time.monotonic() - started
     moments = random.Random(0)
     killed, runs = 0, 0
     while True:
-        process = start(model, pairs, Path(folder) / str(runs))
+        output = Path(folder) / str(runs)
+        process = start(*loaded, pairs, output)
         if killed < int(kills):
             time.sleep(moments.uniform(0, whole_s))
             os.kill(process, signal.SIGKILL)
         status = ended(process)
-        if status == -signal.SIGKILL:
-            killed += 1
-        elif status == 0:
-            runs += 1
-        else:
+        if status not in (0, -signal.SIGKILL):
             sys.exit(f"a run that was started again ended with {status}")
-        if killed == int(kills) and status == 0:
+        killed += status == -signal.SIGKILL
+        is_whole = (output / "recipe.json").is_file()
+        runs += is_whole
+        if killed == int(kills) and is_whole:
             print(f"{killed} killed, {runs} runs came to their end")
             return
 

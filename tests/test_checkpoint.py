@@ -246,10 +246,10 @@ def test_a_file_that_changes_its_size_while_it_is_read_is_refused(tmp_path, kept
 def test_a_shard_that_vanished_or_became_a_folder_is_refused(tmp_path):
     checkpoint = open_checkpoint(save_single(tmp_path, LAYERS))
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model.safetensors: missing, or no regular file"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors: can't be read \(No such file"):
         list(read_all(checkpoint))
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(CheckpointError, match=r"model.safetensors: missing, or no regular file"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors: no regular file"):
         open_checkpoint(tmp_path)
 
 

@@ -11,7 +11,6 @@ from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from splaser_plugin.cli import main
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.jobs import laser
 from splaser_plugin.loading import load_model
@@ -20,30 +19,6 @@ from tests.conftest import ROOT, tiny_llama
 from tests.test_jobs import QUICK
 
 FLAGS = ["--embedder", "self", "--max-new-tokens", "6", "--candidates", "4", "--device", "cpu", "--edge", "mp"]
-
-
-@pytest.fixture
-def pairs_file(tmp_path, pairs):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    return str(path)
-
-
-@pytest.fixture
-def splaser(monkeypatch, capsys):
-    """Run the command in this process; gives its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["splaser", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
 
 
 def test_a_switch_can_be_turned_off(splaser, tiny_folder, pairs_file, tmp_path):

@@ -95,3 +95,17 @@ def test_ddp_under_accelerate_launch_gives_the_recipe_of_one_process(kind, tiny_
     assert same_steps(one, two)
     assert len(list((tmp_path / "two").glob("digest-*.txt"))) == 2
     assert len(digests(tmp_path / "two")) == 1
+
+
+def test_two_processes_order_by_the_same_gradient_as_one_and_refuse_it_on_a_sharded_model(tiny_folder, tmp_path):
+    one = run(ONE, "gradient", tmp_path / "one", tiny_folder)
+    two = run(torchrun(), "gradient", tmp_path / "two", tiny_folder)
+    assert same_steps(one, two)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    orders = [json.loads((tmp_path / each / "results.json").read_text())["candidates"] for each in ("one", "two")]
+    assert [(each["name"], each["rank"]) for each in orders[0]] == [(each["name"], each["rank"]) for each in orders[1]]
+    predicted = [[each["predicted"] for each in order] for order in orders]
+    assert predicted[0] == pytest.approx(predicted[1], abs=1e-4)
+    refused = [path.read_text() for path in (tmp_path / "two").glob("refused-*.txt")]
+    assert len(refused) == 2
+    assert all("--rank-by gradient needs whole gradients, and this model is sharded" in each for each in refused)

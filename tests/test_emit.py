@@ -379,7 +379,7 @@ def test_data_the_tool_has_no_format_for_is_refused(command, row, folder):
         ("axolotl -o c.yml --plugin --laser now --dataset pairs.jsonl", ConfigError, "expected before or after"),
         ("axolotl -o c.yml --include-embeddings --dataset pairs.jsonl", SplaserError, "merging a LoRA adapter"),
         ("axolotl -o c.yml --include-head --mode unfrozen --dataset pairs.jsonl", SplaserError, "--include-head"),
-        ("axolotl -o c.yml --base none.yml", OutputError, r"--base none\.yml: can't be read"),
+        ("axolotl -o c.yml --base none.yml", OutputError, r"none\.yml: can't be read"),
         ("axolotl -o c.yml --base pairs.jsonl --dataset none.jsonl", SplaserError, "no such file"),
         ("peft -o .", OutputError, "is a folder"),
     ],

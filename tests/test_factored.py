@@ -363,6 +363,7 @@ def test_a_run_saves_what_it_scored(run, tmp_path):
     layers = {name for name, module in loaded.named_modules() if isinstance(module, FactoredLinear)}
     assert layers and layers <= {step.name for step in result.recipe.steps}
     assert result.parameters == (result.model.num_parameters(), loaded.num_parameters())
+    assert result.parameters[0] - result.parameters[1] == result.search.parameters_removed
     result.model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size > (out / "model.safetensors").stat().st_size
     assert same_state(expand(loaded), result.model)
@@ -407,6 +408,9 @@ def test_expanding_gives_the_dense_folder(run, tmp_path, monkeypatch, capsys):
     assert same_state(expanded, result.model)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "expanded" / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
+    assert "splaser_plugin.load" in (out / "README.md").read_text()
+    card = (tmp_path / "expanded" / "README.md").read_text()
+    assert "splaser_plugin.load" not in card and "candidates were tried" in card
     assert (tmp_path / "expanded" / "recipe.json").read_bytes() == (out / "recipe.json").read_bytes()
     assert (
         AutoTokenizer.from_pretrained(tmp_path / "expanded")("Hello")["input_ids"]
@@ -437,16 +441,16 @@ def test_a_factored_model_is_loaded_for_comparison_and_refused_for_another_reduc
     model, _ = load_model(out, device="cpu")
     assert any(isinstance(module, FactoredLinear) for module in model.modules())
     with pytest.raises(ModelError, match=r"has factored layers.*splaser expand FOLDER -o DENSE"):
-        Weights(model)
+        run_scan(model)
     with pytest.raises(ModelError, match="has factored layers"):
         laser(out, ROWS, config=LaserConfig(**QUICK))
     with pytest.raises(CheckpointError, match=r"stored as factors, which are not scanned.*splaser expand"):
         run_scan(str(out))
 
 
-def test_a_dense_model_has_nothing_to_expand(tiny_folder, tmp_path):
-    with pytest.raises(CheckpointError, match="has no factored layers, so there is nothing to expand"):
-        expand_folder(str(tiny_folder), tmp_path)
+def test_expanding_a_run_that_kept_nothing_copies_it(tiny_folder, tmp_path):
+    assert expand_folder(str(tiny_folder), tmp_path) == 0
+    assert (tmp_path / "model.safetensors").read_bytes() == (tiny_folder / "model.safetensors").read_bytes()
 
 
 def test_a_sharded_model_is_not_kept_as_factors():
@@ -473,7 +477,16 @@ def test_a_model_with_adapters_is_not_kept_as_factors():
         MergedWeights(adapted).keep_factors()
 
 
-def test_a_trainer_hears_of_it_before_it_trains(tmp_path, tokenizer):
+def test_a_trainer_refuses_a_factored_model_as_it_is_made(saved):
+    from transformers import Trainer
+
+    from splaser_plugin import LaserCallback
+
+    with pytest.raises(ModelError, match=r"has factored layers.*expand\(model\)"):
+        Trainer(load(saved[1]), callbacks=[LaserCallback(pairs=ROWS)])
+
+
+def test_a_trainer_refuses_factors_of_adapted_weights_before_it_trains(tmp_path, tokenizer):
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments
@@ -527,6 +540,24 @@ QUERY = "model.layers.0.self_attn.q_proj"
 )
 def test_a_configuration_that_lies_is_refused(saved, ranks, message):
     edit_config(saved[1], ranks)
+    with pytest.raises(CheckpointError, match=message):
+        load(saved[1])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hidden_size", "abc", r"config\.json: makes no causal language model \(StrictDataclass"),
+        ("num_attention_heads", 0, r"config\.json: makes no causal language model \(ZeroDivisionError"),
+        ("hidden_act", "zzz", r"config\.json: makes no causal language model \(KeyError: 'zzz'\)"),
+        ("model_type", "t5", r"config\.json: makes no causal language model"),
+        ("vocab_size", 10**15, r"tensor '\w+\.\S+' has shape \(64, 32\), expected \(1000000000000000, 32\)"),
+        ("num_hidden_layers", 3, "tensor 'model.layers.2.input_layernorm.weight' is missing"),
+    ],
+)
+def test_a_configuration_of_another_model_is_refused(saved, key, value, message):
+    file = saved[1] / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     with pytest.raises(CheckpointError, match=message):
         load(saved[1])
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import itertools
+import types
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -50,6 +53,30 @@ def test_an_answer_stops_at_the_end_token(tiny_model, tokenizer, prompts):
     place = free[1].tokens.index(end)
     assert stopped[1].tokens == free[1].tokens[: place + 1]
     assert stopped[1].text == tokenizer.decode(free[1].tokens[:place]).strip()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keeps_cache", [True, False])
+def test_the_rows_that_go_on_alone_say_the_same(keeps_cache, tiny_model, tokenizer, prompts, monkeypatch):
+    free = generator(tiny_model, tokenizer, max_new_tokens=20).answer(prompts)
+    tiny_model.generation_config.eos_token_id = [free[place].tokens[length] for place, length in enumerate((2, 5, 9))]
+    ours = generator(tiny_model, tokenizer, max_new_tokens=20, batch_size=5)
+    slow = [one_at_a_time(tiny_model, prompt, ours.end_tokens, 20) for prompt in prompts]
+    assert len({len(tokens) for tokens in slow}) > 2
+    generate, batches = tiny_model.generate, []
+
+    def watched(input_ids, **rest):
+        batches.append(len(input_ids))
+        found = generate(input_ids=input_ids, **rest)
+        if not keeps_cache:
+            found.past_key_values = types.SimpleNamespace(layers=[None])
+        return found
+
+    monkeypatch.setattr(tiny_model, "generate", watched)
+    assert [answer.tokens for answer in ours.answer(prompts)] == slow
+    assert batches[0] == 5
+    assert all(2 * later <= earlier for earlier, later in itertools.pairwise(batches))
+    assert len(batches) > 1
 
 
 def test_the_batch_doubles_while_tokens_come_faster():
@@ -107,7 +134,10 @@ def test_running_out_of_memory_halves_the_batch_and_goes_on(tiny_model, tokenize
 
 
 def test_a_model_that_generates_nothing_gives_empty_answers(tiny_model, tokenizer, prompts, monkeypatch):
-    monkeypatch.setattr(tiny_model, "generate", lambda input_ids, **rest: input_ids)
+    def says_nothing(input_ids, **rest):
+        return types.SimpleNamespace(sequences=input_ids, past_key_values=None)
+
+    monkeypatch.setattr(tiny_model, "generate", says_nothing)
     assert [answer.text for answer in generator(tiny_model, tokenizer).answer(prompts)] == [""] * 5
 
 

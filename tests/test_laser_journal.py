@@ -41,7 +41,7 @@ def pairs_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     rows = [
         {"prompt": f"Name {what}.", "chosen": f"{what} it is.", "rejected": "No."}
-        for what in ("a fruit", "a colour", "a city", "a river", "a tree", "a fish", "a bird", "a star", "a sea")
+        for what in ("a fruit", "a colour", "a city", "a river", "a tree", "a fish", "a bird")
         for what in (what, what + " you like")
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -103,7 +103,7 @@ def test_runs_killed_at_20_random_moments_end_as_an_unbroken_one(tiny_folder, pa
     command = [sys.executable, "-m", "tests.kill_runs", tiny_folder, pairs_file, tmp_path, "20"]
     run = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert run.stdout.startswith("20 killed"), run.stderr
-    for out in set(tmp_path.iterdir()) - {tmp_path / "unbroken"}:
+    for out in tmp_path.glob("[0-9]*"):
         assert_same(out, tmp_path / "unbroken")
 
 

@@ -129,7 +129,7 @@ def shorter_is_better(model, tokenizer, pairs):
 
 def test_a_function_of_ones_own_is_called_with_the_pairs_asked_for(tiny_model, tokenizer, pairs):
     usable = pairs_from_rows(pairs).pairs
-    scorer = Rulers(Weights(tiny_model), tokenizer, MeasureConfig()).make(
+    scorer = Rulers(tiny_model, tokenizer, MeasureConfig()).make(
         "tests.test_rulers.shorter_is_better", Material(usable)
     )
     whole = scorer.score(range(4))

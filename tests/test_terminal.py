@@ -5,9 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
+from splaser_plugin.candidates import Candidate
 from splaser_plugin.matrices import Matrix
 from splaser_plugin.scoring import Scores
-from splaser_plugin.search import Candidate, Judgement, Trial
+from splaser_plugin.search import Judgement, Trial
 from splaser_plugin.terminal import TerminalProgress
 from splaser_plugin.weights import Weights
 

@@ -26,6 +26,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from splaser_plugin.acceptance import Acceptance, Confident, Improve
+from splaser_plugin.candidates import Candidate, choose_candidates
 from splaser_plugin.demo import prepare_embedder, prepare_model
 from splaser_plugin.embedding import SentenceEmbedder
 from splaser_plugin.generation import Generator, plain_generation
@@ -35,7 +36,7 @@ from splaser_plugin.prompts import Prompter
 from splaser_plugin.racing import Race
 from splaser_plugin.scan import scan_model
 from splaser_plugin.scoring import Scores, SemanticScorer
-from splaser_plugin.search import Candidate, Judge, SearchResult, Trial, choose_candidates, search
+from splaser_plugin.search import Judge, SearchResult, Trial, search
 from splaser_plugin.weights import Weights
 
 ROOT = Path(__file__).parents[2]
@@ -184,7 +185,7 @@ def replay(found: SearchResult, size: int, acceptance: Acceptance, seed: int) ->
 def measure_search(bench: Bench, size: Size, count: int, acceptance: Acceptance) -> dict[str, Any]:
     """A search without racing, and what racing makes of its candidates in many orders of the pairs."""
     weights = Weights(bench.model)
-    candidates = choose_candidates(scan_model(weights), weights.matrices()[0], count)
+    candidates = choose_candidates(scan_model(weights), weights.matrices()[0])[:count]
     held = {candidate.matrix: weights.hold(candidate.matrix) for candidate in candidates}
     judge = Judge(bench.scorer(size), acceptance=acceptance)
     took_s, found = seconds(lambda: search(weights, candidates, judge))

@@ -1,0 +1,79 @@
+"""Candidates: which matrices a search tries, to which ranks they are reduced, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from splaser_plugin.errors import MatrixError
+from splaser_plugin.matrices import Matrix
+from splaser_plugin.scan_records import MatrixScan, Scan
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A matrix to try, and the rank to reduce it to."""
+
+    matrix: Matrix
+    rank: int
+    edge: str
+    """Where the rank comes from: an edge, or the fraction of components that stays."""
+    threshold: float | None
+    """Of the edge; None for a fraction."""
+    snr: float | None
+    """At the scan's edge."""
+    predicted: float | None = None
+    """Change of the mean margin, in nats a token; None without a prediction."""
+
+    @property
+    def parameters_removed(self) -> int:
+        """Parameters that two factors of this rank have fewer than the matrix; 0 where they have more.
+
+        Also 0 for an expert's slice of a fused parameter, which is stored whole (see `splaser_plugin.factored`).
+        """
+        if self.matrix.expert is not None:
+            return 0
+        rows, columns = self.matrix.shape
+        return max(0, rows * columns - self.rank * (rows + columns))
+
+
+def choose_candidates(scan: Scan, matrices: Sequence[Matrix], rungs: Sequence[str | float] = ()) -> list[Candidate]:
+    """The published order: lowest snr first, each matrix at its edge's rank, or at several from gentle to hard.
+
+    rungs: edges, and fractions of the components to keep (rounded, at least 1); the scan's edge if there are none.
+    Ranks at which nothing is removed are passed over, and so is all but the first rung of the same rank; where an
+    edge leaves nothing to keep, the largest component stays.
+    Raises MatrixError when no candidate is left.
+    """
+    by_name = {matrix.name: matrix for matrix in matrices}
+    candidates = [
+        candidate
+        for found in scan.ranked("snr")
+        for candidate in _ladder(found, by_name[found.name], scan.edge, rungs or (scan.edge,))
+    ]
+    if candidates:
+        return candidates
+    count = len(scan.matrices)
+    if rungs:
+        raise MatrixError(f"--ranks keeps every singular value of all {count} matrices. Add a lower rank to it.")
+    raise MatrixError(
+        f"edge '{scan.edge}' calls every singular value of all {count} matrices signal: nothing to reduce. Try "
+        "another --edge."
+    )
+
+
+def by_prediction(candidates: Sequence[Candidate], predicted: Sequence[float]) -> list[Candidate]:
+    """The same candidates, each with its prediction, best first; among equals their order stays."""
+    told = [replace(each, predicted=value) for each, value in zip(candidates, predicted, strict=True)]
+    return sorted(told, key=lambda each: -(each.predicted or 0.0))
+
+
+def _ladder(found: MatrixScan, matrix: Matrix, edge: str, rungs: Sequence[str | float]) -> list[Candidate]:
+    """This matrix at every rung that removes something, the gentlest first."""
+    by_rank: dict[int, Candidate] = {}
+    for rung in rungs:
+        fit = found.edges[rung] if isinstance(rung, str) else None
+        rank = max(1, fit.rank if fit else round(float(rung) * min(matrix.shape)))
+        threshold = fit.threshold if fit else None
+        by_rank.setdefault(rank, Candidate(matrix, rank, str(rung), threshold, found.edges[edge].snr))
+    return [by_rank[rank] for rank in sorted(by_rank, reverse=True) if rank < min(matrix.shape)]

@@ -1,0 +1,57 @@
+"""Files that may come from strangers, read with a limit on their size, whatever stands in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from splaser_plugin.errors import SplaserError
+
+MAX_JSON_BYTES = 100_000_000
+
+
+@contextmanager
+def open_file(file: Path, error: type[SplaserError]) -> Iterator[BufferedReader]:
+    """`file` opened to read its bytes. Raises `error` when it is no regular file or can't be read."""
+    try:
+        if file.exists() and not file.is_file():  # a pipe or a device would never end
+            raise error(f"{file}: no regular file.")
+        with file.open("rb") as opened:
+            yield opened
+    except OSError as problem:
+        raise error(f"{file}: can't be read ({problem.strerror or problem}). Check the path.") from problem
+    except ValueError as problem:  # a NUL in the name
+        raise error(f"{str(file)!r}: can't be read ({problem}). Check the path.") from problem
+
+
+def read_bytes(file: Path, error: type[SplaserError], max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """The bytes of `file`. Raises `error` when it can't be read or has more than `max_bytes`."""
+    with open_file(file, error) as opened:
+        content = opened.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise error(f"{file}: more than {max_bytes:,} bytes, which no such file needs.")
+    return content
+
+
+def read_json(
+    file: str | Path,
+    error: type[SplaserError],
+    *,
+    max_bytes: int = MAX_JSON_BYTES,
+    object_hook: Callable[[dict[str, Any]], Any] | None = None,
+) -> Any:
+    """The content of a JSON file; object_hook as in `json.loads`.
+
+    Raises `error` when it can't be read, has more than `max_bytes`, or isn't JSON in UTF-8.
+    """
+    content = read_bytes(Path(file), error, max_bytes)
+    try:
+        return json.loads(content.decode("utf-8"), object_hook=object_hook)
+    except RecursionError as problem:
+        raise error(f"{file}: not JSON (nested too deeply). Make it anew.") from problem
+    except ValueError as problem:
+        raise error(f"{file}: not JSON ({problem}). It may be half written; make it anew.") from problem

@@ -1,0 +1,138 @@
+"""What storing reduced matrices as factors saves on SmolLM2: parameters, bytes and time, as a table.
+
+    python tests/benchmarks/factored.py [--threads N] [--json FILE]
+
+Each case reduces some matrices of the base model to a part of their components, saves the same model dense and
+factored, and loads both. The two take turns, and the best of the rounds counts, so that what else the machine does
+touches both alike. How good the answers still are is not measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splaser_plugin.demo import prepare_model
+from splaser_plugin.factored_folder import load, save_model
+from splaser_plugin.loading import load_model
+from splaser_plugin.weights import Weights
+
+ROOT = Path(__file__).parents[2]
+CASES = {
+    "q_proj and o_proj, 18 % of the components": (("q_proj", "o_proj"), 0.18),
+    "every matrix of the blocks, 25 %": ((), 0.25),
+}
+ROUNDS = 3
+FORWARD = (4, 256)
+"""Sequences and tokens of the forward pass."""
+GENERATED = (8, 24)
+"""Prompts and new tokens of each; a prompt has 32 tokens."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way to store one model."""
+
+    parameters: int
+    file_bytes: int
+    forward_tokens_per_s: float
+    generated_tokens_per_s: float
+
+
+def reduced(names: tuple[str, ...], fraction: float) -> tuple[Weights, int]:
+    """The base model with the matrices reduced, as factors, and how many they are."""
+    weights = Weights(load_model(prepare_model(ROOT / ".cache"), device="cpu", dtype="float32")[0])
+    weights.keep_factors()
+    matrices, _ = weights.matrices(names)
+    for matrix in matrices:
+        weights.reduce(matrix, max(1, round(fraction * min(matrix.shape))))
+    return weights, len(matrices)
+
+
+@torch.no_grad()
+def forward_s(model: Any) -> float:
+    ids = torch.randint(1000, 40000, FORWARD, generator=torch.Generator().manual_seed(0))
+    started = time.perf_counter()
+    model(ids)
+    return time.perf_counter() - started
+
+
+def generation_s(model: Any) -> float:
+    prompts, tokens = GENERATED
+    ids = torch.randint(1000, 40000, (prompts, 32), generator=torch.Generator().manual_seed(0))
+    started = time.perf_counter()
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens,
+        pad_token_id=0,
+    )  # fmt: skip
+    return time.perf_counter() - started
+
+
+def best_of(models: list[Any], seconds: Callable[[Any], float]) -> list[float]:
+    """The shortest time of each model; they take turns."""
+    rounds = [[seconds(model) for model in models] for _ in range(ROUNDS + 1)]
+    return [min(times) for times in zip(*rounds[1:], strict=True)]
+
+
+def measure(names: tuple[str, ...], fraction: float) -> tuple[int, Measured, Measured]:
+    """How many matrices were reduced, and the model stored dense and factored."""
+    weights, count = reduced(names, fraction)
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(temporary) / "dense", Path(temporary) / "factored"]
+        lasered: Any = weights.model
+        lasered.save_pretrained(folders[0])
+        save_model(weights, folders[1], None)
+        models = [load(folder) for folder in folders]
+        sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in folders]
+    forward, generation = best_of(models, forward_s), best_of(models, generation_s)
+    dense, factored = (
+        Measured(
+            model.num_parameters(), size, FORWARD[0] * FORWARD[1] / forward_time, GENERATED[0] * GENERATED[1] / time_s
+        )
+        for model, size, forward_time, time_s in zip(models, sizes, forward, generation, strict=True)
+    )
+    return count, dense, factored
+
+
+def show(title: str, count: int, dense: Measured, factored: Measured) -> str:
+    return "\n".join(
+        [
+            f"| {title}: {count} matrices | dense | factored | factored / dense |",
+            "| --- | --- | --- | --- |",
+            _row("parameters", dense.parameters, factored.parameters, "{:,.0f}"),
+            _row("bytes on disk", dense.file_bytes, factored.file_bytes, "{:,.0f}"),
+            _row("tokens/s, forward pass", dense.forward_tokens_per_s, factored.forward_tokens_per_s, "{:.0f}"),
+            _row("tokens/s, generation", dense.generated_tokens_per_s, factored.generated_tokens_per_s, "{:.0f}"),
+        ]
+    )
+
+
+def _row(name: str, dense: float, factored: float, form: str) -> str:
+    return f"| {name} | {form.format(dense)} | {form.format(factored)} | {factored / dense:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Dense against factored models on SmolLM2.")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    results = {}
+    for title, (names, fraction) in CASES.items():
+        count, dense, factored = measure(names, fraction)
+        print(show(title, count, dense, factored), end="\n\n", flush=True)
+        results[title] = {"matrices": count, "dense": asdict(dense), "factored": asdict(factored)}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
