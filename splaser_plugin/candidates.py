@@ -68,6 +68,30 @@ def by_prediction(candidates: Sequence[Candidate], predicted: Sequence[float]) -
     return sorted(told, key=lambda each: -(each.predicted or 0.0))
 
 
+def by_size(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that remove parameters: least predicted loss a parameter first, else the matrix that may lose the most.
+
+    A matrix's ranks stay in their order, from gentle to hard. A predicted gain counts as no loss, and among equals
+    what removes the most comes first. Raises MatrixError when none removes anything.
+    """
+    smaller = [each for each in candidates if each.parameters_removed]
+    if not smaller:
+        raise MatrixError(
+            f"none of the {len(candidates)} candidates has fewer parameters as two factors than as a matrix. Add a "
+            "lower rank to --ranks."
+        )
+    most: dict[Matrix, int] = {}
+    for each in smaller:
+        most[each.matrix] = max(most.get(each.matrix, 0), each.parameters_removed)
+    if smaller[0].predicted is None:
+        return sorted(smaller, key=lambda each: -most[each.matrix])
+
+    def loss(each: Candidate) -> float:
+        return max(0.0, -(each.predicted or 0.0)) / each.parameters_removed
+
+    return sorted(smaller, key=lambda each: (loss(each), -each.parameters_removed))
+
+
 def _ladder(found: MatrixScan, matrix: Matrix, edge: str, rungs: Sequence[str | float]) -> list[Candidate]:
     """This matrix at every rung that removes something, the gentlest first."""
     by_rank: dict[int, Candidate] = {}

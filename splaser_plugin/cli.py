@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
+import os
 import shlex
 import signal
 import sys
@@ -64,6 +66,8 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="Model folder, .gguf file or hub id.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist or be empty.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what came out, and errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more: options, versions, time and tokens.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON to stdout.")]
 
 
@@ -147,14 +151,19 @@ def scan(
     top: Annotated[int, typer.Option(min=1, help="Names of highest snr_ratio per module type in --top-json.")] = 16,
     top_json: Annotated[Path | None, typer.Option(help="Also write module type to names, as JSON.")] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Singular values of every weight matrix, split into signal and noise; nothing is changed."""
+    progress = _progress(quiet, verbose, "scan", transformers=model.endswith(".gguf") or config.allow_pickle)
     from splaser_plugin.distributed import is_main, join_processes
+    from splaser_plugin.output import check_names_file
     from splaser_plugin.scan import run_scan, write_json
     from splaser_plugin.selection import top_by_type
 
+    if top_json is not None:
+        check_names_file(top_json)
     join_processes()
-    progress = _progress(transformers=model.endswith(".gguf") or config.allow_pickle)
     found = run_scan(model, config=config, output=output, progress=progress)
     if not is_main():
         return
@@ -177,11 +186,14 @@ def laser(
     config: LaserConfig,
     overwrite: Overwrite = False,
     as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     push_to_hub: Annotated[
         str, typer.Option(metavar="REPO", help="Also upload it to this repository of the hub; a new one is private.")
     ] = "",
 ) -> None:
     """Reduce the noisiest matrices, one at a time, and keep what makes the model's own answers better."""
+    progress = _progress(quiet, verbose, "jobs")
     from splaser_plugin.distributed import is_main, join_processes
     from splaser_plugin.hub import check_repo
     from splaser_plugin.hub import push_to_hub as push
@@ -190,7 +202,6 @@ def laser(
     if push_to_hub:
         check_repo(push_to_hub)
     join_processes()
-    progress = _progress()
     result = run_laser(model, pairs, config=config, output=output, overwrite=overwrite, progress=progress)
     if not is_main():
         return
@@ -198,7 +209,7 @@ def laser(
         print(json.dumps(result.results(), allow_nan=False))
     _show_laser(result, output, progress)
     if push_to_hub:
-        progress.fact("on the hub", push(output.expanduser().resolve(), push_to_hub))
+        progress.result("on the hub", push(output.expanduser().resolve(), push_to_hub))
 
 
 @app.command()
@@ -210,6 +221,8 @@ def apply(
     device: Annotated[str, typer.Option(help="Device to compute on.")] = "auto",
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load weights that are pickled (.bin).")] = False,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Rebuild a lasered model from its recipe and the base model."""
     from splaser_plugin.output import check_output, whole_folder
@@ -221,15 +234,15 @@ def apply(
     from splaser_plugin.recipe import Recipe
 
     loaded = Recipe.load(recipe)
-    progress = _progress()
+    progress = _progress(quiet, verbose, "jobs")
     lasered, tokenizer = lasered_weights(loaded, model, device=device, allow_pickle=allow_pickle, progress=progress)
     with whole_folder(path) as folder:
         save_model(lasered, folder, None)
         tokenizer.save_pretrained(folder)
         loaded.save(folder / "recipe.json")
         model_card(loaded).save(folder / "README.md")
-    progress.fact("matrices reduced", str(len(loaded.steps)))
-    progress.fact("model", str(output))
+    progress.result("reduced", f"{len(loaded.steps)} matrices")
+    progress.result("model", str(output))
 
 
 @app.command()
@@ -241,6 +254,8 @@ def compare(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the comparison goes, as JSON.")],
     config: CompareConfig,
     as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure models on the same pairs and text, each against the first with 95 % intervals."""
     from splaser_plugin.output import check_file
@@ -248,7 +263,7 @@ def compare(
     check_file(output, replaceable="splaser.comparison/1")
     from splaser_plugin.comparison import compare_models
 
-    found = compare_models(models, pairs, config=config, progress=_progress())
+    found = compare_models(models, pairs, config=config, progress=_progress(quiet, verbose, "comparison"))
     found.save(output)
     if as_json:
         print(json.dumps(found.to_dict(), allow_nan=False))
@@ -264,8 +279,8 @@ def report(
     """One page to look at: where the noise is, what the search did, whether it is better, what to train."""
     from splaser_plugin.report import report as write
 
-    progress = _progress(transformers=False)
-    progress.fact("report", str(write(source, output)))
+    progress = _progress(False, False, "report", transformers=False)
+    progress.result("report", str(write(source, output)))
 
 
 @app.command()
@@ -274,18 +289,20 @@ def expand(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a model saved with --save factored.")],
     output: Output,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Turn a model that was saved with --save factored into a plain one, bit for bit the one that was scored."""
     from splaser_plugin.output import check_output, whole_folder
 
     path = check_output(output, overwrite=overwrite, inputs=(model,))
-    progress = _progress()
+    progress = _progress(quiet, verbose, "factored_folder")
     from splaser_plugin.factored_folder import expand_folder
 
     with whole_folder(path) as folder:
         layers = expand_folder(model, folder)
-    progress.fact("layers expanded", str(layers))
-    progress.fact("model", str(output))
+    progress.result("expanded", f"{layers} layers")
+    progress.result("model", str(output))
 
 
 @app.command()
@@ -293,11 +310,13 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("splaser-demo"),
     cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = Path(".cache"),
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """The whole job on SmolLM2-135M and the example pairs, without a model hub."""
     from splaser_plugin.demo import run_demo
 
-    progress = _progress()
+    progress = _progress(quiet, verbose, "demo")
     result = run_demo(output, cache, overwrite=overwrite, progress=progress)
     _show_laser(result, output, progress)
 
@@ -313,29 +332,43 @@ def models(
     print(prepare_embedder())
 
 
-def _progress(*, transformers: bool = True) -> Progress:
-    """What shows a run: only the main process's. transformers: whether the run will use it, so that it is silenced."""
+def _progress(quiet: bool, verbose: bool, module: str, *, transformers: bool = True) -> Progress:
+    """What shows a run: only the main process's.
+
+    module: what the command needs and takes seconds to import, for which there is a sign of life. transformers:
+    whether the run will use it, so that it is silenced.
+    Raises ConfigError when both quiet and verbose are asked for.
+    """
+    if quiet and verbose:
+        raise ConfigError("--quiet and --verbose: got both, expected one of the two.")
     from rich.console import Console
 
-    from splaser_plugin.distributed import is_main
     from splaser_plugin.progress import SILENT
-    from splaser_plugin.terminal import TerminalProgress
+    from splaser_plugin.terminal import Level, TerminalProgress
 
-    if transformers:
-        from transformers.utils import logging
+    level = Level(verbose - quiet)
+    is_main = os.environ.get("RANK", "0") == "0"
+    progress = TerminalProgress(Console(stderr=True, emoji=False), level) if is_main else SILENT
+    with progress.phase("starting", 1):
+        importlib.import_module(f"splaser_plugin.{module}")
+        if transformers:
+            from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-    return TerminalProgress(Console(stderr=True)) if is_main() else SILENT
+            logging.disable_progress_bar()
+            logging.set_verbosity_error()
+    return progress
 
 
 def _show_scan(found: Scan, output: Path, progress: Progress) -> None:
-    progress.fact("matrices", f"{len(found.matrices)} scanned, {len(found.skipped)} parameters left out")
+    for left_out in found.skipped:
+        progress.detail("left out", f"{left_out.name}: {left_out.reason}")
+    progress.result("scanned", f"{len(found.matrices)} matrices; {len(found.skipped)} parameters were left out")
     for matrix in found.ranked("snr")[:5]:
         fit = matrix.edges[found.edge]
         snr = "no noise" if fit.snr is None else f"snr {fit.snr:.3f}"
         progress.fact("noisiest", f"{matrix.name}  {snr}  rank {fit.rank} of {min(matrix.shape)}")
-    progress.fact("scan", str(output))
+    progress.result("scan", str(output))
+    progress.command("look at it", ["splaser", "report", str(output), "-o", "report.html"])
 
 
 def _show_comparison(found: Comparison, output: Path) -> None:
@@ -352,20 +385,18 @@ def _show_comparison(found: Comparison, output: Path) -> None:
 
 
 def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:
-    found = result.search
-    progress.fact("kept", f"{len(found.kept)} of {len(found.trials)} candidates")
     dense, stored = result.parameters
     if result.recipe.settings["save"] == "factored":
-        progress.fact("parameters", f"{dense:,} before, {stored:,} after")
+        progress.result("parameters", f"{dense:,} before, {stored:,} after")
     else:
-        progress.fact("parameters", f"{found.parameters_removed:,} of {dense:,} removed, if stored as factors")
-    unit = LaserConfig.from_dict(result.recipe.settings).unit
-    progress.fact("score", f"{found.baseline.mean:+.4f} before, {found.final.mean:+.4f} after, on the same {unit}")
+        removed = result.search.parameters_removed
+        progress.result("parameters", f"{removed:,} of {dense:,} removed, if stored as factors")
+    progress.result("model", str(output))
+    progress.result("report", str(output / "report.html"))
     if stored < dense:
-        progress.fact("dense model", f"splaser expand {output} -o ANOTHER_FOLDER")
-    progress.fact("model", str(output))
-    progress.fact("report", str(output / "report.html"))
-    progress.fact("rebuild", f"splaser apply {output / 'recipe.json'} {result.recipe.model} -o ANOTHER_FOLDER")
+        progress.command("dense model", ["splaser", "expand", str(output), "-o", "ANOTHER_FOLDER"])
+    recipe = str(output / "recipe.json")
+    progress.command("rebuild", ["splaser", "apply", recipe, result.recipe.model, "-o", "ANOTHER_FOLDER"])
 
 
 def main() -> None:

@@ -66,6 +66,12 @@ class Options:
         }
         return cls(**plain)
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The options that aren't at their defaults."""
+        fields = dataclasses.fields(self)
+        return {each.name: getattr(self, each.name) for each in fields if getattr(self, each.name) != each.default}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in a JSON or YAML file."""
         values = dataclasses.asdict(self)

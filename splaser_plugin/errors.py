@@ -38,6 +38,10 @@ class PairsError(SplaserError):
     """Preference pairs can't be read, or none of them can be used."""
 
 
+class ScoreError(SplaserError):
+    """A model can't be scored: it fails at the answers, or gives a number that isn't finite."""
+
+
 class EmbedderError(SplaserError):
     """The embedding model can't be loaded or used."""
 

@@ -10,13 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from splaser_plugin.distributed import process_count
+from splaser_plugin.errors import ScoreError
 from splaser_plugin.prompts import Prompter
 
 FIRST_BATCH = 8
 LEAST_GAIN = 1.1
+MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+"""What a model's own code may raise while it generates."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,8 @@ class Answer:
     text: str
     tokens: tuple[int, ...]
     """Generated ids, with the end token if the model came to one."""
+    is_cut: bool = False
+    """Whether the longest length ended it, and not the model."""
 
 
 class BatchSize:
@@ -93,6 +104,8 @@ class Generator:
                     raise
                 self.batch.halve()
                 continue
+            except MODEL_ERRORS as error:
+                raise ScoreError(f"the model fails at its answers: {type(error).__name__}: {error}") from error
             waiting = waiting[len(batch) :]
             for index, tokens in zip(batch, more, strict=True):
                 said[index] += tokens
@@ -134,6 +147,7 @@ class Generator:
         going = list(range(len(ids)))
         ends = torch.tensor(self.end_tokens, device=ids.device)
         cache = None
+        nan = _SeenNan()
         while going and steps > 0:
             found = self.model.generate(
                 input_ids=ids,
@@ -147,6 +161,7 @@ class Generator:
                     use_cache=True,
                     return_dict_in_generate=True,
                 ),
+                logits_processor=LogitsProcessorList([nan]),
                 stopping_criteria=None if self.is_sharded else StoppingCriteriaList([_HalfEnded(len(ids), ends)]),
                 synced_gpus=process_count() > 1 and self.is_sharded,
             )
@@ -160,6 +175,8 @@ class Generator:
             ids = found.sequences[chosen]
             mask = torch.cat([mask, torch.ones_like(new)], dim=1)[chosen]
             cache = _rows_of(found.past_key_values, chosen)
+        if nan.was_seen:
+            raise ScoreError("the model's logits are nan, so that it has no answers.")
         return made
 
     def _has_ended(self, tokens: Sequence[int]) -> bool:
@@ -172,9 +189,26 @@ class Generator:
     def _answer(self, tokens: list[int]) -> Answer:
         said = tokens[:-1] if self._has_ended(tokens) else tokens
         text = self.prompter.tokenizer.decode(said, skip_special_tokens=True)
+        stopped = ""
         if self.prompter.stop_text:
-            text = text.split(self.prompter.stop_text)[0]
-        return Answer(text.strip(), tuple(tokens))
+            text, stopped, _ = text.partition(self.prompter.stop_text)
+        return Answer(text.strip(), tuple(tokens), is_cut=not self._has_ended(tokens) and not stopped)
+
+
+class _SeenNan(LogitsProcessor):
+    """Remembers whether any logit was nan, which greedy choice would take for the first token."""
+
+    def __init__(self) -> None:
+        self._seen: Tensor | None = None
+
+    @property
+    def was_seen(self) -> bool:
+        return self._seen is not None and bool(self._seen)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        now = scores.isnan().any()
+        self._seen = now if self._seen is None else self._seen | now
+        return scores
 
 
 class _HalfEnded(StoppingCriteria):

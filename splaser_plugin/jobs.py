@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from splaser_plugin.acceptance import Acceptance, Confident, Harmless, Improve
-from splaser_plugin.candidates import by_prediction, choose_candidates
+from splaser_plugin.candidates import by_prediction, by_size, choose_candidates
 from splaser_plugin.config import LaserConfig, parse_ranks
 from splaser_plugin.distributed import in_main
 from splaser_plugin.errors import ConfigError, ModelError
@@ -22,8 +22,9 @@ from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, sp
 from splaser_plugin.laser_journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.loading import load_model
 from splaser_plugin.margin import MarginScorer
+from splaser_plugin.matrices import overview
 from splaser_plugin.model_card import model_card
-from splaser_plugin.output import check_output, check_space, whole_folder
+from splaser_plugin.output import check_output, check_space, size, whole_folder
 from splaser_plugin.pairs import ROWS, Pair, PairSet, PairSource, pairs_sha256, read_pairs_from
 from splaser_plugin.prediction import check_predictable, sensitivities
 from splaser_plugin.progress import SILENT, Progress
@@ -179,13 +180,14 @@ def _laser(
             raise ModelError("a loaded model was given without its tokenizer. Pass tokenizer=...")
         name = model_name(model)
     else:
-        model, tokenizer = load_model(
-            model,
-            device=config.device,
-            dtype=config.dtype,
-            adapter=config.adapter,
-            allow_pickle=config.allow_pickle,
-        )
+        with progress.phase("loading", 1):
+            model, tokenizer = load_model(
+                model,
+                device=config.device,
+                dtype=config.dtype,
+                adapter=config.adapter,
+                allow_pickle=config.allow_pickle,
+            )
     weights = Weights(model)
     if output is not None:
         in_main(lambda: check_space(output, weights.size))
@@ -210,7 +212,11 @@ def laser_weights(
     if config.rank_by == "gradient":
         check_predictable(weights)
     device = next(iter(weights.parameters.values())).device
+    matrices, _ = weights.matrices(config.include, config.exclude)
+    progress.fact("model", f"{name}: {overview(matrices)}, {size(weights.size)} in all")
     progress.fact("device", f"{device}, {_dtype(model)}")
+    for label, values in (("options", config.changes), ("versions", versions())):
+        progress.detail(label, ", ".join(f"{key} {value}" for key, value in values.items()))
     rulers = Rulers(model, tokenizer, config, weights)
     split, searched, apart = _materials(split, rulers, config)
     if split.pairs.pairs:
@@ -242,7 +248,6 @@ def laser_weights(
         return scan_model(weights, config=config, name=name, identity=run["weights"], progress=progress)
 
     scan = journal.once("scan", (), scanned, Scan.to_dict, Scan.from_dict)
-    matrices, _ = weights.matrices(config.include, config.exclude)
     candidates = choose_candidates(scan, matrices, parse_ranks(config.ranks))
     if config.rank_by == "gradient":
         some = MarginScorer(model, rulers.prompter, split.search[:GRADIENT_PAIRS], batch_size=rulers.batch_size)
@@ -255,6 +260,8 @@ def laser_weights(
 
         progress.fact("ranked by", f"predicted margin, from a gradient over {some.size} pairs")
         candidates = by_prediction(candidates, journal.once("predictions", (), predicted, list, list))
+    if config.objective == "compress":
+        candidates = by_size(candidates)
     judge = Judge(
         scorer,
         acceptance=_acceptance(config, min(config.candidates, len(candidates))),
@@ -272,9 +279,12 @@ def laser_weights(
     verdict = None
     if base and result:
         verdict = compare(base, result, seed=config.seed, unit=config.unit, tolerance=tolerance)
+    progress.result("kept", f"{len(found.kept)} of {len(found.trials)} candidates")
+    score = f"{found.baseline.mean:+.4f} before, {found.final.mean:+.4f} after"
+    progress.result("score", f"{score}, on the {config.unit} searched on")
     if verdict is not None:
-        progress.fact("held out", verdict.summary)
-        progress.fact("verdict", "; ".join(filter(None, (verdict.verdict, verdict.loss_verdict))))
+        progress.result("held out", verdict.summary)
+        progress.result("verdict", "; ".join(filter(None, (verdict.verdict, verdict.loss_verdict))))
     recipe = Recipe(
         model=name,
         weights=scan.weights,
@@ -382,6 +392,8 @@ def _scores(scores: Scores) -> dict[str, Any]:
         "score": scores.mean,
         "per_pair": list(scores.values),
         "answers": [answer.text for answer in scores.answers],
+        "empty_answers": scores.empty_answers,
+        "cut_answers": scores.cut_answers,
         "generated_tokens": scores.generated_tokens,
     }
 
@@ -425,6 +437,7 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "best_before": judgement.best_before,
         "screen_change": judgement.screen_change,
         "guard_loss": judgement.guard_loss,
+        "reason": judgement.reason,
         "pairs_scored": list(scores.items) if scores else [],
         "per_pair": list(scores.values) if scores else [],
         "generated_tokens": scores.generated_tokens if scores else 0,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from splaser_plugin.distributed import gather, in_main, is_main
-from splaser_plugin.errors import OutputError
+from splaser_plugin.errors import OutputError, ScoreError
 from splaser_plugin.generation import Answer
 from splaser_plugin.locked_file import open_locked, write_all
 from splaser_plugin.output import JOURNAL, clear_unfinished, put_back
@@ -183,19 +183,35 @@ class RecordedScorer:
         self.size = scorer.size
 
     def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
-        return self.journal.once(
-            self.name, items, lambda: self.scorer.score(items, like), _packed, lambda stored: _unpacked(items, stored)
-        )
+        def measure() -> Scores | ScoreError:
+            try:
+                return self.scorer.score(items, like)
+            except ScoreError as error:  # of a candidate, as a rule, and then a result like any other
+                return error
+
+        found = self.journal.once(self.name, items, measure, _packed, lambda stored: _unpacked(items, stored))
+        if isinstance(found, ScoreError):
+            raise found
+        return found
 
 
-def _packed(scores: Scores) -> dict[str, Any]:
-    answers = [{"text": answer.text, "tokens": list(answer.tokens)} for answer in scores.answers]
+def _packed(scores: Scores | ScoreError) -> dict[str, Any]:
+    if isinstance(scores, ScoreError):
+        return {"failed": str(scores)}
+    answers = [
+        {"text": answer.text, "tokens": list(answer.tokens), "is_cut": answer.is_cut} for answer in scores.answers
+    ]
     return {"values": list(scores.values), "answers": answers}
 
 
-def _unpacked(items: Sequence[int], stored: Any) -> Scores:
+def _unpacked(items: Sequence[int], stored: Any) -> Scores | ScoreError:
+    if "failed" in stored:
+        return ScoreError(str(stored["failed"]))
     values = tuple(float(value) for value in stored["values"])
-    answers = tuple(Answer(str(answer["text"]), tuple(map(int, answer["tokens"]))) for answer in stored["answers"])
+    answers = tuple(
+        Answer(str(answer["text"]), tuple(map(int, answer["tokens"])), bool(answer["is_cut"]))
+        for answer in stored["answers"]
+    )
     if len(values) != len(items) or len(answers) not in (0, len(items)):
         raise ValueError("not one value for each item")
     return Scores(tuple(items), values, answers)

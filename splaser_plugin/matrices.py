@@ -42,6 +42,13 @@ class Matrix:
         return part.view(self.shape)
 
 
+def overview(matrices: Sequence[Matrix]) -> str:
+    """How much that is, for people."""
+    blocks = len({matrix.block for matrix in matrices} - {None})
+    entries = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
+    return f"{blocks} block{'s' if blocks != 1 else ''}, {len(matrices):,} matrices of {entries:,} entries"
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A parameter that is not among the matrices, and why."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from splaser_plugin.errors import OutputError
+from splaser_plugin.files import read_json
 from splaser_plugin.locked_file import open_locked
 
 MARK = "recipe.json"
@@ -57,6 +58,23 @@ def check_file(out: str | Path, *, replaceable: str) -> None:
         raise OutputError(f"{out}: is a folder, expected a file name.")
     if path.exists() and replaceable.encode() not in path.read_bytes()[:1000]:
         raise OutputError(f"{out}: exists and was not written by splaser. Choose another --output.")
+
+
+def check_names_file(out: str | Path) -> None:
+    """Raises OutputError when the file exists and isn't JSON of names by module type, or can't be written."""
+    check_file(out, replaceable="")
+    path = Path(out).expanduser()
+    if path.exists() and not _is_names(path):
+        raise OutputError(f"{out}: exists and was not written by splaser. Choose another --top-json.")
+
+
+def _is_names(path: Path) -> bool:
+    try:
+        stored = read_json(path, OutputError)
+    except OutputError:
+        return False
+    groups = stored.values() if isinstance(stored, dict) else [None]
+    return all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in groups)
 
 
 def check_space(out: Path, needed: int) -> None:

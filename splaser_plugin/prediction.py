@@ -1,13 +1,15 @@
-"""What a truncation of each matrix is predicted to do to the margin, from one backward pass over some pairs.
+"""What a truncation of each matrix is predicted to do to the margin, from one backward pass for each of some pairs.
 
 A weight W = sum sigma_i u_i v_i' without the components of a set D is W + dW, dW = -sum over D of sigma_i u_i v_i'.
-First order: the mean margin M changes by about <dM/dW, dW> = -sum over D of sigma_i u_i' (dM/dW) v_i.
+First order: a pair's margin M changes by about <dM/dW, dW> = -sum over D of sigma_i u_i' (dM/dW) v_i. The mean over
+some pairs says little of others where the pairs disagree; their standard error tells.
 How far it reaches: the layer's output W x changes by dW x, whose mean square over the pairs' tokens is the sum over D
 of the mean of (sigma_i v_i' x)^2, since the u_i are orthonormal.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,18 +26,16 @@ from splaser_plugin.margin import MarginScorer
 from splaser_plugin.matrices import Matrix
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.spectrum import components
-from splaser_plugin.teacher_forcing import forced_means, similar_lengths
+from splaser_plugin.teacher_forcing import forced_means
 from splaser_plugin.weights import Weights
 
-_Answer: TypeAlias = tuple[list[int], list[int], float]
-"""Token ids of a prompt and an answer to it, and what the answer's mean log-probability counts in the mean margin."""
 _Sums: TypeAlias = tuple[np.ndarray, np.ndarray, float]
 """Of one matrix: slopes, squares, and the number of tokens."""
 
 GROUP_BYTES = 2**30
 """Most memory for the singular vectors of the matrices that share a pass over the pairs."""
-ANSWERS_AT_ONCE = 8
-"""Answers in one backward pass: each token's activations are held for it."""
+STANDARD_ERRORS = 2.0
+"""How many of them a prediction stays below the mean: few of all samples of pairs put the mean that far too high."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,22 @@ class Sensitivity:
     """What each singular component of one matrix does, largest singular value first."""
 
     slopes: np.ndarray
-    """sigma_i u_i' (dM/dW) v_i: (short,), in nats a token."""
+    """sigma_i u_i' (dM/dW) v_i for the margin M of each pair: (pairs, short), in nats a token."""
     energies: np.ndarray
     """Mean square of what the component adds to the layer's output: (short,), in the output's unit squared."""
 
+    def changes(self, rank: int) -> np.ndarray:
+        """First-order change of each pair's margin, in nats a token, when only `rank` components stay: (pairs,)."""
+        return -self.slopes[:, rank:].sum(1)
+
     def first_order(self, rank: int) -> float:
-        """Predicted change of the mean margin, in nats a token, when only `rank` components stay."""
-        return -float(self.slopes[rank:].sum())
+        """The mean of `changes`."""
+        return float(self.changes(rank).mean())
+
+    def standard_error(self, rank: int) -> float:
+        """Of the mean of `changes`, for a pair that is drawn like these; 0 for a single pair, which tells nothing."""
+        changes = self.changes(rank)
+        return float(changes.std(ddof=1)) / math.sqrt(len(changes)) if len(changes) > 1 else 0.0
 
     def output_lost(self, rank: int) -> float:
         """Mean square of the output's change over that of the output, 0 to 1, when only `rank` components stay."""
@@ -57,8 +66,8 @@ class Sensitivity:
         return float(self.energies[rank:].sum()) / whole if whole else 0.0
 
     def predicted(self, rank: int) -> float:
-        """Predicted change of the mean margin, in nats a token, when only `rank` components stay."""
-        return self.first_order(rank)
+        """What the mean margin will change by at least, probably, when only `rank` components stay; nats a token."""
+        return self.first_order(rank) - STANDARD_ERRORS * self.standard_error(rank)
 
 
 def check_predictable(weights: Weights) -> None:
@@ -75,22 +84,21 @@ def sensitivities(
 ) -> dict[Matrix, Sensitivity]:
     """Sensitivities of the scorer's mean margin to each component of each matrix.
 
-    Memory beside the model and one batch's activations: the gradient of one parameter at a time, which is consumed
+    Memory beside the model and one pair's activations: the gradient of one parameter at a time, which is consumed
     as soon as it is whole, and singular vectors (float32, short side squared) of as many matrices as fit into 1 GiB,
     at least one parameter's. More matrices take more passes over the pairs, each only as deep as its own matrices.
     Experts stacked in one parameter, and layers that don't see every token, have no known inputs: their energies
     are those of inputs that are alike in all directions, sigma_i^2.
     Gradients, requires_grad and training modes are afterwards as before. Under several processes each works on a
-    part of the batches, and all get the same numbers.
+    part of the pairs, and all get the same numbers.
     Raises ModelError as `check_predictable` does.
     """
     check_predictable(weights)
-    batches = _batches(scorer)
     groups = _groups(matrices)
     found: dict[Matrix, Sensitivity] = {}
-    with progress.phase("gradients", len(groups) * len(my_part(batches))) as advance:
+    with progress.phase("gradients", len(groups) * len(my_part(range(scorer.size)))) as advance:
         for group in groups:
-            found.update(_measure(weights, group, batches, advance))
+            found.update(_measure(weights, scorer, group, advance))
     return found
 
 
@@ -108,16 +116,6 @@ def _groups(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
     return groups
 
 
-def _batches(scorer: MarginScorer) -> list[list[_Answer]]:
-    answers: list[_Answer] = []
-    for prompt, (chosen, *rejected) in zip(scorer.prompts, scorer.answers, strict=True):
-        answers.append((prompt, chosen, 1 / scorer.size))
-        answers += [(prompt, each, -1 / scorer.size) for each in rejected]
-    at_once = min(ANSWERS_AT_ONCE, scorer.batch_size)
-    places = similar_lengths([prompt for prompt, _, _ in answers], [answer for _, answer, _ in answers], at_once)
-    return [[answers[place] for place in batch] for batch in places]
-
-
 def _by_parameter(matrices: Iterable[Matrix]) -> dict[str, list[Matrix]]:
     found: dict[str, list[Matrix]] = {}
     for matrix in matrices:
@@ -126,13 +124,13 @@ def _by_parameter(matrices: Iterable[Matrix]) -> dict[str, list[Matrix]]:
 
 
 class _Part:
-    """One matrix's components, and what the batches add up to for each of them."""
+    """One matrix's components, and what is found for each of them, one pair after the other."""
 
     def __init__(self, weights: Weights, matrix: Matrix) -> None:
         self.matrix = matrix
         self._weights = weights
         self.values, self._basis = components(weights.read(matrix))
-        self.slopes = torch.zeros_like(self.values)
+        self.slopes: list[Tensor] = []
         self.squares = torch.zeros_like(self.values)
         self.tokens = torch.zeros((), device=self.values.device)
 
@@ -140,13 +138,16 @@ class _Part:
     def _upright(self) -> bool:
         return self.matrix.shape[0] >= self.matrix.shape[1]
 
+    def begin_pair(self) -> None:
+        self.slopes.append(torch.zeros_like(self.values))
+
     @torch.no_grad()
     def add_gradient(self, gradient: Tensor) -> None:
         """Add sigma_i u_i' G v_i, which is v_i' (W' G) v_i, or u_i' (G W') u_i where the rows are the short side."""
         gradient = self.matrix.view(gradient).to(self._basis.dtype)
         weight = self._weights.read(self.matrix).to(self._basis.dtype)
         product = weight.mT @ gradient if self._upright else gradient @ weight.mT
-        self.slopes += ((product @ self._basis) * self._basis).sum(0)
+        self.slopes[-1] += ((product @ self._basis) * self._basis).sum(0)
 
     @torch.no_grad()
     def add_inputs(self, inputs: Tensor, mask: Tensor) -> None:
@@ -159,25 +160,26 @@ class _Part:
             projected = (rows @ self._basis) * self.values
         else:
             weight = self._weights.read(self.matrix).to(self._basis.dtype)
-            projected = rows @ ((weight if self.matrix.transposed else weight.mT) @ self._basis)
+            projected = (rows @ (weight if self.matrix.transposed else weight.mT)) @ self._basis
         self.squares += (projected * mask.reshape(-1, 1)).square_().sum(0)
         self.tokens += mask.sum()
 
     def sums(self) -> _Sums:
-        return self.slopes.cpu().numpy(), self.squares.cpu().numpy(), float(self.tokens)
+        slopes = torch.stack(self.slopes) if self.slopes else self.values.new_empty(0, len(self.values))
+        return slopes.cpu().numpy(), self.squares.cpu().numpy(), float(self.tokens)
 
     def sensitivity(self, sums: Sequence[_Sums]) -> Sensitivity:
-        """From the sums of all processes."""
-        slopes, squares, tokens = (sum(each[place] for each in sums) for place in range(3))
-        energies = squares / tokens if tokens else self.values.cpu().numpy() ** 2
-        return Sensitivity(np.asarray(slopes, dtype=np.float64), np.asarray(energies, dtype=np.float64))
+        """From the sums of all processes, whose pairs come by turns."""
+        slopes = np.empty((sum(len(mine) for mine, _, _ in sums), len(self.values)))
+        for process, (mine, _, _) in enumerate(sums):
+            slopes[process :: len(sums)] = mine
+        tokens = sum(seen for _, _, seen in sums)
+        squares = np.stack([each for _, each, _ in sums]).astype(np.float64).sum(0)
+        return Sensitivity(slopes, squares / tokens if tokens else self.values.double().cpu().numpy() ** 2)
 
 
 def _measure(
-    weights: Weights,
-    group: Sequence[Matrix],
-    batches: Sequence[Sequence[_Answer]],
-    advance: Callable[[int], None],
+    weights: Weights, scorer: MarginScorer, group: Sequence[Matrix], advance: Callable[[int], None]
 ) -> dict[Matrix, Sensitivity]:
     parts = [_Part(weights, matrix) for matrix in group]
     of_matrix = {part.matrix: part for part in parts}
@@ -185,8 +187,10 @@ def _measure(
 
     def add_up_mine() -> list[list[_Sums]]:
         with _gradients_given_to(weights, by_parameter), _inputs_given_to(weights, by_parameter):
-            for batch in my_part(batches):
-                _backward(weights.model, batch)
+            for item in my_part(range(scorer.size)):
+                for part in parts:
+                    part.begin_pair()
+                _backward(weights.model, scorer.prompts[item], scorer.answers[item])
                 advance(1)
         return [[part.sums() for part in parts]]
 
@@ -194,14 +198,13 @@ def _measure(
     return {part.matrix: part.sensitivity([each[place] for each in sums]) for place, part in enumerate(parts)}
 
 
-def _backward(model: Any, batch: Sequence[_Answer]) -> None:
-    """The gradient of this batch's part of the mean margin."""
-    prompts, answers, shares = zip(*batch, strict=True)
+def _backward(model: Any, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> None:
+    """The gradient of one pair's margin. answers: chosen, and rejected if there is one."""
     with torch.enable_grad(), evaluating(model):
-        means = forced_means(model, prompts, answers)
-        part = (means * torch.tensor(shares).to(means)).sum()
-        if part.requires_grad:  # not where all these answers are empty
-            part.backward()
+        chosen, *rejected = forced_means(model, [prompt] * len(answers), answers)
+        margin = chosen - sum(rejected)
+        if margin.requires_grad:  # not where the answers are empty
+            margin.backward()
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from splaser_plugin.candidates import Candidate
     from splaser_plugin.search import Trial
 
 
@@ -16,10 +18,24 @@ class Progress:
     def fact(self, label: str, value: str) -> None:
         """Something learned, to show once: `device`, `cpu`."""
 
+    def detail(self, label: str, value: str) -> None:
+        """A fact that only who looks for the cause of something wants to know."""
+
+    def result(self, label: str, value: str) -> None:
+        """What came out of the run; a fact, unless overridden."""
+        self.fact(label, value)
+
+    def command(self, label: str, words: Sequence[str]) -> None:
+        """A shell command to go on with, as its words; a result, unless overridden."""
+        self.result(label, shlex.join(words))
+
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         """A stretch of work of `total` steps; the value yielded is called with the number of steps done."""
         yield lambda steps: None
+
+    def trying(self, candidate: Candidate) -> None:
+        """A candidate is about to be tried."""
 
     def trial(self, trial: Trial) -> None:
         """A candidate was tried."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from splaser_plugin.errors import RecipeError
 from splaser_plugin.matrices import by_name
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.scan import read_json, write_json
+from splaser_plugin.typed import check_types
 from splaser_plugin.weights import Weights
 
 SCHEMA = "splaser.recipe/1"
+DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,13 @@ class Recipe:
         try:
             steps = tuple(Step(**{**step, "shape": tuple(step["shape"])}) for step in stored.pop("steps"))
             recipe = cls(steps=steps, **stored)
+            check_types(recipe)
+            if recipe.dtype not in DTYPES or not isinstance(recipe.settings.get("adapter", ""), str):
+                raise TypeError(f"dtype {recipe.dtype!r:.80}, adapter {recipe.settings.get('adapter')!r:.80}")
         except (KeyError, TypeError) as error:
             raise RecipeError(f"{path}: not a whole recipe ({error}). Make it anew with splaser laser.") from error
         for step in steps:
-            if type(step.rank) is not int or step.rank < 1:
+            if step.rank < 1:
                 raise RecipeError(f"{path}: {step.name}: rank {step.rank!r}, expected a whole number of at least 1.")
         return recipe
 
@@ -106,6 +112,9 @@ def _patterns(recipe: Recipe, key: str) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
-    packages = ("splaser-plugin", "torch", "transformers", "sentence-transformers")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    """Versions of what the result depends on, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    for name in ("splaser-plugin", "torch", "transformers", "sentence-transformers"):
+        with suppress(PackageNotFoundError):  # the embedder's, which --embedder self goes without
+            found[name] = version(name)
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 from splaser_plugin.errors import RecipeError
 from splaser_plugin.scan_records import read_json
 from splaser_plugin.statistics import paired_bootstrap
-from splaser_plugin.stored_values import count, number, optional, text
+from splaser_plugin.typed import check_types
 
 RESULTS_SCHEMA = "splaser.results/1"
 RISK = 0.05
@@ -128,9 +128,11 @@ def run_from_results(stored: Any, source: str = "results") -> Run:
         got = stored.get("schema") if isinstance(stored, Mapping) else type(stored).__name__
         raise RecipeError(f"{source}: schema is {got!r}, expected '{RESULTS_SCHEMA}'. Make it anew with splaser laser.")
     try:
-        return _run(stored)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise RecipeError(f"{source}: not whole ({error!r}). Make it anew with splaser laser.") from error
+        run = _run(stored)
+        check_types(run)
+        return run
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+        raise RecipeError(f"{source}: not whole ({repr(error)[:200]}). Make it anew with splaser laser.") from error
 
 
 def _run(stored: Mapping[str, Any]) -> Run:
@@ -143,16 +145,16 @@ def _run(stored: Mapping[str, Any]) -> Run:
         exchanges += _exchanges(asked.get("held_out", []), before, after, is_held_out=True)
     changed = [each for each in exchanges if each.before != each.after]
     return Run(
-        source=text(stored["pairs"]["source"]),
-        unit=text(stored.get("unit", "pairs")),
+        source=stored["pairs"]["source"],
+        unit=stored.get("unit", "pairs"),
         searched=len(baseline.values),
-        compared_with=text(stored.get("compared_with", "best")),
-        parameters_removed=count(stored.get("parameters_removed", 0)),
+        compared_with=stored.get("compared_with", "best"),
+        parameters_removed=stored.get("parameters_removed", 0),
         baseline=baseline.score,
         final=final.score,
         attempts=tuple(_attempts(stored, baseline)),
         verdict=_verdict(apart, before, after, asked.get("held_out", [])) if before and after else None,
-        split=text(apart["split"]),
+        split=apart["split"],
         exchanges=tuple(sorted(changed, key=lambda each: (-abs(each.change), each.prompt))),
         answers=len(exchanges),
     )
@@ -169,28 +171,28 @@ class _Measured:
 
 
 def _measured(stored: Mapping[str, Any]) -> _Measured:
-    values = tuple(map(number, stored["per_pair"]))
-    return _Measured(number(stored["score"]), values, tuple(map(text, stored["answers"])))
+    measured = _Measured(stored["score"], tuple(stored["per_pair"]), tuple(stored["answers"]))
+    check_types(measured)
+    return measured
 
 
 def _pair(stored: Mapping[str, Any]) -> tuple[str, str, str | None]:
-    return text(stored["prompt"]), text(stored["chosen"]), optional(text, stored["rejected"])
+    return stored["prompt"], stored["chosen"], stored["rejected"]
 
 
 def _attempts(stored: Mapping[str, Any], baseline: _Measured) -> Iterator[Attempt]:
     with_best = stored.get("compared_with", "best") == "best"
     best: Sequence[float] = baseline.values
     for each in stored["candidates"]:
-        values = [number(value) for value in each["per_pair"]]
-        places = [count(place) for place in each["pairs_scored"]]
-        differences = [number(value - best[place]) for place, value in zip(places, values, strict=True)]
+        values: list[float] = each["per_pair"]
+        differences = [value - best[place] for place, value in zip(each["pairs_scored"], values, strict=True)]
         yield Attempt(
-            name=text(each["name"]),
-            rank=count(each["rank"]),
-            full_rank=count(each["full_rank"]),
-            verdict=text(each["verdict"]),
-            score=number(each["score"]) if values else None,
-            change=number(sum(differences) / len(differences)) if differences else None,
+            name=each["name"],
+            rank=each["rank"],
+            full_rank=each["full_rank"],
+            verdict=each["verdict"],
+            score=each["score"] if values else None,
+            change=sum(differences) / len(differences) if differences else None,
             interval=_interval(differences),
             reason=_reason(each, f"{len(values)} {stored.get('unit', 'pairs')}", with_best),
         )
@@ -201,14 +203,13 @@ def _attempts(stored: Mapping[str, Any], baseline: _Measured) -> Iterator[Attemp
 def _interval(differences: Sequence[float]) -> Interval | None:
     if len(differences) < 2:
         return None
-    low, high = paired_bootstrap(differences, risk=RISK, seed=0)
-    return number(low), number(high)
+    return paired_bootstrap(differences, risk=RISK, seed=0)
 
 
 def _reason(candidate: Mapping[str, Any], items: str, with_best: bool) -> str:
     """items: how many it was scored on, and of what."""
     kept = "better than the best before it" if with_best else "surely not worse than the base by the tolerance"
-    screened, guarded = (optional(number, candidate.get(key)) or 0.0 for key in ("screen_change", "guard_loss"))
+    screened, guarded = (candidate.get(key) or 0.0 for key in ("screen_change", "guard_loss"))
     return {
         "kept": f"{kept}, on all {items}",
         "restored": f"scored on all {items} and not accepted by the rule of this run; put back bit for bit",
@@ -225,7 +226,7 @@ def _exchanges(
     if not asked or not before.answers or not after.answers:
         return []
     return [
-        Exchange(*pair, first, second, number(new - old), is_held_out)
+        Exchange(*pair, first, second, new - old, is_held_out)
         for pair, first, second, old, new in zip(
             asked, before.answers, after.answers, before.values, after.values, strict=True
         )
@@ -238,16 +239,16 @@ def _verdict(
     low, high = stored["interval"]
     differences = (after - before for before, after in zip(base.values, result.values, strict=True))
     return Verdict(
-        verdict=text(stored["verdict"]),
-        loss_verdict=text(stored.get("loss_verdict") or ""),
+        verdict=stored["verdict"],
+        loss_verdict=stored.get("loss_verdict") or "",
         base=base.score,
         result=result.score,
-        difference=number(stored["difference"]),
-        interval=(number(low), number(high)),
-        better=count(stored["better"]),
-        worse=count(stored["worse"]),
-        equal=count(stored["equal"]),
-        differences=tuple(map(number, differences)),
+        difference=stored["difference"],
+        interval=(low, high),
+        better=stored["better"],
+        worse=stored["worse"],
+        equal=stored["equal"],
+        differences=tuple(differences),
         prompts=tuple(prompt for prompt, _, _ in asked),
     )
 

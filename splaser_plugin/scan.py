@@ -141,7 +141,7 @@ def scan_checkpoint(
     Raises CheckpointError, MatrixError or SpectrumError; with `output` OutputError.
     """
     from splaser_plugin.checkpoint import read_tensors
-    from splaser_plugin.matrices import stored_matrices
+    from splaser_plugin.matrices import overview, stored_matrices
 
     config = config or ScanConfig()
     matrices, skipped = stored_matrices(checkpoint, include=config.include, exclude=config.exclude)
@@ -156,6 +156,7 @@ def scan_checkpoint(
         return map(as_matrix, read_tensors(checkpoint, by_part))  # a loop would keep the last tensor alive
 
     name = name or str(checkpoint.folder)
+    progress.fact("model", f"{name}: {overview(matrices)}")
     empty = Scan(name, checkpoint.identity(), config.edge, (), tuple(skipped), config.precision, __version__)
     return _scan(empty, matrices, read, output, progress)
 
@@ -209,7 +210,7 @@ def _known(
 def _record_or_none(stored: Mapping[str, Any]) -> MatrixScan | None:
     try:
         return MatrixScan.from_dict(stored)
-    except (KeyError, TypeError, ValueError, OverflowError):
+    except (KeyError, TypeError, OverflowError):
         return None
 
 

@@ -6,7 +6,7 @@ import json
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from splaser_plugin.edges import EdgeFit, fit_edges
 from splaser_plugin.errors import RecipeError
 from splaser_plugin.matrices import Matrix, Skipped
 from splaser_plugin.output import whole_file
-from splaser_plugin.stored_values import count, number, optional, text
+from splaser_plugin.typed import check_types
 
 SCHEMA = "splaser.scan/1"
 QUANTILES = 256
@@ -48,27 +48,19 @@ class MatrixScan:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> MatrixScan:
-        """The record from its plain values.
-
-        Raises KeyError, TypeError, ValueError or OverflowError when it isn't whole.
-        """
-        rows, columns = stored["shape"]
-        spectrum = array("d", stored["spectrum"])
-        if not np.isfinite(spectrum).all():
-            raise TypeError("a spectrum with a value that is not finite")
-        return cls(
+        """The record from its plain values. Raises KeyError, TypeError or OverflowError when it isn't whole."""
+        record = cls(
             **{
                 **stored,
-                "name": text(stored["name"]),
-                "type": text(stored["type"]),
-                "block": optional(count, stored["block"]),
-                "shape": (count(rows, 1), count(columns, 1)),
-                "max_singular_value": number(stored["max_singular_value"]),
-                "min_singular_value": number(stored["min_singular_value"]),
-                "spectrum": spectrum,
-                "edges": {edge: _edge_fit(stored["edges"][edge]) for edge in EDGES},
+                "shape": tuple(stored["shape"]),
+                "spectrum": array("d", stored["spectrum"]),
+                "edges": {edge: EdgeFit(**stored["edges"][edge]) for edge in EDGES},
             }
         )
+        check_types(record)
+        if min(record.shape) < 1:
+            raise TypeError(f"shape is {record.shape}, expected rows and columns")
+        return record
 
 
 @dataclass(frozen=True)
@@ -116,32 +108,24 @@ class Scan:
             raise RecipeError(f"{source}: schema is {got!r}, expected '{SCHEMA}'. Make it anew with splaser scan.")
         try:
             scan = cls(
-                **{key: text(stored[key]) for key in ("model", "weights", "edge")},
+                **{key: stored[key] for key in ("model", "weights", "edge")},
                 matrices=tuple(MatrixScan.from_dict(each) for each in stored["matrices"]),
-                skipped=tuple(Skipped(text(each["name"]), text(each["reason"])) for each in stored["skipped"]),
-                **{key: text(stored[key]) for key in ("precision", "version") if key in stored},
+                skipped=tuple(Skipped(**each) for each in stored["skipped"]),
+                **{key: stored[key] for key in ("precision", "version") if key in stored},
             )
-            if scan.edge not in EDGES or not scan.matrices:
-                raise TypeError(f"edge '{scan.edge}', {len(scan.matrices)} matrices")
+            check_types(replace(scan, matrices=()))
+            if scan.edge not in EDGES:
+                raise TypeError(f"edge is {scan.edge!r:.80}, expected one of {', '.join(EDGES)}")
+            if not scan.matrices:
+                raise TypeError("no matrices")
             return scan
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise RecipeError(f"{source}: not a whole scan ({error}). Make it anew with splaser scan.") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Scan:
         """Read a scan.json. Raises RecipeError when it is missing, damaged or of another version."""
         return cls.from_dict(read_json(path, _compact), str(path))
-
-
-def _edge_fit(stored: Mapping[str, Any]) -> EdgeFit:
-    return EdgeFit(
-        sigma=number(stored["sigma"]),
-        threshold=number(stored["threshold"]),
-        rank=count(stored["rank"]),
-        snr=optional(number, stored["snr"]),
-        snr_ratio=optional(number, stored["snr_ratio"]),
-        reason=optional(text, stored["reason"]),
-    )
 
 
 def rank_key(matrix: MatrixScan, by: str, edge: str) -> tuple[bool, float, str, int, str]:

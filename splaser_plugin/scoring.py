@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +12,7 @@ import torch
 
 from splaser_plugin.distributed import share
 from splaser_plugin.embedding import Embedder
+from splaser_plugin.errors import ScoreError
 from splaser_plugin.generation import Answer, Generator
 from splaser_plugin.pairs import Pair
 
@@ -26,6 +28,11 @@ class Scores:
     answers: tuple[Answer, ...] = ()
     """What the model said to each; empty for scorers that generate nothing."""
 
+    def __post_init__(self) -> None:
+        for item, value in zip(self.items, self.values, strict=True):
+            if not math.isfinite(value):
+                raise ScoreError(f"the score of item {item} is {value}: the model computes numbers that aren't finite.")
+
     @property
     def mean(self) -> float:
         return float(np.mean(self.values))
@@ -33,6 +40,15 @@ class Scores:
     @property
     def generated_tokens(self) -> int:
         return sum(len(answer.tokens) for answer in self.answers)
+
+    @property
+    def empty_answers(self) -> int:
+        return sum(not answer.text for answer in self.answers)
+
+    @property
+    def cut_answers(self) -> int:
+        """Of the answers those that the longest length cut off."""
+        return sum(answer.is_cut for answer in self.answers)
 
     def on(self, items: Sequence[int]) -> Scores:
         """The same measurement, of these items only."""

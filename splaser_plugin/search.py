@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from splaser_plugin.acceptance import Acceptance, Improve
 from splaser_plugin.candidates import Candidate
+from splaser_plugin.errors import ScoreError
 from splaser_plugin.guard import Guard
 from splaser_plugin.laser_journal import Journal
 from splaser_plugin.progress import SILENT, Progress
@@ -25,7 +26,8 @@ class Judgement:
     """What the scores say about one candidate."""
 
     verdict: str
-    """`kept`; `restored` after all items; `stopped` after some of them; `screened` before the first; `guarded`:
+    """`kept`; `restored` after all items; `stopped` after some of them; `screened` before the first; `failed`: can't
+    be scored; `guarded`:
     it would have been kept, but for the guard."""
     scores: Scores | None
     """Of the items it was scored on; None if it was screened out."""
@@ -35,6 +37,8 @@ class Judgement:
     """Change of the screen's mean score, if there is a screen."""
     guard_loss: float | None = None
     """What the guard measured, in its limit's unit; None where it wasn't asked."""
+    reason: str | None = None
+    """Why it failed."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,12 @@ def search(
         baseline = judge.measure_baseline()
         advance(1)
     progress.fact("baseline score", f"{baseline.mean:+.4f}")
+    if baseline.empty_answers or baseline.cut_answers:
+        progress.fact(
+            "answers",
+            f"of {len(baseline.answers)} the model left {baseline.empty_answers} empty and did not end "
+            f"{baseline.cut_answers}, which were cut at --max-new-tokens",
+        )
     trials: list[Trial] = []
     most = len(candidates) if limit is None else min(limit, len(candidates))
     with progress.phase("search", most) as advance:
@@ -104,10 +114,11 @@ def search(
             if is_passed_over(candidate, trials):
                 continue
             started = time.monotonic()
+            progress.trying(candidate)
             journal.subject = f"{candidate.matrix.name} rank {candidate.rank}"
             with weights.trying(candidate.matrix) as attempt:
                 attempt.reduce(candidate.rank)
-                judgement = judge.judge()
+                judgement = judged(judge)
                 if judgement.verdict == "kept":
                     attempt.keep()
             trials.append(Trial(candidate, judgement, time.monotonic() - started))
@@ -126,6 +137,14 @@ def is_passed_over(candidate: Candidate, trials: Sequence[Trial]) -> bool:
     if candidate.predicted is None:
         return not all(trial.kept for trial in earlier)
     return any(trial.kept and trial.candidate.rank <= candidate.rank for trial in earlier)
+
+
+def judged(judge: Judge) -> Judgement:
+    """The judge's verdict, `failed` where the model can't be scored with the candidate."""
+    try:
+        return judge.judge()
+    except ScoreError as error:
+        return Judgement("failed", None, None, None, reason=str(error))
 
 
 class Judge:

@@ -1,61 +1,168 @@
-"""How a run looks in a terminal: facts, one bar a phase, one line a candidate. Everything goes to stderr."""
+"""How a run looks in a terminal: facts, one bar a phase, a table of the candidates. Everything goes to stderr."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.markup import escape as without_markup
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from splaser_plugin.errors import printable
 from splaser_plugin.progress import Progress
+from splaser_plugin.trial_table import shortened, trial_line, trial_table
 
 if TYPE_CHECKING:
+    from splaser_plugin.candidates import Candidate
     from splaser_plugin.comparison import Figure
-    from splaser_plugin.search import Judgement, Trial
+    from splaser_plugin.search import Trial
+
+MARGIN = 17
+"""Columns of the labels."""
+LATEST = 10
+"""Candidates in the table while a search runs."""
+
+
+class Level(IntEnum):
+    """How much is told."""
+
+    QUIET = -1
+    """Only what came out."""
+    NORMAL = 0
+    VERBOSE = 1
 
 
 class TerminalProgress(Progress):
-    """Draws bars where stderr is a terminal and prints plain lines elsewhere."""
+    """Draws where stderr is a terminal, and prints a plain line for each thing elsewhere.
 
-    def __init__(self, console: Console) -> None:
+    On a terminal no line is longer than it is wide, but where a single word is, so that paths can be copied.
+    """
+
+    def __init__(self, console: Console, level: Level = Level.NORMAL) -> None:
         self.console = console
-        self._trials = 0
+        self.level = level
+        self._draws = console.is_terminal and level >= Level.NORMAL
+        self._bars = Bars(*_columns(), console=console)
+        self._phases = 0
+        self._trials: list[Trial] = []
+        self._trying: Candidate | None = None
+        self._live = Live(
+            console=console, get_renderable=self._drawing, transient=True, refresh_per_second=4, redirect_stdout=False
+        )
 
     def fact(self, label: str, value: str) -> None:
-        self.console.print(f"[dim]{escape(label):>15}[/dim]  {escape(value)}", highlight=False, soft_wrap=True)
+        if self.level >= Level.NORMAL:
+            self._print(label, self._wrapped(value.split(" "), ""))
+
+    def detail(self, label: str, value: str) -> None:
+        if self.level >= Level.VERBOSE:
+            self._print(label, self._wrapped(value.split(" "), ""))
+
+    def result(self, label: str, value: str) -> None:
+        self._print(label, self._wrapped(value.split(" "), ""))
+
+    def command(self, label: str, words: Sequence[str]) -> None:
+        self._print(label, self._wrapped([shlex.quote(word) for word in words], " \\"))
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        if not self.console.is_terminal:
+        if not self._draws:
+            self.detail(name, f"{total} to do" if total > 1 else "begins")
             yield lambda steps: None
             return
-        columns = (
-            TextColumn("{task.description:>15}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        with Bars(*columns, console=self.console, transient=True) as bars:
-            task = bars.add_task(name, total=total)
-            yield lambda steps: bars.advance(task, steps)
+        task = self._bars.add_task(name, total=total if total > 1 else None)
+        self._phases += 1
+        self._live.start()
+        try:
+            yield lambda steps: self._bars.advance(task, steps)
+        finally:
+            self._bars.remove_task(task)
+            self._phases -= 1
+            if self._phases == 0:
+                self._live.stop()
+                self._print_trials()
+
+    def trying(self, candidate: Candidate) -> None:
+        self._trying = candidate
 
     def trial(self, trial: Trial) -> None:
-        self._trials += 1
-        candidate = trial.candidate
-        self.console.print(
-            f"{self._trials:>15}  {escape(candidate.matrix.name)}  rank {candidate.rank} of "
-            f"{min(candidate.matrix.shape)}  {_outcome(trial.judgement)}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self._trials.append(trial)
+        self._trying = None
+        if self._draws and trial.judgement.reason is not None:
+            name = shortened(trial.candidate.matrix.name, self.console.width - MARGIN - 1)
+            self.fact("failed", f"{name}: {trial.judgement.reason}")
+        if self.level >= Level.NORMAL and not self._draws:
+            verbose = self.level >= Level.VERBOSE
+            self.console.print(trial_line(len(self._trials), trial, verbose=verbose), soft_wrap=True)
+
+    def _print(self, label: str, lines: Sequence[str]) -> None:
+        line = Text(f"{printable(label):>{MARGIN - 2}}  ", "dim")
+        line.append(f"\n{'':{MARGIN}}".join(lines), "not dim")
+        self.console.print(line, soft_wrap=True)
+
+    def _wrapped(self, words: Sequence[str], mark: str) -> list[str]:
+        """The words in lines, one where stderr is no terminal. mark: ends every line but the last."""
+        words = printable(" ".join(words)).split(" ")
+        room = self.console.width - MARGIN - len(mark) if self.console.is_terminal else sys.maxsize
+        lines = [words[0]]
+        for word in words[1:]:
+            if len(lines[-1]) + 1 + len(word) <= room:
+                lines[-1] += " " + word
+            else:
+                lines.append(word)
+        return [line + mark for line in lines[:-1]] + lines[-1:]
+
+    def _drawing(self) -> RenderableType:
+        return Group(self._table(LATEST), self._bars) if self._trials or self._trying else self._bars
+
+    def _table(self, count: int) -> Table:
+        """Of the last `count` candidates."""
+        shown = self._trials[-count:]
+        first = len(self._trials) - len(shown) + 1
+        verbose = self.level >= Level.VERBOSE
+        return trial_table(shown, self._trying, self.console.width, first=first, verbose=verbose)
+
+    def _print_trials(self) -> None:
+        self._trying = None
+        if self._trials:
+            self.console.print(self._table(len(self._trials)))
+            self._trials = []
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return (
+        TextColumn(f"{{task.description:>{MARGIN - 2}}} "),
+        BarColumn(bar_width=24),
+        _Steps(),
+        TimeElapsedColumn(),
+        _Left(),
+    )
+
+
+class _Steps(ProgressColumn):
+    """Steps done and to do, where they are counted."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}")
+
+
+class _Left(ProgressColumn):
+    """Time left, where it can be told."""
+
+    def render(self, task: Task) -> Text:
+        if task.time_remaining is None:
+            return Text("")
+        return Text(f"{timedelta(seconds=int(task.time_remaining))} left")
 
 
 def escape(text: str) -> str:
@@ -108,15 +215,3 @@ _FORMS = {
     "file_bytes": _Form("bytes on disk", "{:,}", "{:+,}"),
     "tokens_per_s": _Form("tokens a second", "{:,.1f}", "{:.2f}", "x"),
 }
-
-
-def _outcome(judgement: Judgement) -> str:
-    if judgement.scores is None or judgement.best_before is None:
-        return f"screen {judgement.screen_change:+.4f}  screened"
-    change = judgement.scores.mean - judgement.best_before
-    verdict = {
-        "kept": "[green]kept[/green]",
-        "stopped": f"stopped after {len(judgement.scores.items)} items",
-        "guarded": f"guarded at {judgement.guard_loss:.4f}" if judgement.guard_loss is not None else "guarded",
-    }.get(judgement.verdict, judgement.verdict)
-    return f"score {judgement.scores.mean:+.4f} ({change:+.4f})  {verdict}"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splaser_plugin import LaserConfig, jobs, laser
-from splaser_plugin.candidates import Candidate, by_prediction, choose_candidates
+from splaser_plugin.candidates import Candidate, by_prediction, by_size, choose_candidates
 from splaser_plugin.config import EDGES, parse_ranks
 from splaser_plugin.errors import ConfigError, MatrixError
 from splaser_plugin.jobs import apply_recipe
@@ -254,3 +254,36 @@ def test_a_stopped_run_goes_on_in_the_predicted_order(tiny_folder, pairs, tmp_pa
     resumed = laser(tiny_folder, pairs, config=config, output=tmp_path / "out")
     assert [each.candidate for each in resumed.search.trials] == [each.candidate for each in whole.search.trials]
     assert resumed.recipe == whole.recipe
+
+
+def test_compressing_tries_the_matrices_that_may_lose_the_most_first(scanned):
+    scan, matrices = scanned
+    candidates = choose_candidates(scan, matrices, (0.9, 0.4, 0.2))
+    ordered = by_size(candidates)
+    assert set(ordered) == {each for each in candidates if each.parameters_removed}
+    most = {
+        each.matrix: max(other.parameters_removed for other in ordered if other.matrix == each.matrix)
+        for each in ordered
+    }
+    assert [most[each.matrix] for each in ordered] == sorted((most[each.matrix] for each in ordered), reverse=True)
+    for matrix in most:
+        ranks = [each.rank for each in ordered if each.matrix == matrix]
+        assert ranks == sorted(ranks, reverse=True)
+
+
+def test_with_predictions_the_least_loss_a_parameter_comes_first(scanned):
+    scan, matrices = scanned
+    candidates = choose_candidates(scan, matrices, (0.4, 0.2))
+    predicted = torch.randn(len(candidates), generator=torch.Generator().manual_seed(0)).tolist()
+    ordered = by_size(by_prediction(candidates, predicted))
+    losses = [max(0.0, -each.predicted) / each.parameters_removed for each in ordered]
+    assert losses == sorted(losses)
+    harmless = [each.parameters_removed for each in ordered if each.predicted >= 0]
+    assert len(harmless) > 2
+    assert harmless == [each.parameters_removed for each in ordered[: len(harmless)]] == sorted(harmless, reverse=True)
+
+
+def test_compressing_is_refused_where_no_rank_is_low_enough(scanned):
+    scan, matrices = scanned
+    with pytest.raises(MatrixError, match=r"none of the 14 candidates has fewer parameters .*lower rank to --ranks"):
+        by_size(choose_candidates(scan, matrices, (0.9,)))

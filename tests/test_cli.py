@@ -55,8 +55,21 @@ def test_scan_writes_the_scan_and_the_top_names(splaser, tiny_folder, tmp_path):
     names = json.loads(top.read_text())
     assert set(names) == {matrix.type for matrix in scan.matrices}
     assert all(len(each) == 1 for each in names.values())
-    assert "11 scanned" in told
+    assert "scanned  11 matrices" in told
     assert str(out) in told
+
+
+@pytest.mark.parametrize("content", ["my notes", '{"a": 1}', "[]", '{"schema": "splaser.scan/1", "matrices": []}'])
+def test_the_top_names_replace_no_other_file(splaser, tiny_folder, tmp_path, content):
+    top = tmp_path / "top.json"
+    top.write_text(content)
+    code, _, told = splaser("scan", tiny_folder, "-o", tmp_path / "scan.json", "--top-json", top)
+    assert (code, top.read_text()) == (1, content)
+    assert f"OutputError: {top}: exists and was not written by splaser. Choose another --top-json." in told
+    assert not (tmp_path / "scan.json").exists()
+    top.write_text('{"mlp.up_proj": ["a"]}')
+    assert splaser("scan", tiny_folder, "-o", tmp_path / "scan.json", "--top-json", top)[0] == 0
+    assert "self_attn.q_proj" in top.read_text()
 
 
 def test_scan_prints_json_to_stdout_and_nothing_else(splaser, tiny_folder, tmp_path):

@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import splaser_plugin
-from splaser_plugin import LaserConfig, laser, run_scan
+from splaser_plugin import LaserConfig, laser, recipe, run_scan
 from splaser_plugin.errors import (
     CheckpointError,
     ConfigError,
@@ -251,3 +252,13 @@ def test_every_public_name_can_be_imported():
         assert getattr(splaser_plugin, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'lasre'"):
         _ = splaser_plugin.lasre
+
+
+def test_versions_go_without_what_is_not_installed(monkeypatch):
+    def version(name):
+        if name == "sentence-transformers":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(recipe, "version", version)
+    assert set(recipe.versions()) == {"python", "splaser-plugin", "torch", "transformers"}

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import sem
 
 from splaser_plugin import prediction
 from splaser_plugin.margin import MarginScorer
@@ -79,7 +82,7 @@ def test_slopes_are_the_derivatives_along_the_components(model_of, dtype, step, 
             change = step * values[place] * torch.outer(left[:, place], right[place])
             up, down = (change_of_margin(scorer, weights, matrix, sign * change) for sign in (1, -1))
             derivative = pytest.approx((up - down) / (2 * step), rel=tolerance, abs=tolerance / 50)
-            assert found[matrix].slopes[place] == derivative, (matrix.name, place)
+            assert found[matrix].slopes[:, place].mean() == derivative, (matrix.name, place)
 
 
 def test_a_truncation_that_removes_little_does_what_is_predicted(scorer_of):
@@ -152,7 +155,7 @@ def test_one_gradient_is_alive_at_a_time_and_none_is_left(tiny_model, scorer_of,
     monkeypatch.setattr(prediction._Part, "add_gradient", count)
     weights = Weights(tiny_model)
     sensitivities(weights, scorer_of(tiny_model), weights.matrices()[0])
-    assert len(alive) == 2 * 14, "two batches, fourteen matrices"
+    assert len(alive) == 4 * 14, "four pairs, fourteen matrices"
     assert max(alive) == 0, "the gradient at hand has been taken from its parameter"
     assert all(each.grad is None for each in tiny_model.parameters())
 
@@ -194,7 +197,7 @@ def test_matrices_in_many_groups_get_the_numbers_of_one(tiny_model, scorer_of, m
     assert [len(group) for group in prediction._groups(matrices)] == [4, 3, 4, 3]
     apart = sensitivities(weights, scorer, matrices[::-1])
     for matrix in matrices:
-        assert apart[matrix].slopes == pytest.approx(together[matrix].slopes, rel=1e-4, abs=1e-7)
+        assert apart[matrix].slopes.mean(0) == pytest.approx(together[matrix].slopes.mean(0), rel=1e-4, abs=1e-7)
         assert apart[matrix].energies == pytest.approx(together[matrix].energies, rel=1e-4)
 
 
@@ -218,7 +221,9 @@ def test_under_lora_the_merged_weights_are_what_is_predicted(scorer_of):
     by_name = {matrix.name: each for matrix, each in found.items()}
     assert len(by_name) == len(expected) == 14
     for matrix, each in expected.items():
-        assert by_name[matrix.name].slopes == pytest.approx(each.slopes, rel=1e-2, abs=1e-4), matrix.name
+        assert by_name[matrix.name].slopes.mean(0) == pytest.approx(each.slopes.mean(0), rel=1e-2, abs=1e-4), (
+            matrix.name
+        )
         assert by_name[matrix.name].energies.sum() == pytest.approx(each.energies.sum(), rel=1e-4)
 
 
@@ -226,13 +231,41 @@ def test_under_lora_the_merged_weights_are_what_is_predicted(scorer_of):
 @given(st.lists(st.integers(-9, 9), min_size=2, max_size=8), st.data())
 def test_what_is_lost_grows_with_what_is_removed(slopes, data):
     energies = data.draw(st.lists(st.integers(0, 9), min_size=len(slopes), max_size=len(slopes)))
-    found = Sensitivity(np.array(slopes), np.array(energies))
+    found = Sensitivity(np.array([slopes]), np.array(energies))
     lost = [found.output_lost(rank) for rank in range(len(slopes) + 1)]
     assert lost == sorted(lost, reverse=True)
     assert lost[-1] == 0
     assert lost[0] == (pytest.approx(1) if sum(energies) else 0)
     assert found.first_order(0) == pytest.approx(-sum(slopes), abs=1e-9)
     assert found.first_order(len(slopes)) == 0
+    assert found.predicted(0) == found.first_order(0), "one pair alone has no standard error"
+
+
+@settings(deadline=None)
+@given(st.integers(2, 9), st.integers(0, 4), st.integers(0, 99))
+def test_a_prediction_is_lower_the_less_the_pairs_agree(pairs_count, rank, seed):
+    slopes = np.random.default_rng(seed).normal(size=(pairs_count, 4))
+    found = Sensitivity(slopes, np.ones(4))
+    assert found.first_order(rank) == pytest.approx(-slopes[:, rank:].sum() / pairs_count)
+    assert found.standard_error(rank) == pytest.approx(sem(slopes[:, rank:].sum(1)))
+    agreed = Sensitivity(np.repeat(slopes.mean(0, keepdims=True), pairs_count, 0), np.ones(4))
+    assert agreed.first_order(rank) == pytest.approx(found.first_order(rank))
+    assert agreed.predicted(rank) == pytest.approx(agreed.first_order(rank))
+    assert found.predicted(rank) <= agreed.predicted(rank) + 1e-12
+
+
+def test_each_pair_has_the_slopes_it_has_alone(tiny_model, tokenizer, pairs):
+    """Also a pair without a rejected answer, whose margin is that of the chosen one."""
+    usable = pairs_from_rows(pairs).pairs
+    usable = [*usable[:2], replace(usable[2], rejected=None)]
+    weights, prompter = Weights(tiny_model), Prompter(tokenizer, "chatml", context=512)
+    matrices = weights.matrices()[0]
+    together = sensitivities(weights, MarginScorer(tiny_model, prompter, usable, batch_size=4), matrices)
+    for place, pair in enumerate(usable):
+        alone = sensitivities(weights, MarginScorer(tiny_model, prompter, [pair], batch_size=4), matrices)
+        for matrix in matrices:
+            assert alone[matrix].slopes.shape == (1, min(matrix.shape))
+            assert together[matrix].slopes[place] == pytest.approx(alone[matrix].slopes[0], rel=1e-4, abs=1e-7)
 
 
 @settings(max_examples=20, deadline=None)

@@ -1,6 +1,6 @@
 """Which ordering of truncations predicts best what they do: SmolLM2, the example pairs, as a table.
 
-    python tests/benchmarks/ranking.py [--depths 10] [--pairs 12] [--tokens 24] [--measured FILE] [--threads N]
+    python tests/benchmarks/ranking.py [--depths 10] [--rungs 2] [--pairs 12] [--tokens 24] [--measured FILE]
 
 Every type of matrix at evenly spaced depths is truncated alone, each to one rung of a ladder, all rungs in turn. What
 it does to the mean margin is measured on some of the pairs that the gradient was taken from, and on others; with
@@ -14,10 +14,11 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,6 +30,7 @@ from splaser_plugin.loading import context_length, load_model
 from splaser_plugin.margin import MarginScorer
 from splaser_plugin.matrices import Matrix
 from splaser_plugin.pairs import load_pairs
+from splaser_plugin.prediction import sensitivities
 from splaser_plugin.prompts import Prompter
 from splaser_plugin.scan import MatrixScan, matrix_scan
 from splaser_plugin.scoring import Scorer, SemanticScorer
@@ -37,6 +39,8 @@ from splaser_plugin.weights import Weights
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "data"
+OUTPUT_WEIGHTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+RULERS = {"seen": "margin, pairs seen", "unseen": "margin, other pairs", "answers": "answers to other pairs"}
 LADDER = ("iqr", 0.5, "mp", 0.25, 0.1)
 
 
@@ -66,18 +70,22 @@ class Study:
             matrix: matrix_scan(matrix, singular_values(self.weights.read(matrix))) for matrix in self.matrices
         }
 
-    def edits(self) -> list[tuple[Matrix, int]]:
-        """Every matrix, each with the rank of one rung, so that each type meets each rung."""
+    def edits(self, rungs: int) -> list[tuple[Matrix, int]]:
+        """Every matrix at some rungs of the ladder, in turn, so that each type meets each rung; block by block."""
         types = sorted({matrix.type for matrix in self.matrices})
         blocks = sorted({matrix.block for matrix in self.matrices if matrix.block is not None})
-        return [
-            (matrix, rung_rank(self.scans[matrix], LADDER[(types.index(matrix.type) + place) % len(LADDER)]))
-            for place, block in enumerate(blocks)
-            for matrix in self.matrices
-            if matrix.block == block
-        ]
+        edits = []
+        for place, block in enumerate(blocks):
+            for matrix in self.matrices:
+                if matrix.block == block:
+                    first = types.index(matrix.type) + place
+                    chosen = [LADDER[(first + 2 * turn) % len(LADDER)] for turn in range(rungs)]
+                    edits += [
+                        (matrix, rank) for rank in dict.fromkeys(rung_rank(self.scans[matrix], each) for each in chosen)
+                    ]
+        return edits
 
-    def measure(self, scorers: dict[str, Scorer]) -> dict[str, list[float]]:
+    def measure(self, scorers: Mapping[str, Scorer]) -> dict[str, list[float]]:
         """Score of each pair by each of these rulers."""
         return {name: list(scorer.score(range(scorer.size)).values) for name, scorer in scorers.items()}
 
@@ -137,12 +145,12 @@ class Measured:
         return not self.scores.get((name, rank), {}).keys() >= set(scorers)
 
 
-def measure_edits(study: Study, measured: Measured) -> None:
+def measure_edits(study: Study, edits: Sequence[tuple[Matrix, int]], measured: Measured) -> None:
     """Measure what is not measured yet: the margins first, block by block, then the answers."""
     for scorers in (study.margins, study.answers):
         if measured.lacks("", 0, scorers):
             measured.add("", 0, study.measure(scorers))
-        left = [edit for edit in study.edits() if measured.lacks(edit[0].name, edit[1], scorers)]
+        left = [edit for edit in edits if measured.lacks(edit[0].name, edit[1], scorers)]
         for block in dict.fromkeys(matrix.block for matrix, _ in left):
             started = time.monotonic()
             with starting_at(study, block or 0) if scorers is study.margins else nullcontext():
@@ -155,9 +163,93 @@ def measure_edits(study: Study, measured: Measured) -> None:
             print(f"block {block}: {', '.join(scorers)}: {time.monotonic() - started:.0f} s", file=sys.stderr)
 
 
+def predict(study: Study, edits: Sequence[tuple[Matrix, int]]) -> dict[str, np.ndarray]:
+    """What each ordering goes by, one number a truncation, higher is tried first."""
+    found = sensitivities(study.weights, study.gradient, study.matrices)
+    values = [(study.scans[matrix].edges["iqr"].snr or np.inf, found[matrix], rank) for matrix, rank in edits]
+    return {
+        "snr, lowest first": np.array([-snr for snr, _, _ in values]),
+        "share of components kept": np.array([rank / len(each.energies) for _, each, rank in values]),
+        "output lost": np.array([-each.output_lost(rank) for _, each, rank in values]),
+        "gradient": np.array([each.first_order(rank) for _, each, rank in values]),
+        "gradient - 2 SE": np.array([each.predicted(rank) for _, each, rank in values]),
+    }
+
+
+def with_output_term(predicted: dict[str, np.ndarray], change: np.ndarray, fit: np.ndarray) -> dict[str, float]:
+    """Add to the gradients c times the output lost; returns the c with which each ranks the truncations `fit` best."""
+    weights = {}
+    for name in ("gradient", "gradient - 2 SE"):
+        sums = {c: predicted[name] + c * predicted["output lost"] for c in OUTPUT_WEIGHTS}
+        best = max(OUTPUT_WEIGHTS, key=lambda c: rank_correlation(sums[c][fit], change[fit]))
+        predicted[f"{name} - c output lost"] = sums[best]
+        weights[name] = best
+    return weights
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's."""
+    return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """From 0; equals share the mean of theirs."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[place]
+
+
+def interval(first: np.ndarray, second: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the rank correlation, over truncations."""
+    random = np.random.default_rng(0)
+    drawn = (random.integers(len(first), size=len(first)) for _ in range(resamples))
+    low, high = np.nanquantile([rank_correlation(first[each], second[each]) for each in drawn], [0.025, 0.975])
+    return float(low), float(high)
+
+
+def report(study: Study, edits: Sequence[tuple[Matrix, int]], measured: Measured) -> str:
+    base = measured.scores["", 0]
+    changes = {
+        ruler: np.array(
+            [np.mean(np.subtract(measured.scores[matrix.name, rank][ruler], base[ruler])) for matrix, rank in edits]
+        )
+        for ruler in base
+    }
+    predicted = predict(study, edits)
+    blocks = sorted({matrix.block for matrix, _ in edits if matrix.block is not None})
+    judged = np.array([blocks.index(matrix.block or 0) % 2 == 1 for matrix, _ in edits])
+    weights = with_output_term(predicted, changes["unseen"], ~judged)
+    told = ", ".join(f"{c:g} for {name}" for name, c in weights.items())
+    lines = [
+        f"{len(edits)} truncations; c was chosen on the {int((~judged).sum())} at depths {blocks[::2]}: {told}.",
+        *table(predicted, changes, np.full(len(edits), True), f"All {len(edits)} truncations"),
+        *table(predicted, changes, judged, f"The {int(judged.sum())} at depths {blocks[1::2]}"),
+    ]
+    return "\n".join(lines)
+
+
+def table(
+    predicted: dict[str, np.ndarray], changes: dict[str, np.ndarray], some: np.ndarray, title: str
+) -> Iterator[str]:
+    """Rank correlation with each change, and what the first ten by each ordering do to it on average."""
+    yield f"\n{title}:\n"
+    yield "| ordering | " + " | ".join(f"{RULERS[ruler]} | first ten" for ruler in changes) + " |"
+    yield "| --- |" + " ---: | ---: |" * len(changes)
+    for name, values in predicted.items():
+        cells = []
+        for change in changes.values():
+            low, high = interval(values[some], change[some])
+            first = np.argsort(-values[some], kind="stable")[:10]
+            cells.append(f"{rank_correlation(values[some], change[some]):+.2f} ({low:+.2f} to {high:+.2f})")
+            cells.append(f"{change[some][first].mean():+.3f}")
+        yield f"| {name} | " + " | ".join(cells) + " |"
+    means = " | ".join(f" | {change[some].mean():+.3f}" for change in changes.values())
+    yield f"| all, for comparison | {means} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Which ordering of truncations predicts best what they do.")
     parser.add_argument("--depths", type=int, default=10, help="blocks to look at, evenly spaced")
+    parser.add_argument("--rungs", type=int, default=2, choices=range(1, 6), help="rungs of the ladder for each matrix")
     parser.add_argument("--pairs", type=int, default=12, help="pairs to measure on, of those seen and of others")
     parser.add_argument("--tokens", type=int, default=24, help="longest own answer, in tokens; 0 for none")
     parser.add_argument("--measured", type=Path, help="file that keeps the measurements")
@@ -167,7 +259,9 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     study = Study(arguments.pairs, arguments.tokens, arguments.depths)
     measured = Measured(arguments.measured)
-    measure_edits(study, measured)
+    edits = study.edits(arguments.rungs)
+    measure_edits(study, edits, measured)
+    print(report(study, edits, measured))
 
 
 if __name__ == "__main__":
