@@ -14,6 +14,8 @@ from splaser_plugin.typed import check_types
 
 RESULTS_SCHEMA = "splaser.results/1"
 RISK = 0.05
+RESAMPLES = 2_000
+"""For the interval of each candidate: enough to draw it, and quick where there are hundreds."""
 SHOWN = 12
 """Most prompts of a report whose answers stand side by side."""
 
@@ -191,7 +193,7 @@ def _attempts(stored: Mapping[str, Any], baseline: _Measured) -> Iterator[Attemp
             rank=each["rank"],
             full_rank=each["full_rank"],
             verdict=each["verdict"],
-            score=each["score"] if values else None,
+            score=sum(values) / len(values) if values else None,
             change=sum(differences) / len(differences) if differences else None,
             interval=_interval(differences),
             reason=_reason(each, f"{len(values)} {stored.get('unit', 'pairs')}", with_best),
@@ -203,7 +205,7 @@ def _attempts(stored: Mapping[str, Any], baseline: _Measured) -> Iterator[Attemp
 def _interval(differences: Sequence[float]) -> Interval | None:
     if len(differences) < 2:
         return None
-    return paired_bootstrap(differences, risk=RISK, seed=0)
+    return paired_bootstrap(differences, risk=RISK, seed=0, resamples=RESAMPLES)
 
 
 def _reason(candidate: Mapping[str, Any], items: str, with_best: bool) -> str:
@@ -216,6 +218,7 @@ def _reason(candidate: Mapping[str, Any], items: str, with_best: bool) -> str:
         "stopped": f"after {items} a bound said that it can't be accepted any more; put back bit for bit",
         "screened": f"the screen's score fell by {-screened:.4f}, so it was not scored",
         "guarded": f"accepted on all {items}, but the guard measured {guarded:.4f}, over its limit; put back",
+        "failed": f"it can't be scored: {candidate.get('reason')}; put back bit for bit",
     }.get(candidate["verdict"], "")
 
 

@@ -124,6 +124,8 @@ def test_a_run_on_windows_of_text_by_the_harmless_rule_is_told_in_its_own_words(
     stored["candidates"][1] |= {"verdict": "guarded", "guard_loss": 1.05}
     for part in (stored["baseline"], stored["final"], stored["held_out"]["base"], stored["held_out"]["result"]):
         part["answers"] = []
+    failed = {"verdict": "failed", "reason": "only nan came out", "score": None, "per_pair": [], "pairs_scored": []}
+    stored["candidates"].append({**stored["candidates"][0], **failed})
     run = run_from_results(stored)
     text = squeezed(Page(render(SCAN, run)).text)
     for told in (
@@ -132,6 +134,7 @@ def test_a_run_on_windows_of_text_by_the_harmless_rule_is_told_in_its_own_words(
         "against the base model, on the same windows",
         "surely not worse than the base by the tolerance, on all 20 windows",
         "the guard measured 1.0500, over its limit",
+        "it can't be scored: only nan came out",
         "better on 8 windows that the search never saw. Loses less than the tolerance of 0.02.",
     ):
         assert told in text
