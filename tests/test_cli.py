@@ -197,6 +197,7 @@ def test_help_loads_nothing_heavy():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stderr.strip() == "[]"
     assert "--max-new-tokens" in run.stdout
+    assert "The search" in run.stdout
 
 
 @pytest.mark.real
