@@ -200,6 +200,13 @@ def test_help_loads_nothing_heavy():
     assert "The search" in run.stdout
 
 
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["scan", "-h"], ["emit", "axolotl", "-h"]])
+def test_both_spellings_of_help_are_known(splaser, arguments):
+    code, printed, _ = splaser(*arguments)
+    assert code == 0
+    assert "Usage:" in printed
+
+
 @pytest.mark.real
 def test_the_real_models_go_through_scan_laser_and_apply(smollm2, minilm, tmp_path):
     """SmolLM2-135M and all-MiniLM-L6-v2, as the command line runs them."""
