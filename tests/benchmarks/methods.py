@@ -39,12 +39,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "scorer": "margin",
         "tolerance": 0.1,
         "ranks": "0.5,0.25",
-        "candidates": 12,
-        "samples": 64,
+        "candidates": 10,
+        "samples": 48,
     },
 }
 PERPLEXITY: dict[str, Any] = {"scorer": "perplexity", "window": 128, "samples": 48}
-COMPARED_PAIRS = 48
+COMPARED_PAIRS = 36
 FORMS = {
     "semantic": ("semantic score", "{:+.4f}", "{:+.4f}"),
     "margin": ("preference margin", "{:+.4f}", "{:+.4f}"),
@@ -56,12 +56,12 @@ FORMS = {
 
 
 def settings(**changes: Any) -> LaserConfig:
-    """Those of the demo, with 8 candidates."""
+    """Those of the demo."""
     plain: dict[str, Any] = {
         "embedder": str(prepare_embedder()),
         "held_out": str(HELD_OUT),
         "samples": 24,
-        "candidates": 8,
+        "candidates": 6,
         "max_new_tokens": 48,
         "device": "cpu",
         "batch_size": 24,
@@ -166,6 +166,7 @@ def main() -> None:
             if name == "racing" and not arguments.no_compare:
                 result.save(lasered)
             del result
+            print(methods_table({name: rows[name]}).splitlines()[-1], file=sys.stderr, flush=True)
         print(methods_table(rows), flush=True)
         if lasered.exists():
             compared = compare(model, lasered)
