@@ -160,7 +160,7 @@ def _rebuild(recipe: Recipe, base: str) -> str:
     return (
         f"```sh\nsplaser apply recipe.json {model} -o rebuilt\n```\n\n"
         f"{whose}Only weights with the identity {code(recipe.weights[:12])}, in {code(recipe.dtype)}, are accepted; "
-        "the result is the same bit for bit."
+        "on a machine of the same kind, with the versions below, the result is the same bit for bit."
     )
 
 
