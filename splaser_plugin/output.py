@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -113,6 +113,30 @@ def whole_folder(out: Path, *, needed: int = 0) -> Iterator[Path]:
         raise
     if replaced.exists():
         shutil.rmtree(replaced)
+
+
+def cached_folder(out: Path, fill: Callable[[Path], None]) -> Path:
+    """The folder `out`, filled by `fill` unless it is there: whole or not at all.
+
+    Of several processes that fill it at once the first one's stays, so that nobody's files are taken away.
+    Raises OutputError when it can't be written.
+    """
+    if out.is_dir():
+        return out
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}{UNFINISHED}", dir=out.parent))
+        try:
+            fill(temporary)
+            temporary.chmod(0o777 & ~_umask())
+            _sync(temporary)
+            temporary.rename(out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        if not out.is_dir():
+            raise OutputError(f"{out}: can't be written ({error.strerror or error}). {MAKE_ROOM}") from error
+    return out
 
 
 def put_back(out: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from splaser_plugin import LaserConfig, laser
-from splaser_plugin.errors import OutputError
+from splaser_plugin.errors import OutputError, ScoreError
 from splaser_plugin.laser_journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.output import check_output, check_space
 from splaser_plugin.scoring import Scores
@@ -123,6 +123,25 @@ def test_what_was_measured_is_not_measured_again(left, tiny_folder, pairs_file, 
     run(tiny_folder, pairs_file, left.with_name("another"))
     assert before + resumed == len(computed)
     assert_same(left, unbroken)
+
+
+def test_a_measurement_that_failed_is_not_made_again_either(tmp_path):
+    class Fails:
+        name, size, asked = "fails", 1, 0
+
+        def score(self, items, like=None):
+            self.asked += 1
+            raise ScoreError("the logits are nan")
+
+    scorer = Fails()
+    for _ in range(2):
+        journal = LaserJournal(tmp_path / "out")
+        journal.begin({})
+        with pytest.raises(ScoreError, match="the logits are nan"):
+            RecordedScorer(scorer, journal).score([0])
+        journal.finished = 1  # so that it isn't deleted as one in which nothing stands
+        journal.close()
+    assert scorer.asked == 1
 
 
 @pytest.mark.parametrize("share", [0.02, 0.6, 0.93, 0.999])
