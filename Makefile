@@ -39,6 +39,8 @@ bench: models
 	$(BIN)/python tests/benchmarks/spectra.py
 	$(BIN)/python tests/benchmarks/scan_memory.py
 	$(BIN)/python tests/benchmarks/search.py
+	$(BIN)/python tests/benchmarks/factored.py
+	$(BIN)/python tests/benchmarks/methods.py
 
 clean:
 	rm -rf $(VENV) $(TOOLS) .cache splaser-demo

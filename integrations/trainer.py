@@ -170,13 +170,15 @@ class LaserCallback(TrainerCallback):
             metrics["laser/held_out_low"], metrics["laser/held_out_high"] = result.held_out.interval
         return metrics
 
-    def _rows(self, trainer: Any) -> Pairs:
+    def _rows(self, trainer: Any) -> Pairs | None:
         if self.pairs is not None:
             return self.pairs
         for name in ("eval_dataset", "train_dataset"):
             dataset: Any = getattr(trainer, name, None)
             if {"chosen", "rejected"} <= set(getattr(dataset, "column_names", None) or ()):
                 return _without_end(dataset, trainer.processing_class.eos_token)
+        if not self.config.needs_pairs:
+            return None
         raise PairsError(
             "no preference pairs were given, and the trainer's data sets have no text to read them from. Pass pairs=..."
         )

@@ -8,6 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CompareConfig": "splaser_plugin.config",
     "LaserConfig": "splaser_plugin.config",
     "ScanConfig": "splaser_plugin.config",
     "SplaserError": "splaser_plugin.errors",
@@ -15,6 +16,7 @@ _HOMES = {
     "laser": "splaser_plugin.jobs",
     "run_scan": "splaser_plugin.scan",
     "apply_recipe": "splaser_plugin.jobs",
+    "compare_models": "splaser_plugin.comparison",
     "load_pairs": "splaser_plugin.pairs",
     "load": "splaser_plugin.factored_folder",
     "expand": "splaser_plugin.factored",

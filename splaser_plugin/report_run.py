@@ -10,9 +10,12 @@ from typing import Any
 from splaser_plugin.errors import RecipeError
 from splaser_plugin.scan_records import read_json
 from splaser_plugin.statistics import paired_bootstrap
+from splaser_plugin.typed import check_types
 
 RESULTS_SCHEMA = "splaser.results/1"
 RISK = 0.05
+RESAMPLES = 2_000
+"""For the interval of each candidate: enough to draw it, and quick where there are hundreds."""
 SHOWN = 12
 """Most prompts of a report whose answers stand side by side."""
 
@@ -127,37 +130,61 @@ def run_from_results(stored: Any, source: str = "results") -> Run:
         got = stored.get("schema") if isinstance(stored, Mapping) else type(stored).__name__
         raise RecipeError(f"{source}: schema is {got!r}, expected '{RESULTS_SCHEMA}'. Make it anew with splaser laser.")
     try:
-        return _run(stored)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise RecipeError(f"{source}: not whole ({error!r}). Make it anew with splaser laser.") from error
+        run = _run(stored)
+        check_types(run)
+        return run
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+        raise RecipeError(f"{source}: not whole ({repr(error)[:200]}). Make it anew with splaser laser.") from error
 
 
 def _run(stored: Mapping[str, Any]) -> Run:
-    texts = stored.get("texts") or {"search": [], "held_out": []}
-    baseline, final, held_out = stored["baseline"], stored["final"], stored["held_out"]
-    exchanges = _exchanges(texts["search"], baseline, final, is_held_out=False)
-    if held_out["verdict"] is not None:
-        exchanges += _exchanges(texts["held_out"], held_out["base"], held_out["result"], is_held_out=True)
+    baseline, final = _measured(stored["baseline"]), _measured(stored["final"])
+    apart = stored["held_out"]
+    before, after = (_measured(apart[key]) if apart["verdict"] is not None else None for key in ("base", "result"))
+    asked = {part: [_pair(each) for each in pairs] for part, pairs in stored.get("texts", {}).items()}
+    exchanges = _exchanges(asked.get("search", []), baseline, final, is_held_out=False)
+    if before and after:
+        exchanges += _exchanges(asked.get("held_out", []), before, after, is_held_out=True)
     changed = [each for each in exchanges if each.before != each.after]
     return Run(
         source=stored["pairs"]["source"],
         unit=stored.get("unit", "pairs"),
-        searched=len(baseline["per_pair"]),
+        searched=len(baseline.values),
         compared_with=stored.get("compared_with", "best"),
         parameters_removed=stored.get("parameters_removed", 0),
-        baseline=baseline["score"],
-        final=final["score"],
-        attempts=tuple(_attempts(stored)),
-        verdict=_verdict(held_out, texts["held_out"]),
-        split=held_out["split"],
+        baseline=baseline.score,
+        final=final.score,
+        attempts=tuple(_attempts(stored, baseline)),
+        verdict=_verdict(apart, before, after, asked.get("held_out", [])) if before and after else None,
+        split=apart["split"],
         exchanges=tuple(sorted(changed, key=lambda each: (-abs(each.change), each.prompt))),
         answers=len(exchanges),
     )
 
 
-def _attempts(stored: Mapping[str, Any]) -> Iterator[Attempt]:
-    unit, with_best = stored.get("unit", "pairs"), stored.get("compared_with", "best") == "best"
-    best: list[float] = stored["baseline"]["per_pair"]
+@dataclass(frozen=True)
+class _Measured:
+    """A model's scores of all items."""
+
+    score: float
+    values: tuple[float, ...]
+    answers: tuple[str, ...]
+    """Empty where nothing was generated."""
+
+
+def _measured(stored: Mapping[str, Any]) -> _Measured:
+    measured = _Measured(stored["score"], tuple(stored["per_pair"]), tuple(stored["answers"]))
+    check_types(measured)
+    return measured
+
+
+def _pair(stored: Mapping[str, Any]) -> tuple[str, str, str | None]:
+    return stored["prompt"], stored["chosen"], stored["rejected"]
+
+
+def _attempts(stored: Mapping[str, Any], baseline: _Measured) -> Iterator[Attempt]:
+    with_best = stored.get("compared_with", "best") == "best"
+    best: Sequence[float] = baseline.values
     for each in stored["candidates"]:
         values: list[float] = each["per_pair"]
         differences = [value - best[place] for place, value in zip(each["pairs_scored"], values, strict=True)]
@@ -166,63 +193,70 @@ def _attempts(stored: Mapping[str, Any]) -> Iterator[Attempt]:
             rank=each["rank"],
             full_rank=each["full_rank"],
             verdict=each["verdict"],
-            score=each["score"],
+            score=sum(values) / len(values) if values else None,
             change=sum(differences) / len(differences) if differences else None,
-            interval=paired_bootstrap(differences, risk=RISK, seed=0) if len(differences) > 1 else None,
-            reason=_reason(each, f"{len(values)} {unit}", with_best),
+            interval=_interval(differences),
+            reason=_reason(each, f"{len(values)} {stored.get('unit', 'pairs')}", with_best),
         )
         if each["verdict"] == "kept" and with_best:
             best = values
 
 
+def _interval(differences: Sequence[float]) -> Interval | None:
+    if len(differences) < 2:
+        return None
+    return paired_bootstrap(differences, risk=RISK, seed=0, resamples=RESAMPLES)
+
+
 def _reason(candidate: Mapping[str, Any], items: str, with_best: bool) -> str:
     """items: how many it was scored on, and of what."""
     kept = "better than the best before it" if with_best else "surely not worse than the base by the tolerance"
+    screened, guarded = (candidate.get(key) or 0.0 for key in ("screen_change", "guard_loss"))
     return {
         "kept": f"{kept}, on all {items}",
         "restored": f"scored on all {items} and not accepted by the rule of this run; put back bit for bit",
         "stopped": f"after {items} a bound said that it can't be accepted any more; put back bit for bit",
-        "screened": f"the screen's score fell by {-(candidate.get('screen_change') or 0):.4f}, so it was not scored",
-        "guarded": f"accepted on all {items}, but the guard measured {candidate.get('guard_loss') or 0:.4f}, over its "
-        "limit; put back bit for bit",
+        "screened": f"the screen's score fell by {-screened:.4f}, so it was not scored",
+        "guarded": f"accepted on all {items}, but the guard measured {guarded:.4f}, over its limit; put back",
+        "failed": f"it can't be scored: {candidate.get('reason')}; put back bit for bit",
     }.get(candidate["verdict"], "")
 
 
 def _exchanges(
-    texts: Sequence[Mapping[str, Any]], before: Mapping[str, Any], after: Mapping[str, Any], *, is_held_out: bool
+    asked: Sequence[tuple[str, str, str | None]], before: _Measured, after: _Measured, *, is_held_out: bool
 ) -> list[Exchange]:
     """None where nothing was generated, or where the prompts were not recorded."""
-    if not texts or not before["answers"] or not after["answers"]:
+    if not asked or not before.answers or not after.answers:
         return []
     return [
-        Exchange(text["prompt"], text["chosen"], text["rejected"], first, second, new - old, is_held_out)
-        for text, first, second, old, new in zip(
-            texts, before["answers"], after["answers"], before["per_pair"], after["per_pair"], strict=True
+        Exchange(*pair, first, second, new - old, is_held_out)
+        for pair, first, second, old, new in zip(
+            asked, before.answers, after.answers, before.values, after.values, strict=True
         )
     ]
 
 
-def _verdict(held_out: Mapping[str, Any], texts: Sequence[Mapping[str, Any]]) -> Verdict | None:
-    if held_out["verdict"] is None:
-        return None
-    low, high = held_out["interval"]
-    pairs = zip(held_out["base"]["per_pair"], held_out["result"]["per_pair"], strict=True)
+def _verdict(
+    stored: Mapping[str, Any], base: _Measured, result: _Measured, asked: Sequence[tuple[str, str, str | None]]
+) -> Verdict:
+    low, high = stored["interval"]
+    differences = (after - before for before, after in zip(base.values, result.values, strict=True))
     return Verdict(
-        verdict=held_out["verdict"],
-        loss_verdict=held_out.get("loss_verdict") or "",
-        base=held_out["base"]["score"],
-        result=held_out["result"]["score"],
-        difference=held_out["difference"],
+        verdict=stored["verdict"],
+        loss_verdict=stored.get("loss_verdict") or "",
+        base=base.score,
+        result=result.score,
+        difference=stored["difference"],
         interval=(low, high),
-        better=held_out["better"],
-        worse=held_out["worse"],
-        equal=held_out["equal"],
-        differences=tuple(result - base for base, result in pairs),
-        prompts=tuple(text["prompt"] for text in texts),
+        better=stored["better"],
+        worse=stored["worse"],
+        equal=stored["equal"],
+        differences=tuple(differences),
+        prompts=tuple(prompt for prompt, _, _ in asked),
     )
 
 
-def _words(text: str) -> list[str]:
-    """Words with the spaces after them, so that they add up to the text."""
-    words = text.split(" ")
+def _words(answer: str) -> list[str]:
+    """Words with the spaces after them, so that they add up to the answer."""
+    words = answer.split(" ")
     return [word + " " for word in words[:-1]] + words[-1:]

@@ -58,6 +58,8 @@ class MatrixScan:
             }
         )
         check_types(record)
+        if min(record.shape) < 1:
+            raise TypeError(f"shape is {record.shape}, expected rows and columns")
         return record
 
 
@@ -114,6 +116,8 @@ class Scan:
             check_types(replace(scan, matrices=()))
             if scan.edge not in EDGES:
                 raise TypeError(f"edge is {scan.edge!r:.80}, expected one of {', '.join(EDGES)}")
+            if not scan.matrices:
+                raise TypeError("no matrices")
             return scan
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise RecipeError(f"{source}: not a whole scan ({error}). Make it anew with splaser scan.") from error

@@ -27,8 +27,7 @@ class Judgement:
 
     verdict: str
     """`kept`; `restored` after all items; `stopped` after some of them; `screened` before the first; `failed`: can't
-    be scored; `guarded`:
-    it would have been kept, but for the guard."""
+    be scored; `guarded`: it would have been kept, but for the guard."""
     scores: Scores | None
     """Of the items it was scored on; None if it was screened out."""
     best_before: float | None

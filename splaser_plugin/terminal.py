@@ -170,6 +170,10 @@ def escape(text: str) -> str:
     return without_markup(printable(text))
 
 
+WIDEST = len("-0.0000 to +0.0000")
+"""Of what stands in a table, but for names."""
+
+
 def comparison_tables(names: Sequence[str], figures: Sequence[Mapping[str, Figure]]) -> list[Table]:
     """The first model beside two others at a time, so that a table fits into 80 columns."""
     groups = [range(start, min(start + 2, len(names))) for start in range(1, len(names), 2)] or [range(0)]
@@ -180,7 +184,7 @@ def _comparison_table(names: Sequence[str], figures: Sequence[Mapping[str, Figur
     table = Table(width=80)
     table.add_column("", no_wrap=True)
     for place in shown:
-        table.add_column(escape(names[place]), justify="right", overflow="fold", ratio=1)
+        table.add_column(escape(names[place]), justify="right", overflow="fold", width=WIDEST if place else None)
     for name, form in _FORMS.items():
         if name in figures[0]:
             table.add_row(form.called, *(form.cell(figures[place][name]) for place in shown))

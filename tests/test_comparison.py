@@ -144,7 +144,7 @@ def test_the_command_prints_a_table_and_writes_the_same_as_json(
     assert len(stored["models"][1]["per_window"]) == 9
     tables = [line for line in told.splitlines() if re.match("[┏┃┡│└]", line)]
     assert len([line for line in tables if line.startswith("┏")]) == 2
-    assert max(map(len, tables)) == 80
+    assert max(map(len, tables)) <= 80
     assert "preference margin" in told and "tokens a second" in told
 
 

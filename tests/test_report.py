@@ -9,6 +9,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from splaser_plugin.errors import OutputError, RecipeError
 from splaser_plugin.integrations.axolotl import axolotl_yaml
@@ -112,6 +114,34 @@ def test_what_changed_most_comes_first_and_what_did_not_change_is_left_out():
 def test_the_verdict_in_words(change, told):
     run = run_from_results({**RESULTS, "held_out": {**RESULTS["held_out"], **change}})
     assert told in squeezed(Page(render(SCAN, run)).text)
+
+
+def test_a_run_on_windows_of_text_by_the_harmless_rule_is_told_in_its_own_words():
+    stored = json.loads(json.dumps(RESULTS))
+    stored |= {"unit": "windows", "compared_with": "base", "parameters_removed": 12345, "texts": {"search": []}}
+    stored["held_out"]["split"] = "8 windows; 20 to search on"
+    stored["held_out"]["loss_verdict"] = "loses less than the tolerance of 0.02"
+    stored["candidates"][1] |= {"verdict": "guarded", "guard_loss": 1.05}
+    for part in (stored["baseline"], stored["final"], stored["held_out"]["base"], stored["held_out"]["result"]):
+        part["answers"] = []
+    failed = {"verdict": "failed", "reason": "only nan came out", "score": None, "per_pair": [], "pairs_scored": []}
+    stored["candidates"].append({**stored["candidates"][0], **failed})
+    run = run_from_results(stored)
+    text = squeezed(Page(render(SCAN, run)).text)
+    for told in (
+        "20 windows searched on",
+        "Stored as factors, the kept matrices have 12,345 parameters fewer.",
+        "against the base model, on the same windows",
+        "surely not worse than the base by the tolerance, on all 20 windows",
+        "the guard measured 1.0500, over its limit",
+        "it can't be scored: only nan came out",
+        "better on 8 windows that the search never saw. Loses less than the tolerance of 0.02.",
+    ):
+        assert told in text
+    assert "pair" not in text.split("The answers, before and after")[0]
+    stopped = run.attempts[2]
+    gained = np.subtract(stored["final"]["per_pair"], stored["baseline"]["per_pair"])[:10]
+    assert stopped.change == pytest.approx(gained.mean())
 
 
 def test_a_run_that_kept_and_generated_nothing_says_so():
@@ -231,6 +261,30 @@ def test_damaged_results_are_refused(run_folder, tmp_path, content, message):
     with pytest.raises(RecipeError, match=message):
         report(run_folder, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+WRONG = [None, True, -1, 1.5, float("nan"), float("inf"), 1e308, 10**400, "", "</script>", [], {}, [[]]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_wrong_value_is_refused_or_shown_but_never_breaks_the_page(data):
+    small = made_up_scan(1)
+    content = {"scan": small.to_dict(), "results": made_up_results(small, pairs=12, held_out=2)}
+    part = data.draw(st.sampled_from(["scan", "results"]))
+    inside, is_first = content[part], True
+    while is_first or (isinstance(inside, dict | list) and inside and data.draw(st.integers(0, 9))):
+        key = data.draw(st.sampled_from(list(inside) if isinstance(inside, dict) else range(len(inside))))
+        parent, inside, is_first = inside, inside[key], False
+    parent[key] = data.draw(st.sampled_from(WRONG))
+    try:
+        scan, run = Scan.from_dict(content["scan"]), run_from_results(content["results"])
+    except RecipeError as error:
+        assert len(str(error)) < 600
+        return
+    page = Page(render(scan, run))
+    assert page.data["matrices"]
+    assert page.tags.count("script") == 3
 
 
 def test_what_is_no_run_is_refused_and_no_file_of_somebody_else_is_replaced(run_folder, tmp_path):

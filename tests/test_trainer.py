@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from splaser_plugin import LaserCallback, LaserConfig
-from splaser_plugin.errors import ConfigError, EmbedderError, ModelError, OutputError, PairsError
+from splaser_plugin.errors import ConfigError, EmbedderError, ModelError, OutputError, PairsError, TextError
 from splaser_plugin.integrations.merged import MergedWeights
 from splaser_plugin.recipe import Recipe
 from splaser_plugin.weights import Weights
@@ -283,6 +283,17 @@ def test_pairs_come_from_the_trainers_own_data_if_they_have_text(trainer_of, pai
     trainer.eval_dataset = Dataset.from_list(pairs)
     trainer.train()
     assert len(callback.result.pairs) == len(pairs)
+
+
+def test_a_trainer_without_pairs_can_be_lasered_by_perplexity(trainer_of, tmp_path):
+    (tmp_path / "prose.txt").write_text("The cat sat on the mat, and looked out of the window. " * 40)
+    options = {**CONFIG.to_dict(), "scorer": "perplexity", "text": str(tmp_path / "prose.txt"), "window": 16}
+    callback = LaserCallback(when="after", config=LaserConfig.from_dict(options))
+    trainer_of(tiny_llama(), callback).train()
+    assert callback.result.held_out.unit == "windows"
+    missing = LaserConfig.from_dict({**options, "text": str(tmp_path / "nothing.txt")})
+    with pytest.raises(TextError, match="there is no such file"):
+        trainer_of(tiny_llama(), LaserCallback(when="after", config=missing)).train()
 
 
 def test_what_would_stop_the_laser_after_training_stops_it_before(trainer_of, pairs, tmp_path):

@@ -39,21 +39,29 @@ METHODS: dict[str, dict[str, Any]] = {
         "scorer": "margin",
         "tolerance": 0.1,
         "ranks": "0.5,0.25",
-        "candidates": 12,
-        "samples": 64,
+        "candidates": 10,
+        "samples": 48,
     },
 }
 PERPLEXITY: dict[str, Any] = {"scorer": "perplexity", "window": 128, "samples": 48}
-COMPARED_PAIRS = 48
+COMPARED_PAIRS = 36
+FORMS = {
+    "semantic": ("semantic score", "{:+.4f}", "{:+.4f}"),
+    "margin": ("preference margin", "{:+.4f}", "{:+.4f}"),
+    "likelier": ("chosen likelier", "{:.0%}", "{:+.0%}"),
+    "perplexity": ("perplexity", "{:.3f}", "x{:.3f}"),
+    "tokens_per_s": ("tokens a second", "{:.0f}", ""),
+}
+"""Metric to its name, and the forms of its value and of its change against the first model."""
 
 
 def settings(**changes: Any) -> LaserConfig:
-    """Those of the demo, with 8 candidates."""
+    """Those of the demo."""
     plain: dict[str, Any] = {
         "embedder": str(prepare_embedder()),
         "held_out": str(HELD_OUT),
         "samples": 24,
-        "candidates": 8,
+        "candidates": 6,
         "max_new_tokens": 48,
         "device": "cpu",
         "batch_size": 24,
@@ -67,6 +75,7 @@ def measure(model: Path, config: LaserConfig) -> tuple[LaserResult, dict[str, An
     minutes = (time.perf_counter() - started) / 60
     found, verdict = result.search, result.held_out
     return result, {
+        "scorer": config.scorer,
         "tried": len(found.trials),
         "generated_tokens": found.generated_tokens,
         "minutes": minutes,
@@ -115,28 +124,22 @@ def methods_table(rows: dict[str, dict[str, Any]]) -> str:
         difference, low, high = row["held_out"]
         told = f"{difference:+.4f} ({low:+.4f} to {high:+.4f})"
         numbers = f"{row['tried']} | {row['generated_tokens']:,} | {row['minutes']:.1f} | {row['kept']}"
+        name += " (margin)" if row["scorer"] == "margin" else ""
         lines.append(f"| {name} | {numbers} | {row['parameters_removed']:,} | {told} |")
     return "\n".join(lines)
 
 
 def comparison_table(found: dict[str, Any]) -> str:
-    forms = {
-        "semantic": ("semantic score", "{:+.4f}"),
-        "margin": ("preference margin", "{:+.4f}"),
-        "likelier": ("chosen likelier", "{:.1%}"),
-        "perplexity": ("perplexity", "{:.3f}"),
-        "tokens_per_s": ("tokens a second", "{:.1f}"),
-    }
     names = [Path(model["model"]).name for model in found["models"]]
     lines = ["| | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
-    for key, (called, form) in forms.items():
+    for key, (called, value, change) in FORMS.items():
         cells = []
         for model in found["models"]:
             figure = model["figures"][key]
-            cell, interval = form.format(figure["value"]), figure["interval"]
+            cell, interval = value.format(figure["value"]), figure["interval"]
             if interval:
-                change = f"x{figure['ratio']:.4f}" if "ratio" in figure else f"{figure['difference']:+.4f}"
-                cell += f"; {change} ({interval[0]:+.4f} to {interval[1]:+.4f})"
+                parts = [figure.get("ratio", figure.get("difference")), *interval]
+                cell += "; " + "{} ({} to {})".format(*map(change.format, parts))
             cells.append(cell)
         lines.append(f"| {called} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -163,6 +166,7 @@ def main() -> None:
             if name == "racing" and not arguments.no_compare:
                 result.save(lasered)
             del result
+            print(methods_table({name: rows[name]}).splitlines()[-1], file=sys.stderr, flush=True)
         print(methods_table(rows), flush=True)
         if lasered.exists():
             compared = compare(model, lasered)
