@@ -1,0 +1,138 @@
+"""Every block of README.md, CONTRIBUTING.md and docs/ that can be run, in the order in which it stands there.
+
+A block of `sh` or `python` is run, with a tiny model as `my-model`; one of `yaml` that begins with its name is written,
+for the blocks after it. A command that can't be run here stands in a block of `text`, after the words "Not run by the
+tests". What stands in a line of text is looked up: options have to exist, and so do files.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import subprocess
+
+import pytest
+import typer.main
+import yaml
+
+from splaser_plugin.cli import app, main
+from splaser_plugin.config import LaserConfig
+from splaser_plugin.integrations.emit import app as emit
+from tests.conftest import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCKS = [(page, *found) for page in PAGES for found in BLOCK.findall(page.read_text(encoding="utf-8"))]
+SMALL = "--max-new-tokens 6 --candidates 3 --device cpu --samples 16"
+TOOLS = ("pip", "axolotl", "llamafactory-cli", "accelerate", "torchrun", "tmux", "hf")
+"""Commands that the tests don't run."""
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_folder, tmp_path_factory):
+    """What the reader of each page has: a model, some pairs and a text."""
+    found = {}
+    for page in PAGES:
+        found[page] = tmp_path_factory.mktemp(page.stem)
+        (found[page] / "my-model").symlink_to(tiny_folder)
+        rows = (ROOT / "examples" / "data" / "pairs.jsonl").read_text().splitlines()[:16]
+        (found[page] / "pairs.jsonl").write_text("\n".join(rows) + "\n")
+        (found[page] / "notes.txt").write_text((ROOT / "README.md").read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("page", "language", "code"),
+    BLOCKS,
+    ids=[f"{page.stem}-{number}-{language}" for number, (page, language, _) in enumerate(BLOCKS)],
+)
+def test_block(page, language, code, folders, minilm, monkeypatch, tmp_path):
+    monkeypatch.chdir(folders[page])
+    if language == "sh":
+        for line in code.replace("\\\n", " ").strip().splitlines():
+            run(shlex.split(line, comments=True), minilm, monkeypatch)
+    elif language == "python":
+        script = tmp_path / "block.py"
+        script.write_text(code)
+        runpy.run_path(str(script), run_name="__main__")
+    elif language == "yaml":
+        check_yaml(code, folders[page])
+    else:
+        assert language in ("text", "json")
+        before = page.read_text().split(f"```{language}\n{code}")[0][-400:]
+        if code.split()[0] in TOOLS:
+            assert "Not run by the tests" in before.replace("\n", " ")
+
+
+def run(words, minilm, monkeypatch):
+    if words[0] == "make":
+        assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
+        return
+    assert words[0] == "splaser"
+    if words[1] in ("laser", "compare"):
+        embedder = str(minilm) if words[1] == "compare" else "self"
+        given = [word for word in shlex.split(SMALL) if words[1] == "laser" or word not in ("--candidates", "3")]
+        words = [*words, *given, "--embedder", embedder]
+    if words[1] == "laser" and not {"--ranks", "--edge", "--config"} & set(words):
+        words = [*words, "--edge", "mp"]
+    monkeypatch.setattr("sys.argv", words)
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code, f"{shlex.join(words)} failed"
+
+
+def check_yaml(code, folder):
+    values = yaml.safe_load(code)
+    name = re.match(r"# (\S+\.ya?ml)\n", code)
+    if name:
+        (folder / name[1]).write_text(code)
+    if "splaser" in values:
+        assert values["splaser"].keys() <= {"mode", "top", "fraction", "laser"}
+        laser = values["splaser"].get("laser", {})
+        LaserConfig.from_dict({key: value for key, value in laser.items() if key not in ("when", "pairs")})
+    else:
+        assert name, "a block of YAML needs its file's name as a comment in its first line"
+
+
+def flags_of(command):
+    return {flag for each in command.params for flag in [*each.opts, *each.secondary_opts] if flag.startswith("--")}
+
+
+def known_flags():
+    groups = [typer.main.get_command(app), typer.main.get_command(emit)]
+    return {flag for group in groups for command in group.commands.values() for flag in flags_of(command)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_options_and_files_that_are_named_exist(page):
+    """In inline code: options of splaser, files of this repository; and the targets of links."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    flags = known_flags()
+    for code in re.findall(r"`([^`\n]+)`", text):
+        words = code.split()
+        if words[0] == "splaser" or words[0].startswith("--"):
+            for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code):
+                assert flag in flags or flag in ("--help",), code
+        for path in re.findall(r"(?:examples|tests|docs|splaser_plugin|integrations)/[\w./-]+\.\w+", code):
+            assert (ROOT / path).exists(), code
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_messages_in_troubleshooting_are_those_of_the_code():
+    sources = [*(ROOT / "splaser_plugin").glob("*.py"), *(ROOT / "integrations").glob("*.py")]
+    # the parts of a message stand in neighbouring literals
+    code = "".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8")) for path in sources)
+    headings = re.findall(r"^### `(.*)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(headings) >= 20
+    for heading in headings:
+        for part in heading.split("..."):
+            assert part.strip() in code, heading
+
+
+def test_what_the_blocks_of_the_readme_wrote_is_there(folders):
+    folder = folders[PAGES[0]]
+    for name in ("scan.json", "lasered/recipe.json", "rebuilt/recipe.json", "axolotl.yml", "report.html"):
+        assert (folder / name).is_file(), name
