@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
 from pickle import UnpicklingError
@@ -156,11 +157,11 @@ def _check_adapted(folder: Path, stored: set[str], expected: set[str]) -> None:
 
 
 def _library_errors() -> tuple[type[Exception], ...]:
-    """What transformers and PEFT raise for damaged files: they check little before they use it."""
+    """What transformers, gguf and PEFT raise for damaged files: they check little of them before use."""
     from huggingface_hub.errors import StrictDataclassError
 
     of_wrong_values = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError)
-    return (OSError, EOFError, RuntimeError, ImportError, UnpicklingError, *of_wrong_values)
+    return (OSError, EOFError, RuntimeError, ImportError, UnpicklingError, struct.error, *of_wrong_values)
 
 
 def _first_line(error: Exception) -> str:

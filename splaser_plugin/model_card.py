@@ -85,7 +85,7 @@ def _what_was_done(recipe: Recipe, run: Run | None, base: str) -> str:
         else f"{code(base)}, unchanged: splaser found no weight matrix whose reduction made its answers better."
     ]
     if not _is_on_hub(recipe.model):
-        lines.append("The base model was a local folder or file of that name.")
+        lines.append("That is the last part of its name where it was made: a folder, a file or a model in memory.")
     if run:
         lines.append(
             f"{len(run.attempts)} candidates were tried one after the other, and a change was kept only where the "
@@ -156,11 +156,11 @@ def _interval(verdict: Verdict) -> str:
 
 def _rebuild(recipe: Recipe, base: str) -> str:
     model = base if _is_on_hub(recipe.model) else "BASE_MODEL"
-    whose = "" if model == base else f"`BASE_MODEL` is your folder of {code(base)}. "
+    whose = "" if model == base else f"`BASE_MODEL` is your copy of {code(base)}. "
     return (
         f"```sh\nsplaser apply recipe.json {model} -o rebuilt\n```\n\n"
         f"{whose}Only weights with the identity {code(recipe.weights[:12])}, in {code(recipe.dtype)}, are accepted; "
-        "the result is the same bit for bit."
+        "on a machine of the same kind, with the versions below, the result is the same bit for bit."
     )
 
 

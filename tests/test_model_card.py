@@ -107,8 +107,8 @@ def test_nothing_of_the_machine_is_on_the_card():
     assert "alice" not in str(card) and "/home" not in str(card)
     assert metadata(card)["base_model"] == "mine"
     assert "datasets" not in metadata(card)
-    assert "The base model was a local folder or file of that name." in card.text
-    assert "`BASE_MODEL` is your folder of `mine`." in card.text
+    assert "That is the last part of its name where it was made: a folder, a file or a model in memory." in card.text
+    assert "`BASE_MODEL` is your copy of `mine`." in card.text
     unnamable = model_card(replace(RECIPE, model="/home/alice/my model (2)"))
     assert "base_model" not in metadata(unnamable)
 

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model
 
+from splaser_plugin.demo import MODEL_WHEEL, _wheel
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.loading import load_model
 from splaser_plugin.trust import check_adapter_folder
@@ -396,3 +397,15 @@ def test_a_damaged_embedder_is_refused_in_one_line(
     arguments = ["laser", tiny_folder, "--pairs", pairs_file, "-o", tmp_path / "out", *FLAGS, "--embedder", embedder]
     refused(splaser(*arguments), message, tmp_path / "out")
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("kept_bytes", [0, 3, 100, 2_000_000], ids=str)
+@pytest.mark.parametrize("command", ["scan", "laser"])
+def test_a_truncated_gguf_file_is_refused_in_one_line(splaser, pairs_file, tmp_path, command, kept_bytes):
+    whole = next(_wheel(*MODEL_WHEEL).glob("*.gguf"))
+    with whole.open("rb") as file:
+        (tmp_path / "cut.gguf").write_bytes(file.read(kept_bytes))
+    arguments = ["--pairs", pairs_file, *FLAGS] if command == "laser" else []
+    outcome = splaser(command, tmp_path / "cut.gguf", "-o", tmp_path / "output", *arguments)
+    refused(outcome, r"cut\.gguf: can't be loaded as a causal language model", tmp_path / "output")
