@@ -52,7 +52,7 @@ class Confident:
         return can_reach(differences, self._risk) and _mean(differences) > self.bar(differences, len(differences))
 
     def bar(self, differences: Sequence[float], size: int) -> float:
-        return least_significant_mean(differences, size, self._risk) if len(differences) > 1 else math.inf
+        return least_significant_mean(differences, size, math.log(self._risk)) if len(differences) > 1 else math.inf
 
 
 class Harmless:
@@ -60,11 +60,11 @@ class Harmless:
 
     The model with all that is kept and the candidate is compared with the base, so small losses don't add up.
     tolerance: in the score's unit. alpha: probability that a search accepts anything that loses the tolerance or
-    more. candidates: how many it tries; each is tested at alpha / candidates^2: once divided as by Bonferroni, and
-    once more because what was kept before was chosen on the same pairs, so its luck adds up. In simulated searches
-    of 20 candidates with losses that each are small, at most 2.2 % accept too much at alpha 0.05, and up to 22 %
-    where it is divided once only.
-    The test takes the mean for normal: a heavy loss on so few pairs that none was searched on can't be seen.
+    more. candidates: how many it tries; each is tested at alpha / 2^candidates. What is tested depends on what was
+    kept before, on the same pairs, so the luck of all that was kept adds up; but before the k-th candidate at most
+    2^(k-1) models can have come about, so that in all fewer than 2^candidates are ever tested (union bound).
+    The test takes the mean for normal. Where a candidate ruins a few answers and leaves the rest as they were, it
+    isn't: none of them may be among these pairs. See `unseen_share`.
     Source: non-inferiority margin of a paired t test (Wellek, Testing Statistical Hypotheses of Equivalence and
     Noninferiority, 2010).
     """
@@ -73,7 +73,7 @@ class Harmless:
 
     def __init__(self, tolerance: float, alpha: float, candidates: int) -> None:
         self._tolerance = tolerance
-        self._risk = alpha / candidates**2
+        self._log_risk = math.log(alpha) - candidates * math.log(2)
 
     def accepts(self, scores: Scores, other: Scores) -> bool:
         differences = scores.differences(other)
@@ -82,7 +82,14 @@ class Harmless:
     def bar(self, differences: Sequence[float], size: int) -> float:
         if len(differences) < 2:
             return math.inf
-        return least_significant_mean(differences, size, self._risk) - self._tolerance
+        return least_significant_mean(differences, size, self._log_risk) - self._tolerance
+
+    def unseen_share(self, size: int) -> float:
+        """On how large a share of all pairs a candidate may lose anything, with no loss on any of `size` pairs.
+
+        Exact at the same risk: no such candidate is then accepted in more than alpha of searches.
+        """
+        return -math.expm1(self._log_risk / size)
 
 
 def _mean(values: Sequence[float]) -> float:

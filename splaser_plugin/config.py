@@ -158,8 +158,8 @@ class LaserConfig(ScanConfig, MeasureConfig):
     )
     accept: str = option(
         "auto",
-        "What is kept: any better mean, only a significantly better one, or what is surely no worse than the base by "
-        "--tolerance or more; auto is improve, and harmless with --objective compress.",
+        "What is kept: any better mean, only a significantly better one, or what a test calls no worse than the base "
+        "by --tolerance or more; auto is improve, and harmless with --objective compress.",
         choices=ACCEPTANCES,
     )
     tolerance: float = option(
@@ -167,7 +167,8 @@ class LaserConfig(ScanConfig, MeasureConfig):
     )
     alpha: float = option(
         0.05,
-        "Chance that --accept confident keeps anything of no use, or harmless anything that loses --tolerance.",
+        "Chance that --accept confident keeps anything of no use, or harmless anything that loses --tolerance; heavy "
+        "losses on a few pairs can go unseen.",
         minimum=1e-6,
         maximum=0.5,
     )

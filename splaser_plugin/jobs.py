@@ -262,9 +262,16 @@ def laser_weights(
         candidates = by_prediction(candidates, journal.once("predictions", (), predicted, list, list))
     if config.objective == "compress":
         candidates = by_size(candidates)
+    acceptance = _acceptance(config, min(config.candidates, len(candidates)))
+    if isinstance(acceptance, Harmless):
+        unseen = acceptance.unseen_share(scorer.size)
+        progress.fact(
+            "harmless",
+            f"a loss on up to {100 * unseen:.0f} % of all {config.unit} can go unseen on {scorer.size} of them",
+        )
     judge = Judge(
         scorer,
-        acceptance=_acceptance(config, min(config.candidates, len(candidates))),
+        acceptance=acceptance,
         race=Race(scorer.size, seed=config.seed) if config.race else None,
         screen=screen,
         guard=guard,

@@ -11,6 +11,8 @@ import numpy as np
 
 RESAMPLES = 10_000
 NUMBERS_AT_ONCE = 2**20
+FRACTION_TERMS = 1000
+"""Far more than a continued fraction needs to converge."""
 
 
 def upper_bound(sample: Sequence[float], population: float, risk: float) -> float:
@@ -61,40 +63,85 @@ def paired_bootstrap(
     return float(low), float(high)
 
 
-def least_significant_mean(sample: Sequence[float], size: int, risk: float) -> float:
+def least_significant_mean(sample: Sequence[float], size: int, log_risk: float) -> float:
     """The mean of `size` values from which a one-sided t test says that the true mean is above zero.
 
-    sample: some or all of the values, at least 2, for their spread. risk: probability that the test says so of
-    a true mean of zero. Source: Student 1908.
+    sample: some or all of the values, at least 2, for their spread. log_risk: natural logarithm of the probability
+    that the test says so of a true mean of zero. Source: Student 1908.
     """
     spread = float(np.std(sample, ddof=1)) / math.sqrt(size)
-    return t_quantile(1 - risk, size - 1) * spread
+    return t_critical(log_risk, size - 1) * spread if spread else 0.0
 
 
-@cache
+def largest_share(count: int, size: int, risk: float) -> float:
+    """A share that the whole population exceeds with a probability of `risk` at most, where `count` of `size` have it.
+
+    Source: Clopper & Pearson 1934, one-sided; 1 - risk^(1/size) where none has it.
+    """
+    if count == size:
+        return 1.0
+
+    def probability(share: float) -> float:
+        """Of at most `count`."""
+        ways = [math.lgamma(size + 1) - math.lgamma(n + 1) - math.lgamma(size - n + 1) for n in range(count + 1)]
+        kept, lost = math.log(share), math.log1p(-share)
+        return sum(math.exp(way + n * kept + (size - n) * lost) for n, way in enumerate(ways))
+
+    low, high = 0.0, 1.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if probability(middle) > risk else (low, middle)
+    return high
+
+
 def t_quantile(probability: float, degrees: int) -> float:
     """Quantile of Student's t distribution. degrees: degrees of freedom, at least 1."""
     if probability < 0.5:
         return -t_quantile(1 - probability, degrees)
-    low, high = 0.0, max(1.0, NormalDist().inv_cdf(probability))
-    while t_cumulative(high, degrees) < probability:
+    return t_critical(math.log1p(-probability), degrees)
+
+
+@cache
+def t_critical(log_risk: float, degrees: int) -> float:
+    """What Student's t exceeds with a probability of exp(log_risk), at most 1/2; infinite above 1e100.
+
+    In logarithms, as a probability of 2^-100 is lost in its difference to 1. degrees: see `t_quantile`.
+    """
+    low, high = 0.0, 1.0
+    while log_t_tail(high, degrees) > log_risk:
         low, high = high, 2 * high
-    while high - low > 1e-12 * high:
+        if high > 1e100:
+            return math.inf
+    while high - low > 1e-12 * max(1.0, high):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_cumulative(middle, degrees) < probability else (low, middle)
+        low, high = (middle, high) if log_t_tail(middle, degrees) > log_risk else (low, middle)
     return high
 
 
-def t_cumulative(t: float, degrees: int) -> float:
-    """Probability that Student's t is below `t`. Source: Abramowitz & Stegun 1964, 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(degrees))
-    is_odd = degrees % 2 == 1
-    term = math.cos(angle) if is_odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for power in range(3 if is_odd else 2, degrees - 1, 2):
-        term *= (power - 1) / power * math.cos(angle) ** 2
-        total += term
-    within = math.sin(angle) * total
-    if is_odd:
-        within = (angle + within) * 2 / math.pi
-    return (1 + within) / 2
+def log_t_tail(t: float, degrees: int) -> float:
+    """Natural logarithm of the probability that Student's t exceeds `t`, at least 0.
+
+    Half an incomplete beta function (Abramowitz & Stegun 1964, 26.5.27), by the continued fraction DLMF 8.17.22 on
+    that side of it where it converges fast.
+    """
+    if t * t < 3 * degrees / (degrees + 2):
+        log_within = _log_beta_ratio(t * t / (degrees + t * t), 0.5, degrees / 2) if t else -math.inf
+        return math.log(0.5) + math.log1p(-math.exp(log_within))
+    return math.log(0.5) + _log_beta_ratio(degrees / (degrees + t * t), degrees / 2, 0.5)
+
+
+def _log_beta_ratio(x: float, a: float, b: float) -> float:
+    """Logarithm of the regularised incomplete beta function I_x(a, b), for x up to about (a + 1) / (a + b + 2)."""
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    fraction, above, below = 1.0, 1.0, 0.0
+    for step in range(1, FRACTION_TERMS):
+        half = step // 2
+        if step % 2:
+            term = -(a + half) * (a + b + half) * x / ((a + 2 * half) * (a + 2 * half + 1))
+        else:
+            term = half * (b - half) * x / ((a + 2 * half - 1) * (a + 2 * half))
+        above, below = 1 + term / above, 1 / (1 + term * below)
+        fraction *= above * below
+        if abs(above * below - 1) < 1e-15:
+            break
+    return a * math.log(x) + b * math.log1p(-x) - math.log(a) - log_beta - math.log(fraction)

@@ -1,20 +1,48 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from splaser_plugin.statistics import can_reach, paired_bootstrap, t_cumulative, t_quantile, upper_bound
+from splaser_plugin.statistics import (
+    can_reach,
+    largest_share,
+    log_t_tail,
+    paired_bootstrap,
+    t_critical,
+    t_quantile,
+    upper_bound,
+)
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 15, 31, 126, 501])
 def test_students_t_is_that_of_scipy(degrees):
-    for t in (-8.0, -1.3, -0.01, 0.0, 0.4, 2.0, 9.0):
-        assert t_cumulative(t, degrees) == pytest.approx(stats.t.cdf(t, degrees), abs=1e-12)
+    for t in (0.0, 0.01, 0.4, 1.7, 1.8, 2.0, 9.0, 30.0):
+        assert log_t_tail(t, degrees) == pytest.approx(stats.t.logsf(t, degrees), rel=1e-9)
     for probability in (0.001, 0.05, 0.4, 0.5, 0.9, 0.975, 0.9999):
         assert t_quantile(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), rel=1e-9, abs=1e-9)
+    for risk in (0.5, 0.05, 1e-6, 1e-15, 1e-30, 1e-60):
+        assert t_critical(math.log(risk), degrees) == pytest.approx(stats.t.isf(risk, degrees), rel=1e-9, abs=1e-9)
+
+
+def test_students_t_has_quantiles_at_risks_that_no_float_holds():
+    log_risk = -2000 * math.log(2)
+    assert log_t_tail(t_critical(log_risk, 63), 63) == pytest.approx(log_risk, rel=1e-12)
+    assert t_critical(log_risk, 1) == math.inf
+
+
+@pytest.mark.parametrize("risk", [0.025, 1e-6])
+def test_the_largest_share_is_that_of_clopper_and_pearson(risk):
+    for count, size in ((0, 1), (0, 6), (0, 90), (3, 90), (89, 90), (10, 3000)):
+        assert largest_share(count, size, risk) == pytest.approx(
+            stats.beta.isf(risk, count + 1, size - count), rel=1e-5
+        )
+    assert largest_share(0, 30, 0.025) == pytest.approx(1 - 0.025 ** (1 / 30), abs=1e-8)
+    assert largest_share(7, 7, risk) == 1.0
 
 
 def populations(random):
