@@ -12,9 +12,11 @@ import numpy as np
 from splaser_plugin.errors import PairsError
 from splaser_plugin.pairs import Pair, PairSet
 from splaser_plugin.scoring import Scores
-from splaser_plugin.statistics import can_reach, paired_bootstrap
+from splaser_plugin.statistics import can_reach, largest_share, paired_bootstrap
 
 RISK = 0.05
+SURE = f"{100 * (1 - RISK / 2):g} % sure"
+"""Of what one end of the interval says."""
 LEAST = 6
 """Pairs that each part needs: fewer can't reach a verdict at this risk, even if all of them agree."""
 
@@ -62,7 +64,7 @@ class HeldOut:
     unit: str = "pairs"
     """What the items are: `pairs`, or `windows` of text."""
     loss_verdict: str = ""
-    """Whether a loss of the tolerance can be ruled out, where there is a tolerance."""
+    """Whether a loss of the tolerance can be ruled out, where there is a tolerance and something was kept."""
 
     @property
     def summary(self) -> str:
@@ -157,16 +159,19 @@ def compare(
         equal=len(differences) - better - worse,
         verdict=verdict,
         unit=unit,
-        loss_verdict=_loss_verdict(low, tolerance),
+        loss_verdict="" if tolerance is None or result is base else _loss_verdict(differences, low, tolerance, unit),
     )
 
 
-def _loss_verdict(low: float, tolerance: float | None) -> str:
-    if tolerance is None:
-        return ""
-    if low > -tolerance:
-        return f"loses less than the tolerance of {tolerance:g}"
-    return f"a loss of the tolerance of {tolerance:g} can't be ruled out"
+def _loss_verdict(differences: Sequence[float], low: float, tolerance: float, unit: str) -> str:
+    """low: end of the interval. Where few pairs differ it says nothing of losses that these pairs have no sign of."""
+    if low <= -tolerance:
+        return f"a loss of the tolerance of {tolerance:g} can't be ruled out"
+    if can_reach(differences, RISK / 2):
+        return f"loses less than the tolerance of {tolerance:g} ({SURE})"
+    count, size = sum(each < 0 for each in differences), len(differences)
+    seen = f"a loss seen on {count} of {size} {unit}" if count else f"no loss seen on {size} {unit}"
+    return f"{seen}; one on up to {100 * largest_share(count, size, RISK / 2):.0f} % of all can't be ruled out ({SURE})"
 
 
 def _lowest_hashes(counts: Mapping[str, int], wanted: int, seed: int) -> set[str]:
