@@ -12,22 +12,28 @@ from typing import Any
 import numpy as np
 
 from splaser_plugin.config import CompareConfig
-from splaser_plugin.errors import ConfigError, PairsError
+from splaser_plugin.errors import CheckpointError, ConfigError, PairsError
+from splaser_plugin.files import read_bytes
+from splaser_plugin.held_out import LEAST
 from splaser_plugin.loading import check_source, load_model
 from splaser_plugin.margin import MarginScorer
-from splaser_plugin.model_folder import resolve_model
+from splaser_plugin.model_folder import INDEX_NAME, SINGLE_NAME, parse_index, resolve_model
 from splaser_plugin.pairs import PairSet, PairSource, read_pairs_from
-from splaser_plugin.perplexity import perplexity
+from splaser_plugin.perplexity import exp, perplexity
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.rulers import Material, Rulers
 from splaser_plugin.scan import write_json
 from splaser_plugin.scoring import Scores, SemanticScorer
-from splaser_plugin.statistics import paired_bootstrap
+from splaser_plugin.statistics import can_reach, paired_bootstrap
 from splaser_plugin.texts import open_text
 
 SCHEMA = "splaser.comparison/1"
 RISK = 0.05
 OTHER_TOKENS = "its tokenizer cuts texts otherwise than the first model's, so figures a token can't be compared"
+
+
+FEW = f"expected at least {LEAST} for an interval"
+UNBOUNDED = "too large for a number: the model gives the text no probability to speak of"
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ class Measured:
     semantic: Scores
     margin: Scores
     likelier: Scores
-    """1 for each pair whose chosen answer is likelier than its rejected one, else 0; pairs without one are left out."""
+    """1 for each pair whose chosen answer is likelier a token than its rejected one, else 0; pairs without a rejected
+    one are left out."""
     text: Scores | None
     """Mean log-probability of each window; None without a text."""
     parameters: int
@@ -58,13 +65,15 @@ class Measured:
 class Figure:
     """One metric of one model."""
 
-    value: float | int
+    value: float | int | None
+    """None where it is too large for a number."""
     change: float | None = None
     """Against the first model; see RATIOS."""
     interval: tuple[float, float] | None = None
-    """95 % interval of the change, by paired bootstrap over pairs or windows; None where nothing is sampled."""
+    """95 % interval of the change, by paired bootstrap over pairs or windows; None where nothing is sampled or too few
+    differ."""
     reason: str | None = None
-    """Why there is no change, or no interval."""
+    """Why there is no value, no change, or no interval."""
 
 
 RATIOS = ("perplexity", "tokens_per_s")
@@ -118,7 +127,7 @@ class Comparison:
             value = getattr(model, name)
             change = None if is_first else value - getattr(first, name)
             found[name] = Figure(value, change, reason=None if is_first else "counted, not sampled")
-        ratio = None if is_first else model.tokens_per_s / first.tokens_per_s
+        ratio = None if is_first or not first.semantic.generated_tokens else model.tokens_per_s / first.tokens_per_s
         found["tokens_per_s"] = Figure(model.tokens_per_s, ratio, reason="one timing, in this run")
         return found
 
@@ -126,16 +135,28 @@ class Comparison:
         if is_first or not comparable:
             return Figure(scores.mean, reason=None if comparable else OTHER_TOKENS)
         differences = scores.differences(first)
-        interval = paired_bootstrap(differences, risk=RISK, seed=self.config.seed)
-        return Figure(scores.mean, float(np.mean(differences)), interval)
+        change = float(np.mean(differences))
+        if not can_reach(differences, RISK / 2):
+            differing = int(np.count_nonzero(differences))
+            return Figure(scores.mean, change, reason=f"{differing} of {len(differences)} differ, {FEW}")
+        return Figure(scores.mean, change, paired_bootstrap(differences, risk=RISK, seed=self.config.seed))
 
     def _perplexity(self, scores: Scores, first: Scores, is_first: bool, comparable: bool) -> Figure:
         """The ratio of two perplexities is exp of a mean difference, and so are the ends of its interval."""
         mean = self._mean(scores, first, is_first, comparable)
-        if mean.change is None or mean.interval is None:
-            return Figure(perplexity(scores), reason=mean.reason)
-        low, high = mean.interval
-        return Figure(perplexity(scores), float(np.exp(-mean.change)), (float(np.exp(-high)), float(np.exp(-low))))
+        if mean.change is None:
+            return Figure(perplexity(scores), reason=_why(perplexity(scores)) or mean.reason)
+        change, interval = exp(-mean.change), None
+        if mean.interval is not None:
+            low, high = exp(-mean.interval[1]), exp(-mean.interval[0])
+            interval = (low, high) if low is not None and high is not None else None
+        reason = _why(perplexity(scores), change) or mean.reason
+        return Figure(perplexity(scores), change, interval, reason or (None if interval else UNBOUNDED))
+
+
+def _why(*values: float | None) -> str | None:
+    """Why one of these isn't there."""
+    return UNBOUNDED if None in values else None
 
 
 def compare_models(
@@ -205,8 +226,17 @@ def _file_bytes(model: str, allow_pickle: bool) -> int:
     if path.is_file():
         return path.stat().st_size
     folder = resolve_model(model, allow_pickle=allow_pickle)
-    files = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in _weight_files(folder))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that transformers loads: the folder may hold others."""
+    if (folder / SINGLE_NAME).exists():
+        return [folder / SINGLE_NAME]
+    index = folder / INDEX_NAME
+    if index.exists():
+        return [folder / name for name in parse_index(read_bytes(index, CheckpointError), index)]
+    return list(folder.glob("pytorch_model*.bin"))
 
 
 def _plain(name: str, figure: Figure) -> dict[str, Any]:

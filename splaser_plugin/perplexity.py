@@ -35,6 +35,14 @@ class PerplexityScorer:
         return mean_log_probabilities(self.model, starts, rests, batch_size=self.batch_size)
 
 
-def perplexity(scores: Scores) -> float:
-    """exp of minus the mean log-probability: of all tokens that a PerplexityScorer measured, together."""
-    return math.exp(-scores.mean)
+def perplexity(scores: Scores) -> float | None:
+    """exp of minus the mean log-probability: of all tokens that a PerplexityScorer measured, together; see `exp`."""
+    return exp(-scores.mean)
+
+
+def exp(value: float) -> float | None:
+    """None where it is too large for a number, above about 709 nats."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return None

@@ -100,7 +100,7 @@ class TerminalProgress(Progress):
         self._trying = None
         if self._draws and trial.judgement.reason is not None:
             name = shortened(trial.candidate.matrix.name, self.console.width - MARGIN - 1)
-            self.fact("failed", f"{name}: {trial.judgement.reason}")
+            self.fact(trial.judgement.verdict, f"{name}: {trial.judgement.reason}")
         if self.level >= Level.NORMAL and not self._draws:
             verbose = self.level >= Level.VERBOSE
             self.console.print(trial_line(len(self._trials), trial, verbose=verbose), soft_wrap=True)
@@ -202,7 +202,7 @@ class _Form(NamedTuple):
 
     def cell(self, figure: Figure) -> str:
         """Value, change and interval, each on its line."""
-        lines = [self.value.format(figure.value)]
+        lines = ["-" if figure.value is None else self.value.format(figure.value)]
         if figure.change is not None:
             lines.append(self.sign + self.change.format(figure.change))
         if figure.interval is not None:
@@ -213,7 +213,7 @@ class _Form(NamedTuple):
 _FORMS = {
     "semantic": _Form("semantic score", "{:+.4f}", "{:+.4f}"),
     "margin": _Form("preference margin", "{:+.4f}", "{:+.4f}"),
-    "likelier": _Form("chosen likelier", "{:.1%}", "{:+.1%}"),
+    "likelier": _Form("chosen likelier\nby mean log-prob.\na token", "{:.1%}", "{:+.1%}"),
     "perplexity": _Form("perplexity", "{:,.3f}", "{:.4f}", "x"),
     "parameters": _Form("parameters", "{:,}", "{:+,}"),
     "file_bytes": _Form("bytes on disk", "{:,}", "{:+,}"),

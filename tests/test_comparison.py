@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from splaser_plugin.comparison import OTHER_TOKENS, compare_models
+from splaser_plugin.comparison import OTHER_TOKENS, UNBOUNDED, Comparison, Measured, compare_models
 from splaser_plugin.config import CompareConfig
 from splaser_plugin.errors import CheckpointError, ConfigError, PairsError, TextError
-from splaser_plugin.pairs import pairs_from_rows
+from splaser_plugin.pairs import PairSet, pairs_from_rows
 from splaser_plugin.prompts import Prompter
+from splaser_plugin.scoring import Scores
 from splaser_plugin.terminal import comparison_tables
 from tests.conftest import tiny_llama
 from tests.test_margin import one_token_at_a_time
@@ -79,9 +81,10 @@ def test_figures_are_those_computed_by_hand(compared, tiny_folder, other_folder,
     assert second["file_bytes"].value == size
     assert second["file_bytes"].change == size - (tiny_folder / "model.safetensors").stat().st_size
     for name in ("semantic", "margin", "likelier", "perplexity"):
+        assert first[name].interval is first[name].change is None
+    for name in ("margin", "perplexity"):
         low, high = second[name].interval
         assert low <= second[name].change <= high
-        assert first[name].interval is first[name].change is None
     answers = compared.models[1].semantic
     assert second["tokens_per_s"].value * compared.models[1].generation_s == pytest.approx(answers.generated_tokens)
 
@@ -99,9 +102,58 @@ def test_a_model_against_itself_has_no_difference_at_all(tiny_folder, pairs, set
     figures = compare_models([tiny_folder] * 2, pairs, config=CompareConfig(**settings)).figures()[1]
     for name, none in (("semantic", 0.0), ("margin", 0.0), ("likelier", 0.0), ("perplexity", 1.0)):
         assert figures[name].change == none
-        assert figures[name].interval == (none, none)
+        assert figures[name].interval is None
+        assert re.fullmatch(r"0 of \d+ differ, expected at least 6 for an interval", figures[name].reason)
     assert figures["parameters"].change == figures["file_bytes"].change == 0
     assert figures["tokens_per_s"].interval is None
+
+
+def planted(values):
+    """A model as it was measured, but for what is planted here."""
+    scores = Scores(tuple(range(len(values))), tuple(values))
+    none = Scores((), ())
+    return Measured("m", scores, scores, none, scores, 1, 1, 1.0, ())
+
+
+def planted_figures(first, second):
+    models = tuple(planted(values) for values in (first, second))
+    return Comparison(models, PairSet((), "rows", {}, 0), CompareConfig())
+
+
+def test_there_is_no_interval_where_too_few_items_differ_but_its_reason():
+    for differing, has_interval in ((5, False), (6, True)):
+        found = planted_figures([0.5] * 9, [0.6] * differing + [0.5] * (9 - differing)).figures()[1]
+        for name in ("semantic", "margin", "perplexity"):
+            assert (found[name].interval is not None) is has_interval
+            reason = None if has_interval else "5 of 9 differ, expected at least 6 for an interval"
+            assert found[name].reason == reason
+        assert found["semantic"].change == pytest.approx(differing / 90)
+    assert planted_figures([0.5] * 5, [0.6] * 5).figures()[1]["margin"].interval is None
+
+
+def test_a_broken_models_perplexity_is_null_with_a_reason():
+    found = planted_figures([-2.0] * 9, [-900.0 - place for place in range(9)])
+    stored = json.loads(json.dumps(found.to_dict(), allow_nan=False))["models"]
+    broken = stored[1]["figures"]["perplexity"]
+    assert (broken["value"], broken["ratio"], broken["interval"]) == (None, None, None)
+    assert broken["reason"] == UNBOUNDED
+    assert stored[0]["figures"]["perplexity"]["value"] == pytest.approx(np.exp(2.0))
+    printed = io.StringIO()
+    Console(file=printed, width=80).print(*comparison_tables(["a", "b"], found.figures()))
+    back = planted_figures([-900.0] * 9, [-2.0 - place for place in range(9)]).figures()[1]["perplexity"]
+    assert back.value is not None and back.change == 0.0
+
+
+def test_only_the_files_that_are_loaded_count(tiny_folder, pairs, settings, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    shards = list((tmp_path / "model").glob("model-*.safetensors"))
+    shutil.copy(shards[0], tmp_path / "model" / "consolidated.safetensors")
+    found = compare_models([tmp_path / "model"], pairs, config=CompareConfig(**settings)).figures()[0]
+    assert len(shards) > 1
+    assert found["file_bytes"].value == sum(shard.stat().st_size for shard in shards)
 
 
 def test_without_a_text_or_rejected_answers_their_metrics_are_left_out(tiny_folder, minilm):
@@ -145,7 +197,7 @@ def test_the_command_prints_a_table_and_writes_the_same_as_json(
     tables = [line for line in told.splitlines() if re.match("[┏┃┡│└]", line)]
     assert len([line for line in tables if line.startswith("┏")]) == 2
     assert max(map(len, tables)) <= 80
-    assert "preference margin" in told and "tokens a second" in told
+    assert "preference margin" in told and "by mean log-prob." in told and "tokens a second" in told
 
 
 def test_a_file_that_is_not_ours_is_not_overwritten(splaser, tiny_folder, pairs_file, tmp_path):
