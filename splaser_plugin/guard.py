@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
+from splaser_plugin.perplexity import exp
 from splaser_plugin.scoring import Scorer, Scores
 
 
@@ -23,7 +22,10 @@ class Guard:
         """Take the model as the base."""
         self._base = self._scorer.score(range(self._scorer.size))
 
-    def loss(self) -> float:
-        """What the model lost since, in the limit's unit: a ratio of perplexities, or a fall of the mean."""
+    def loss(self) -> float | None:
+        """What the model lost since, in the limit's unit: a ratio of perplexities, or a fall of the mean.
+
+        None for a ratio that is too large for a number: it is over any limit.
+        """
         fall = self._base.mean - self._scorer.score(range(self._scorer.size), like=self._base).mean
-        return math.exp(fall) if self.name == "perplexity" else fall
+        return exp(fall) if self.name == "perplexity" else fall

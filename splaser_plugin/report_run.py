@@ -210,14 +210,19 @@ def _interval(differences: Sequence[float]) -> Interval | None:
 
 def _reason(candidate: Mapping[str, Any], items: str, with_best: bool) -> str:
     """items: how many it was scored on, and of what."""
-    kept = "better than the best before it" if with_best else "surely not worse than the base by the tolerance"
-    screened, guarded = (candidate.get(key) or 0.0 for key in ("screen_change", "guard_loss"))
+    kept = "better than the best before it" if with_best else "by its test not worse than the base by the tolerance"
+    screened, guard_loss = candidate.get("screen_change") or 0.0, candidate.get("guard_loss")
+    guarded = (
+        f"measured {guard_loss:.4f}, over its limit"
+        if guard_loss is not None
+        else f"says that {candidate.get('reason')}"
+    )
     return {
         "kept": f"{kept}, on all {items}",
         "restored": f"scored on all {items} and not accepted by the rule of this run; put back bit for bit",
         "stopped": f"after {items} a bound said that it can't be accepted any more; put back bit for bit",
         "screened": f"the screen's score fell by {-screened:.4f}, so it was not scored",
-        "guarded": f"accepted on all {items}, but the guard measured {guarded:.4f}, over its limit; put back",
+        "guarded": f"accepted on all {items}, but the guard {guarded}; put back",
         "failed": f"it can't be scored: {candidate.get('reason')}; put back bit for bit",
     }.get(candidate["verdict"], "")
 

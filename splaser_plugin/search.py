@@ -19,6 +19,7 @@ from splaser_plugin.statistics import upper_bound
 from splaser_plugin.weights import Weights
 
 SCREEN_RISK = 0.05
+UNBOUNDED = "the ratio of perplexities is too large for a number"
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class Judgement:
     screen_change: float | None
     """Change of the screen's mean score, if there is a screen."""
     guard_loss: float | None = None
-    """What the guard measured, in its limit's unit; None where it wasn't asked."""
+    """What the guard measured, in its limit's unit; None where it wasn't asked, and with a reason."""
     reason: str | None = None
-    """Why it failed."""
+    """Why it failed, or why the guard has no number."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,8 @@ class Judge:
         if not self._acceptance.accepts(scores, other):
             return Judgement("restored", scores, before, change)
         guard_loss = self._guard.loss() if self._guard else None
+        if self._guard and guard_loss is None:
+            return Judgement("guarded", scores, before, change, reason=UNBOUNDED)
         if self._guard and guard_loss is not None and guard_loss > self._guard.limit:
             return Judgement("guarded", scores, before, change, guard_loss)
         self.best, self._best_screened = scores, screened

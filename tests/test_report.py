@@ -132,7 +132,7 @@ def test_a_run_on_windows_of_text_by_the_harmless_rule_is_told_in_its_own_words(
         "20 windows searched on",
         "Stored as factors, the kept matrices have 12,345 parameters fewer.",
         "against the base model, on the same windows",
-        "surely not worse than the base by the tolerance, on all 20 windows",
+        "by its test not worse than the base by the tolerance, on all 20 windows",
         "the guard measured 1.0500, over its limit",
         "it can't be scored: only nan came out",
         "better on 8 windows that the search never saw. Loses less than the tolerance of 0.02.",

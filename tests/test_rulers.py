@@ -18,6 +18,7 @@ from splaser_plugin.own_scorer import CallableScorer, load_function
 from splaser_plugin.pairs import pairs_from_rows
 from splaser_plugin.perplexity import PerplexityScorer, perplexity
 from splaser_plugin.rulers import Material, Rulers
+from splaser_plugin.scoring import Scores
 from splaser_plugin.search import Judge, search
 from splaser_plugin.texts import open_text, read_windows
 from splaser_plugin.weights import Weights
@@ -67,6 +68,11 @@ def test_perplexity_is_transformers_own_loss_one_window_at_a_time(tiny_model, te
     assert scores.values == pytest.approx([-loss for loss in losses], abs=1e-4)
     assert perplexity(scores) == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
     assert scorer.score([7, 2]).values == pytest.approx([-losses[7], -losses[2]], abs=1e-4)
+
+
+def test_a_perplexity_that_is_too_large_for_a_number_is_none():
+    assert perplexity(Scores((0, 1), (-900.0, -900.0))) is None
+    assert perplexity(Scores((0, 1), (-700.0, -700.0))) == pytest.approx(np.exp(700.0))
 
 
 @pytest.mark.parametrize(
@@ -237,6 +243,14 @@ def test_a_guard_of_perplexity_measures_the_ratio(candidates):
     found = guarded_search(candidates, [0.1] * 5, losses, 1.02, "perplexity")
     assert verdicts(found) == ["kept", "guarded", "kept", "kept", "kept"]
     assert found.trials[1].judgement.guard_loss == pytest.approx(1.01 * 1.03)
+
+
+def test_a_guard_refuses_a_ratio_of_perplexities_that_is_too_large_for_a_number(candidates):
+    found = guarded_search(candidates, [0.1] * 5, [0.0, 900.0, 0.0, 0.0, 0.0], 1.02, "perplexity")
+    assert verdicts(found) == ["kept", "guarded", "kept", "kept", "kept"]
+    judgement = found.trials[1].judgement
+    assert judgement.guard_loss is None
+    assert judgement.reason == "the ratio of perplexities is too large for a number"
 
 
 def test_many_small_losses_do_not_pass_the_guard_one_by_one(candidates):
