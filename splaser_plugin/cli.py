@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from splaser_plugin.config import CompareConfig, LaserConfig, Options, ScanConfig
+from splaser_plugin.config import CompareConfig, LaserConfig, MeasureConfig, Options, ScanConfig
 from splaser_plugin.errors import ConfigError, SplaserError, printable
 
 if TYPE_CHECKING:
@@ -61,7 +61,15 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+PANELS: dict[type, str] = {
+    ScanConfig: "Which matrices, and their noise",
+    MeasureConfig: "What is measured",
+    LaserConfig: "The search",
+}
+"""Headings of the help."""
 
 Model = Annotated[str, typer.Argument(help="Model folder, .gguf file or hub id.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist or be empty.")]
@@ -85,7 +93,11 @@ def options_of(config_class: type[Options]) -> Callable[[Callable[..., None]], C
             values = {each.name: arguments.pop(each.name) for each in fields}
             command(config=config_class.from_dict(values), **arguments)
 
-        flags = [*own, _config_file(config_class, own), *[_flag(each) for each in fields]]
+        flags = [
+            *own,
+            _config_file(config_class, own),
+            *[_flag(each, _panel(config_class, each.name)) for each in fields],
+        ]
         with_config.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
         with_config.__annotations__ = {each.name: each.annotation for each in flags}
         with_config.__name__, with_config.__doc__ = command.__name__, command.__doc__
@@ -125,7 +137,13 @@ def _plain_type(annotation: Any) -> type:
     return kind if kind in (bool, int, list) else str
 
 
-def _flag(each: dataclasses.Field[Any]) -> inspect.Parameter:
+def _panel(config_class: type[Options], name: str) -> str:
+    """Under which heading of the help an option stands: that of the class which has it."""
+    owner = next(each for each in reversed(config_class.__mro__) if name in vars(each).get("__annotations__", {}))
+    return PANELS.get(owner, "Options")
+
+
+def _flag(each: dataclasses.Field[Any], panel: str) -> inspect.Parameter:
     default: Any = each.default
     repeated = isinstance(default, tuple)
     choices = each.metadata["choices"]
@@ -137,7 +155,9 @@ def _flag(each: dataclasses.Field[Any]) -> inspect.Parameter:
         each.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=list(default) if repeated else default,
-        annotation=Annotated[list[str] if repeated else type(default), typer.Option(name, help=text)],
+        annotation=Annotated[
+            list[str] if repeated else type(default), typer.Option(name, help=text, rich_help_panel=panel)
+        ],
     )
 
 

@@ -197,6 +197,14 @@ def test_help_loads_nothing_heavy():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stderr.strip() == "[]"
     assert "--max-new-tokens" in run.stdout
+    assert "The search" in run.stdout
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["scan", "-h"], ["emit", "axolotl", "-h"]])
+def test_both_spellings_of_help_are_known(splaser, arguments):
+    code, printed, _ = splaser(*arguments)
+    assert code == 0
+    assert "Usage:" in printed
 
 
 @pytest.mark.real
