@@ -45,7 +45,9 @@ class Commands(TyperGroup):
             again = shlex.join(["splaser", *sys.argv[1:]])
             resumed = ctx.invoked_subcommand in RESUMED
             next_step = "What is finished is kept; go on with" if resumed else "Start again with"
-            print(f"stopped. {next_step}: {printable(again)}", file=sys.stderr)
+            launched = ", under the launcher of this run" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+            if os.environ.get("RANK", "0") == "0":
+                print(f"stopped. {next_step}{launched}: {printable(again)}", file=sys.stderr)
             raise typer.Exit(STOPPED) from None
 
 
@@ -245,7 +247,7 @@ def apply(
     verbose: Verbose = False,
 ) -> None:
     """Rebuild a lasered model from its recipe and the base model."""
-    from splaser_plugin.output import check_output, whole_folder
+    from splaser_plugin.output import check_output, check_space, held, whole_folder
 
     path = check_output(output, overwrite=overwrite, inputs=(model, recipe))
     from splaser_plugin.factored_folder import save_model
@@ -255,12 +257,14 @@ def apply(
 
     loaded = Recipe.load(recipe)
     progress = _progress(quiet, verbose, "jobs")
-    lasered, tokenizer = lasered_weights(loaded, model, device=device, allow_pickle=allow_pickle, progress=progress)
-    with whole_folder(path) as folder:
-        save_model(lasered, folder, None)
-        tokenizer.save_pretrained(folder)
-        loaded.save(folder / "recipe.json")
-        model_card(loaded).save(folder / "README.md")
+    with held(path):
+        lasered, tokenizer = lasered_weights(loaded, model, device=device, allow_pickle=allow_pickle, progress=progress)
+        check_space(path, lasered.size)
+        with whole_folder(path, needed=lasered.size) as folder:
+            save_model(lasered, folder, None)
+            tokenizer.save_pretrained(folder)
+            loaded.save(folder / "recipe.json")
+            model_card(loaded).save(folder / "README.md")
     progress.result("reduced", f"{len(loaded.steps)} matrices")
     progress.result("model", str(output))
 
@@ -313,13 +317,13 @@ def expand(
     verbose: Verbose = False,
 ) -> None:
     """Turn a model that was saved with --save factored into a plain one, bit for bit the one that was scored."""
-    from splaser_plugin.output import check_output, whole_folder
+    from splaser_plugin.output import check_output, held, whole_folder
 
     path = check_output(output, overwrite=overwrite, inputs=(model,))
     progress = _progress(quiet, verbose, "factored_folder")
     from splaser_plugin.factored_folder import expand_folder
 
-    with whole_folder(path) as folder:
+    with held(path), whole_folder(path) as folder:
         layers = expand_folder(model, folder)
     progress.result("expanded", f"{layers} layers")
     progress.result("model", str(output))

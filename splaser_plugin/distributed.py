@@ -78,6 +78,11 @@ def gather(work: Callable[[], list[_Result]]) -> list[_Result]:
     return [result for part in parts for result in part]
 
 
+def from_main(results: list[_Result]) -> list[_Result]:
+    """The main process's results, in every process, so that none decides by other last bits."""
+    return gather(lambda: results if is_main() else [])
+
+
 def in_main(work: Callable[[], None]) -> None:
     """Do something in the main process only. All wait for it, and an error there is raised in all of them."""
 

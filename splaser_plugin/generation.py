@@ -17,15 +17,18 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from splaser_plugin.distributed import process_count
-from splaser_plugin.errors import ScoreError
+from splaser_plugin.errors import ModelError, ScoreError
 from splaser_plugin.prompts import Prompter
 
 FIRST_BATCH = 8
 LEAST_GAIN = 1.1
-MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
-"""What a model's own code may raise while it generates."""
+MODEL_ERRORS = (RuntimeError, ValueError, LookupError, ArithmeticError)
+"""What a model's own code may raise over the numbers that it computes."""
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+"""How those devices say it that have no error of their own for it."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,15 @@ class Generator:
             batch = waiting[: self.batch.now]
             try:
                 more = self._generate([prompts[index] for index in batch], [said[index] for index in batch])
-            except torch.OutOfMemoryError:
-                if self.batch.now == 1 or self.is_sharded:
-                    raise
-                self.batch.halve()
-                continue
             except MODEL_ERRORS as error:
+                if _is_out_of_memory(error):
+                    if self.batch.now == 1 or self.is_sharded:
+                        raise ModelError(
+                            f"the device's memory has no room for {len(batch)} answers at once. Lower "
+                            "--max-new-tokens or --batch-size."
+                        ) from error
+                    self.batch.halve()
+                    continue
                 raise ScoreError(f"the model fails at its answers: {type(error).__name__}: {error}") from error
             waiting = waiting[len(batch) :]
             for index, tokens in zip(batch, more, strict=True):
@@ -223,9 +229,14 @@ class _HalfEnded(StoppingCriteria):
         return (2 * self._ended.sum() >= len(self._ended)).expand(len(self._ended))
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(words in said for words in OUT_OF_MEMORY)
+
+
 def _rows_of(cache: Any, rows: Tensor) -> Any:
-    """Those rows of a cache of keys and values; None, so that it is computed again, where it is of another kind."""
-    if not all(hasattr(layer, "batch_select_indices") for layer in getattr(cache, "layers", [None])):
+    """Those rows of a cache of keys and values; None, so that it is computed again, where it holds anything else."""
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(cache, "layers", [None])):
         return None
     cache.batch_select_indices(rows)
     return cache

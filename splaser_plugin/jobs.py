@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from splaser_plugin.acceptance import Acceptance, Confident, Harmless, Improve
 from splaser_plugin.candidates import by_prediction, by_size, choose_candidates
-from splaser_plugin.config import LaserConfig, parse_ranks
+from splaser_plugin.config import SCORERS, LaserConfig, parse_ranks
 from splaser_plugin.distributed import in_main
 from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.factored_folder import parameter_counts, save_model
@@ -24,7 +25,8 @@ from splaser_plugin.loading import load_model
 from splaser_plugin.margin import MarginScorer
 from splaser_plugin.matrices import overview
 from splaser_plugin.model_card import model_card
-from splaser_plugin.output import check_output, check_space, size, whole_folder
+from splaser_plugin.output import check_output, check_space, held, size, whole_folder
+from splaser_plugin.own_scorer import code_of
 from splaser_plugin.pairs import ROWS, Pair, PairSet, PairSource, pairs_sha256, read_pairs_from
 from splaser_plugin.prediction import check_predictable, sensitivities
 from splaser_plugin.progress import SILENT, Progress
@@ -104,25 +106,33 @@ class LaserResult:
         Under several processes all have to call it, and the main one writes.
         Raises OutputError when the folder exists and isn't empty, or can't be written.
         """
-        path = Path(out).expanduser().resolve()
         state = self.weights.state_dict()
 
         def write() -> None:
-            check_output(out, overwrite=overwrite, inputs=(self.recipe.model,))
-            with whole_folder(path, needed=self.weights.size) as folder:
-                save_model(self.weights, folder, state)
-                self.tokenizer.save_pretrained(folder)
-                self.scan.save(folder / "scan.json")
-                self.recipe.save(folder / "recipe.json")
-                (folder / "run.yaml").write_text(self._run_file(), encoding="utf-8")
-                results = self.results()
-                write_json(folder / "results.json", results)
-                run = run_from_results(results)
-                write_report(folder / "report.html", self.scan, run)
-                model_card(self.recipe, run).save(folder / "README.md")
+            path = check_output(out, overwrite=overwrite, inputs=(self.recipe.model,))
+            with held(path):
+                self._write(path, state)
 
         in_main(write)
-        return path
+        return Path(out).expanduser().resolve()
+
+    def save_held(self, path: Path) -> None:
+        """The same as `save`, to a folder that this run has checked and holds."""
+        state = self.weights.state_dict()
+        in_main(lambda: self._write(path, state))
+
+    def _write(self, path: Path, state: Mapping[str, Tensor] | None) -> None:
+        results = self.results()
+        run = run_from_results(results)
+        with whole_folder(path, needed=self.weights.size) as folder:
+            save_model(self.weights, folder, state)
+            self.tokenizer.save_pretrained(folder)
+            self.scan.save(folder / "scan.json")
+            self.recipe.save(folder / "recipe.json")
+            (folder / "run.yaml").write_text(self._run_file(), encoding="utf-8")
+            write_json(folder / "results.json", results)
+            write_report(folder / "report.html", self.scan, run)
+            model_card(self.recipe, run).save(folder / "README.md")
 
     def _run_file(self) -> str:
         source = "" if self.pairs.source in (ROWS, NO_PAIRS) else self.pairs.source
@@ -154,12 +164,12 @@ def laser(
     config = config or LaserConfig()
     if output is None:
         return _laser(model, pairs, config, tokenizer, Journal(), None, progress)
-    named = (model, pairs, config.held_out, config.text)
+    named = (model, pairs, config.held_out, config.text, config.adapter, config.embedder)
     given = tuple(each for each in named if isinstance(each, (str, Path)) and str(each))
-    path = check_output(output, overwrite=overwrite, inputs=given)
+    path = check_output(output, overwrite=overwrite, inputs=given, goes_on=True)
     with closing(LaserJournal(path, anew=overwrite)) as journal:
         result = _laser(model, pairs, config, tokenizer, journal, path, progress)
-        result.save(output, overwrite=overwrite)
+        result.save_held(path)
     return result
 
 
@@ -237,6 +247,7 @@ def laser_weights(
         "weights": weights.identity(),
         "pairs": pairs_sha256(split.search),
         "held_out": pairs_sha256(split.held_out),
+        "scorer": code_of(config.scorer) if config.scorer not in SCORERS else "",
         "text": hashlib.sha256(repr([searched.windows, apart and apart.windows]).encode()).hexdigest(),
         "settings": config.to_dict(),
         "versions": versions(),
@@ -256,7 +267,14 @@ def laser_weights(
             reducible = {each.matrix for each in candidates}
             tried = [matrix for matrix in matrices if matrix in reducible]
             found = sensitivities(weights, some, tried, progress=progress)
-            return [found[each.matrix].predicted(each.rank) for each in candidates]
+            values = [found[each.matrix].predicted(each.rank) for each in candidates]
+            for each, value in zip(candidates, values, strict=True):
+                if not math.isfinite(value):
+                    raise ModelError(
+                        f"{each.matrix.name}: its predicted change of the margin is {value}, so the model's gradient "
+                        "isn't finite. Load it with --dtype float32 or bfloat16, or use --rank-by snr."
+                    )
+            return values
 
         progress.fact("ranked by", f"predicted margin, from a gradient over {some.size} pairs")
         candidates = by_prediction(candidates, journal.once("predictions", (), predicted, list, list))

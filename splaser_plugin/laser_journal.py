@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 from splaser_plugin.distributed import gather, in_main, is_main
 from splaser_plugin.errors import OutputError, ScoreError
 from splaser_plugin.generation import Answer
-from splaser_plugin.locked_file import open_locked, write_all
-from splaser_plugin.output import JOURNAL, clear_unfinished, put_back
+from splaser_plugin.locked_file import write_all
+from splaser_plugin.output import JOURNAL, hold, let_go
 from splaser_plugin.scoring import Scorer, Scores
 
 SCHEMA = "splaser.laser-journal/1"
+START = f'{{"schema": "{SCHEMA}"'.encode()
+BASE = "base model"
 
 _Result = TypeVar("_Result")
 
@@ -23,8 +25,8 @@ _Result = TypeVar("_Result")
 class Journal:
     """Remembers nothing: each thing is done when it is asked for."""
 
-    subject = "base model"
-    """What is being measured, for the records."""
+    subject = BASE
+    """What is being measured, for the records; it begins with BASE for the model as it came."""
 
     def begin(self, run: Mapping[str, Any]) -> int:
         """Tell what the results depend on. Returns how many results an earlier, unfinished run has left."""
@@ -101,7 +103,9 @@ class LaserJournal(Journal):
             result = work()
         except ScoreError as error:
             failed = {**name, "failed": str(error)}
-            in_main(lambda: self._append(failed))
+            if not self.subject.startswith(BASE):  # that ends the run, and the next one tries again
+                in_main(lambda: self._append(failed))
+                self.finished += 1
             raise
         in_main(lambda: self._append({**name, "result": pack(result)}))
         self.finished += 1
@@ -111,28 +115,23 @@ class LaserJournal(Journal):
         """Let go of the folder. The journal stays, unless nothing stands in it."""
         if self._descriptor is None:
             return
-        if self.finished == 0 and (self._began or os.fstat(self._descriptor).st_size == 0):
-            self.path.unlink(missing_ok=True)
-            if not any(self.path.parent.iterdir()):
-                self.path.parent.rmdir()
-        os.close(self._descriptor)
+        if self._began and self.finished == 0:
+            os.ftruncate(self._descriptor, 0)
+        let_go(self.path.parent, self._descriptor)
         self._descriptor = None
 
     def _open(self) -> None:
-        try:
-            put_back(self.path.parent)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = open_locked(self.path)
-            clear_unfinished(self.path.parent)
-        except OSError as error:
-            raise self._cant("be opened", error) from error
+        self._descriptor = hold(self.path.parent)
 
     def _resume(self, run: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
         """Line number and content of each result that was left. The file ends in a whole line afterwards."""
         descriptor = self._descriptor
         if descriptor is None:
             raise OutputError(f"{self.path}: is closed. Make another LaserJournal.")
-        whole = self.path.read_bytes().rpartition(b"\n")[0]
+        content = self.path.read_bytes()
+        if content[: len(START)] != START[: len(content)]:
+            raise OutputError(f"{self.path}: is in the journal's place, but none. Move it away.")
+        whole = content.rpartition(b"\n")[0]
         lines = whole.split(b"\n") if whole else []
         try:
             os.ftruncate(descriptor, len(whole) + bool(whole))
@@ -152,8 +151,6 @@ class LaserJournal(Journal):
 
     def _is_of_another_run(self, line: bytes, run: dict[str, Any]) -> bool:
         head = _parse(line) or {}
-        if head.get("schema") != SCHEMA:
-            raise OutputError(f"{self.path}: is in the journal's place, but none. Move it away.")
         differences = _differences(head.get("run"), json.loads(json.dumps(run)))
         if differences and not self._anew:
             raise OutputError(
@@ -193,30 +190,19 @@ class RecordedScorer:
         self.size = scorer.size
 
     def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
-        def measure() -> Scores | ScoreError:
-            try:
-                return self.scorer.score(items, like)
-            except ScoreError as error:  # of a candidate, as a rule, and then a result like any other
-                return error
-
-        found = self.journal.once(self.name, items, measure, _packed, lambda stored: _unpacked(items, stored))
-        if isinstance(found, ScoreError):
-            raise found
-        return found
+        return self.journal.once(
+            self.name, items, lambda: self.scorer.score(items, like), _packed, lambda stored: _unpacked(items, stored)
+        )
 
 
-def _packed(scores: Scores | ScoreError) -> dict[str, Any]:
-    if isinstance(scores, ScoreError):
-        return {"failed": str(scores)}
+def _packed(scores: Scores) -> dict[str, Any]:
     answers = [
         {"text": answer.text, "tokens": list(answer.tokens), "is_cut": answer.is_cut} for answer in scores.answers
     ]
     return {"values": list(scores.values), "answers": answers}
 
 
-def _unpacked(items: Sequence[int], stored: Any) -> Scores | ScoreError:
-    if "failed" in stored:
-        return ScoreError(str(stored["failed"]))
+def _unpacked(items: Sequence[int], stored: Any) -> Scores:
     values = tuple(float(value) for value in stored["values"])
     answers = tuple(
         Answer(str(answer["text"]), tuple(map(int, answer["tokens"])), bool(answer["is_cut"]))

@@ -25,7 +25,7 @@ def open_locked(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             _lock(descriptor, path)
-            if _is_still_there(descriptor, path):
+            if is_still_there(descriptor, path):
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -49,7 +49,8 @@ def _lock(descriptor: int, path: Path) -> None:
             raise
 
 
-def _is_still_there(descriptor: int, path: Path) -> bool:
+def is_still_there(descriptor: int, path: Path) -> bool:
+    """Whether that name is still the open file's."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ from typing import TextIO
 
 from splaser_plugin.errors import OutputError
 from splaser_plugin.files import read_json
-from splaser_plugin.locked_file import open_locked
+from splaser_plugin.locked_file import is_still_there, open_locked
 
 MARK = "recipe.json"
 """The file by which an earlier output is known."""
@@ -23,11 +24,14 @@ REPLACED = ".replaced"
 MAKE_ROOM = "Make room there, or choose another --output."
 
 
-def check_output(out: str | Path, *, overwrite: bool, inputs: tuple[str | Path, ...] = ()) -> Path:
+def check_output(
+    out: str | Path, *, overwrite: bool, inputs: tuple[str | Path, ...] = (), goes_on: bool = False
+) -> Path:
     """The output folder's path, if it may be written. Touches nothing.
 
+    goes_on: whether the journal of an unfinished run is welcome there.
     Raises OutputError when it exists and isn't empty (unless `overwrite`), is no folder, or is one of the
-    inputs or inside one.
+    inputs or inside one, or when it has a journal that would be lost.
     """
     path = Path(out).expanduser().resolve()
     for given in inputs:
@@ -39,6 +43,11 @@ def check_output(out: str | Path, *, overwrite: bool, inputs: tuple[str | Path, 
     if path.exists() and not path.is_dir():
         raise OutputError(f"{out}: exists and is no folder. Choose another --output.")
     content = {each.name for each in path.iterdir()} - {JOURNAL} if path.is_dir() else set()
+    if not goes_on and _has_content(path / JOURNAL):
+        raise OutputError(
+            f"{out}: has the {JOURNAL} of an unfinished laser run, which would be lost. Finish that run, or choose "
+            "another --output."
+        )
     if content and not overwrite:
         raise OutputError(f"{out}: exists and isn't empty. Choose another --output, or pass --overwrite.")
     if content and MARK not in content:
@@ -88,7 +97,8 @@ def check_space(out: Path, needed: int) -> None:
 def whole_folder(out: Path, *, needed: int = 0) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place at the end, unless the block raises.
 
-    needed: bytes that it will have, for the error of a full disk. Raises OutputError when it can't be written.
+    Only for the process that holds `out`. needed: bytes that it will have, for the error of a full disk.
+    Raises OutputError when it can't be written.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}{UNFINISHED}", dir=out.parent))
@@ -111,8 +121,7 @@ def whole_folder(out: Path, *, needed: int = 0) -> Iterator[Path]:
                 f"there. {MAKE_ROOM}"
             ) from error
         raise
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def cached_folder(out: Path, fill: Callable[[Path], None]) -> Path:
@@ -139,22 +148,62 @@ def cached_folder(out: Path, fill: Callable[[Path], None]) -> Path:
     return out
 
 
-def put_back(out: Path) -> None:
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Inside, no other run can write the output folder. Raises OutputError when another run is at work there."""
+    descriptor = hold(out)
+    try:
+        yield
+    finally:
+        let_go(out, descriptor)
+
+
+def hold(out: Path) -> int:
+    """The folder's journal, locked until `let_go` or the process's end; both are made if need be.
+
+    What earlier processes left beside it that were killed while they wrote it is cleared away.
+    Raises OutputError when another run is at work there, or it can't be written.
+    """
+    try:
+        _put_back(out)
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = open_locked(out / JOURNAL)
+        _clear_unfinished(out)
+    except OSError as error:
+        raise OutputError(f"{out}: can't be written ({error.strerror or error}). {MAKE_ROOM}") from error
+    return descriptor
+
+
+def let_go(out: Path, descriptor: int) -> None:
+    """Leave neither an empty journal nor an empty folder."""
+    journal = out / JOURNAL
+    if os.fstat(descriptor).st_size == 0 and is_still_there(descriptor, journal):
+        journal.unlink()
+        if not any(out.iterdir()):
+            out.rmdir()
+    os.close(descriptor)
+
+
+def _put_back(out: Path) -> None:
     """Make good what a process left that was killed just while its output took the place of what was there."""
-    for replaced in out.parent.glob(f".{out.name}{UNFINISHED}*{REPLACED}"):
-        if not out.exists() and (replaced / JOURNAL).is_file():
+    for replaced in _left_beside(out, REPLACED):
+        if not out.exists():
             os.close(open_locked(replaced / JOURNAL))  # raises where that process is still alive
             replaced.rename(out)
 
 
-def clear_unfinished(out: Path) -> None:
-    """Delete what processes that were killed while they wrote `out` have left beside it.
-
-    Only for the process that holds the lock of `out`.
-    """
-    for left in out.parent.glob(f".{out.name}{UNFINISHED}*"):
+def _clear_unfinished(out: Path) -> None:
+    for left in _left_beside(out):
         if not left.name.endswith(REPLACED) or (out / MARK).is_file():
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _left_beside(out: Path, end: str = "") -> list[Path]:
+    return list(out.parent.glob(f".{glob.escape(out.name)}{UNFINISHED}*{end}"))
+
+
+def _has_content(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
 
 
 def size(count: int) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -55,6 +57,15 @@ class CallableScorer:
                     f"--scorer {self.name}: {value} for the pair '{prompt:.40}', expected a finite score."
                 )
         return values
+
+
+def code_of(path: str) -> str:
+    """Identity of the function's code: sha256 of the file it is in, empty where there is none."""
+    try:
+        source = inspect.getsource(sys.modules[load_function(path).__module__])
+    except (OSError, TypeError, KeyError, AttributeError):
+        return ""
+    return hashlib.sha256(source.encode()).hexdigest()
 
 
 def load_function(path: str) -> Function:

@@ -33,6 +33,16 @@ class Race:
         self.parts = [sorted(order[start:end]) for start, end in pairwise(ends)]
         self.risk = risk / max(1, len(self.parts) - 1)
 
+    def measure(self, scorer: Scorer) -> Scores:
+        """Scores of all items, in the same parts as everything that is compared with them.
+
+        In other parts, and so in other batches, the same model's scores differ in their last bits.
+        """
+        scores = Scores((), ())
+        for part in self.parts:
+            scores = scores.joined(scorer.score(part))
+        return scores
+
     def run(self, scorer: Scorer, other: Scores, acceptance: Acceptance, like: Scores | None = None) -> Scores:
         """Scores of the model as it is now: of all items, or of those it was stopped after.
 

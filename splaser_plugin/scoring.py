@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from splaser_plugin.distributed import share
+from splaser_plugin.distributed import from_main, share
 from splaser_plugin.embedding import Embedder
 from splaser_plugin.errors import ScoreError
 from splaser_plugin.generation import Answer, Generator
@@ -117,7 +117,7 @@ class SemanticScorer:
         if new:
             vectors = self.embedder.embed([answers[place].text for place in new])
             products = (vectors * self._direction[[items[place] for place in new]]).sum(-1)
-            values.update(zip(new, products.tolist(), strict=True))
+            values.update(zip(new, from_main(products.tolist()), strict=True))
         return Scores(tuple(items), tuple(values[place] for place in range(len(items))), tuple(answers))
 
     def answers(self, items: Sequence[int], like: Scores | None = None) -> list[Answer]:

@@ -176,7 +176,9 @@ class Judge:
 
     def measure_baseline(self) -> Scores:
         """Score the model as the base and the best so far, on every item."""
-        self.best = self.baseline = self._scorer.score(range(self._scorer.size))
+        everything = range(self._scorer.size)
+        self.best = self._race.measure(self._scorer) if self._race else self._scorer.score(everything)
+        self.baseline = self.best
         if self._guard:
             self._guard.measure_baseline()
         self._best_screened = self._screened()

@@ -133,6 +133,35 @@ def test_running_out_of_memory_halves_the_batch_and_goes_on(tiny_model, tokenize
     assert small.batch.now == 2
 
 
+@pytest.mark.parametrize("said", ["not enough memory: you tried to allocate 9 bytes.", "MPS: out of memory"])
+def test_memory_errors_of_every_device_halve_the_batch(said, tiny_model, tokenizer, prompts, monkeypatch):
+    small = generator(tiny_model, tokenizer, batch_size=4)
+
+    def none(**rest):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(tiny_model, "generate", none)
+    with pytest.raises(ModelError, match=r"no room for 1 answers at once\. Lower --max-new-tokens or --batch-size"):
+        small.answer(prompts)
+    assert small.batch.now == 1
+
+
+@torch.no_grad()
+def test_models_with_states_beside_keys_and_values_answer_alike_in_batches(tokenizer, prompts):
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    state = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+    config = FalconH1Config(vocab_size=49152, num_key_value_heads=2, initializer_range=0.3, **sizes, **state)
+    model = FalconH1ForCausalLM(config).eval()
+    free = generator(model, tokenizer, batch_size=1).answer(prompts)
+    model.generation_config.eos_token_id = [answer.tokens[2] for answer in free[:3]]
+    alone = generator(model, tokenizer, batch_size=1).answer(prompts)
+    assert generator(model, tokenizer, batch_size=5).answer(prompts) == alone
+    assert len({len(answer.tokens) for answer in alone}) > 1
+
+
 def test_a_model_that_generates_nothing_gives_empty_answers(tiny_model, tokenizer, prompts, monkeypatch):
     def says_nothing(input_ids, **rest):
         return types.SimpleNamespace(sequences=input_ids, past_key_values=None)

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 import torch
@@ -137,9 +138,9 @@ def test_a_measurement_that_failed_is_not_made_again_either(tmp_path):
     for _ in range(2):
         journal = LaserJournal(tmp_path / "out")
         journal.begin({})
+        journal.subject = "a candidate"
         with pytest.raises(ScoreError, match="the logits are nan"):
             RecordedScorer(scorer, journal).score([0])
-        journal.finished = 1  # so that it isn't deleted as one in which nothing stands
         journal.close()
     assert scorer.asked == 1
 
@@ -223,13 +224,32 @@ def test_measurements_in_another_order_are_refused(left, tiny_folder, pairs_file
         run(tiny_folder, pairs_file, left)
 
 
-def test_a_file_that_is_no_journal_is_refused_and_kept(tiny_folder, pairs_file, tmp_path):
+@pytest.mark.parametrize("notes", ["my notes\n", "my notes", "one\ntwo", '{"schema": "splaser.recipe/1"}'])
+def test_a_file_that_is_no_journal_is_refused_and_kept(notes, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "journal.jsonl").write_text("my notes\n")
-    with pytest.raises(OutputError, match="is in the journal's place, but none"):
-        run(tiny_folder, pairs_file, out)
-    assert (out / "journal.jsonl").read_text() == "my notes\n"
+    (out / "journal.jsonl").write_text(notes)
+    with closing(LaserJournal(out)) as journal, pytest.raises(OutputError, match="in the journal's place, but none"):
+        journal.begin({})
+    assert (out / "journal.jsonl").read_text() == notes
+
+
+def test_a_base_model_that_could_not_be_measured_is_tried_again(tmp_path):
+    class Fails:
+        name, size, asked = "fails", 1, 0
+
+        def score(self, items, like=None):
+            self.asked += 1
+            raise ScoreError("the logits are nan")
+
+    scorer = Fails()
+    for _ in range(2):
+        with closing(LaserJournal(tmp_path / "out")) as journal:
+            journal.begin({})
+            with pytest.raises(ScoreError):
+                RecordedScorer(scorer, journal).score([0])
+    assert scorer.asked == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_found_nothing_leaves_nothing(tiny_folder, tmp_path):
@@ -278,10 +298,10 @@ def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path):
 
 
 def test_a_folder_with_nothing_but_a_journal_can_be_an_output(left):
-    assert check_output(left, overwrite=False) == left
+    assert check_output(left, overwrite=False, goes_on=True) == left
     (left / "mine.txt").write_text("")
     with pytest.raises(OutputError, match="exists and isn't empty"):
-        check_output(left, overwrite=False)
+        check_output(left, overwrite=False, goes_on=True)
 
 
 def test_without_an_output_nothing_is_remembered():

@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 
 from splaser_plugin.acceptance import Improve
+from splaser_plugin.margin import MarginScorer
+from splaser_plugin.pairs import Pair
+from splaser_plugin.prompts import Prompter
 from splaser_plugin.racing import Race
 from splaser_plugin.scoring import Scores
+from splaser_plugin.search import Judge
 
 
 class Column:
@@ -25,6 +29,17 @@ class Column:
 
 def whole(values):
     return Column(values).score(range(len(values)))
+
+
+def test_the_same_weights_have_the_same_scores(tiny_model, tokenizer):
+    texts = [" ".join(["word"] * length) for length in range(1, 41)]
+    pairs = [Pair(({"role": "user", "content": text},), f"{text} yes", f"no {text}") for text in texts]
+    scorer = MarginScorer(tiny_model.bfloat16(), Prompter(tokenizer), pairs, batch_size=16)
+    judge = Judge(scorer, race=Race(len(pairs)))
+    judge.measure_baseline()
+    judgement = judge.judge()
+    assert judgement.verdict == "restored"
+    assert judgement.scores == judge.best
 
 
 def noise(size, mean, seed=0):

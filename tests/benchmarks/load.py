@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -60,8 +61,15 @@ def run(code: str, *arguments: object) -> tuple[list[str], float]:
     """What a process printed at its end, and how many seconds it took."""
     started = time.perf_counter()
     command = [sys.executable, "-c", textwrap.dedent(PEAK + code), *map(str, arguments)]
-    told = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout
-    return told.splitlines()[-1].split(), time.perf_counter() - started
+    ended = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=True,
+    )
+    return ended.stdout.splitlines()[-1].split(), time.perf_counter() - started
 
 
 def rows(count: int) -> Iterator[dict[str, str]]:
@@ -113,10 +121,10 @@ def measure_search(folder: Path, candidates: int) -> Iterator[str]:
     model, pairs = folder / "tiny", folder / "pairs.jsonl"
     tiny_llama(num_hidden_layers=72).save_pretrained(model)
     AutoTokenizer.from_pretrained(prepare_model(ROOT / ".cache")).save_pretrained(model)
-    pairs.write_text("".join(json.dumps({**row, "rejected": "No."}) + "\n" for row in rows(4)))
+    pairs.write_text("".join(json.dumps({**row, "rejected": "No."}) + "\n" for row in rows(2)))
     for count in (candidates // 10, candidates):
         arguments = ["laser", model, "--pairs", pairs, "-o", folder / f"out{count}", "--candidates", count]
-        quick = ["--embedder", "self", "--max-new-tokens", 4, "--device", "cpu", "--edge", "mp"]
+        quick = ["--embedder", "self", "--max-new-tokens", 2, "--device", "cpu", "--edge", "mp"]
         (peak_bytes,), elapsed_s = run(SEARCH, *arguments, *quick)
         tried = len(json.loads((folder / f"out{count}" / "results.json").read_text())["candidates"])
         yield f"| search of {tried} candidates | {int(peak_bytes) / MEGABYTE:.0f} MB | {elapsed_s:.0f} s |"

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import base64
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.conftest import ROOT
+
+FOLDER = ROOT / "examples"
+KERNEL = "python3"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def stored():
+    return nbformat.read(FOLDER / "walkthrough.ipynb", as_version=4)
+
+
+def kinds(notebook):
+    """Of the outputs of each cell of code, but for progress and warnings."""
+    cells = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    return [[sorted(each.get("data", {"text": ""})) for each in cell if each.get("name") != "stderr"] for cell in cells]
+
+
+def pictures(notebook):
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return [base64.b64decode(output.data["image/png"]) for output in outputs if "image/png" in output.get("data", {})]
+
+
+def test_the_walkthrough_is_stored_with_its_pictures_and_no_paths_of_a_machine(stored):
+    found = pictures(stored)
+    assert len(found) == 3
+    assert all(picture.startswith(PNG) and len(picture) < 200_000 for picture in found)
+    printed = "".join(output.text for cell in stored.cells for output in cell.get("outputs", []) if "text" in output)
+    assert "/" not in printed.replace("pairs.jsonl", "")
+
+
+@pytest.mark.real
+def test_the_walkthrough_runs_and_gives_what_is_stored(stored, smollm2, minilm):
+    expected = kinds(stored)
+    NotebookClient(stored, timeout=600, kernel_name=KERNEL, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    assert kinds(stored) == expected
