@@ -189,9 +189,44 @@ class LaserConfig(ScanConfig, MeasureConfig):
                 f"--accept {self.accept} with --objective compress: removing parameters makes no score better. "
                 "Leave --accept out, or give --accept harmless."
             )
+        self._refuse_contradictions()
         asked = {"--scorer perplexity": self.scorer, "--guard perplexity": self.guard_scorer}
         for flag in [flag for flag, scorer in asked.items() if scorer == "perplexity" and not self.text]:
             raise ConfigError(f"{flag} needs a text: give --text FILE, or a hub data set's name.")
+
+    def _refuse_contradictions(self) -> None:
+        if self.screen != "none" and self.acceptance == "harmless":
+            asked = "--accept harmless" if self.accept == "harmless" else "--objective compress"
+            raise ConfigError(
+                f"--screen {self.screen} with {asked}: the screen drops what is worse than the best so far, even far "
+                "within --tolerance. Leave --screen out."
+            )
+        if self.screen == self.scorer:
+            raise ConfigError(f"--screen {self.screen}: it is the scorer itself, and rules out nothing before it.")
+        if self.tolerance == 0 and self.acceptance == "harmless":
+            raise ConfigError(
+                "--tolerance 0 with --accept harmless: no test can tell a loss from none, so nothing would be kept. "
+                "Give --tolerance more than 0."
+            )
+        if self.held_out and self.scorer == "perplexity":
+            raise ConfigError(
+                "--held-out with --scorer perplexity: what is held out are windows of --text. Use --held-out-fraction."
+            )
+        if self.held_out and "held_out_fraction" in self.changes:
+            raise ConfigError("--held-out and --held-out-fraction: got both, expected one of the two.")
+
+    @property
+    def without_effect(self) -> tuple[str, ...]:
+        """Flags that were given, and that this run doesn't use."""
+        reads_text = "perplexity" in (self.scorer, self.guard_scorer)
+        unused = {
+            "tolerance": self.acceptance != "harmless",
+            "alpha": self.acceptance == "improve",
+            "text": not reads_text,
+            "window": not reads_text,
+            "embedder": "semantic" not in (self.scorer, self.guard_scorer),
+        }
+        return tuple(f"--{name.replace('_', '-')}" for name in unused if unused[name] and name in self.changes)
 
     @property
     def acceptance(self) -> str:

@@ -227,6 +227,8 @@ def laser_weights(
     progress.fact("device", f"{device}, {_dtype(model)}")
     for label, values in (("options", config.changes), ("versions", versions())):
         progress.detail(label, ", ".join(f"{key} {value}" for key, value in values.items()))
+    if config.without_effect:
+        progress.fact("has no effect", f"{', '.join(config.without_effect)}, with the other options of this run")
     rulers = Rulers(model, tokenizer, config, weights)
     split, searched, apart = _materials(split, rulers, config)
     if split.pairs.pairs:

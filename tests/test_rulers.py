@@ -23,6 +23,7 @@ from splaser_plugin.search import Judge, search
 from splaser_plugin.texts import open_text, read_windows
 from splaser_plugin.weights import Weights
 from tests.conftest import ROOT, tiny_llama
+from tests.test_held_out import Told
 from tests.test_jobs import QUICK
 from tests.test_search import Planted, candidates, verdicts
 
@@ -190,6 +191,12 @@ def test_a_function_that_is_not_there_is_refused_before_the_model_is_loaded(path
     [
         ({"scorer": "semantics"}, "--scorer: got 'semantics', expected one of semantic, margin, perplexity, or"),
         ({"scorer": "perplexity"}, "--scorer perplexity needs a text: give --text FILE"),
+        ({"screen": "margin", "accept": "harmless"}, "--screen margin with --accept harmless: the screen drops"),
+        ({"screen": "margin", "objective": "compress"}, "--screen margin with --objective compress: the screen drops"),
+        ({"screen": "margin", "scorer": "margin"}, "--screen margin: it is the scorer itself"),
+        ({"tolerance": 0.0, "accept": "harmless"}, "--tolerance 0 with --accept harmless: no test can tell"),
+        ({"scorer": "perplexity", "text": "t", "held_out": "h"}, "--held-out with --scorer perplexity: what is held"),
+        ({"held_out": "h", "held_out_fraction": 0.5}, "--held-out and --held-out-fraction: got both"),
         ({"guard": "perplexity:1.02"}, "--guard perplexity needs a text: give --text FILE"),
         ({"guard": "perplexity"}, "--guard: got 'perplexity', expected perplexity:RATIO"),
         ({"guard": "perplexity:0.9", "text": "x"}, "--guard: got 'perplexity:0.9'.*at least 1"),
@@ -206,6 +213,30 @@ def test_a_function_that_is_not_there_is_refused_before_the_model_is_loaded(path
 def test_options_that_can_not_be_meant_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         LaserConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({}, ()),
+        ({"tolerance": 0.5, "alpha": 0.01, "text": "t", "window": 9}, ("--tolerance", "--alpha", "--text", "--window")),
+        ({"accept": "confident", "alpha": 0.01}, ()),
+        ({"accept": "confident", "tolerance": 0.5}, ("--tolerance",)),
+        ({"objective": "compress", "alpha": 0.01, "tolerance": 0.5}, ()),
+        ({"guard": "perplexity:1.02", "text": "t", "window": 9}, ()),
+        ({"scorer": "margin", "embedder": "self"}, ("--embedder",)),
+        ({"scorer": "margin", "guard": "semantic:0.1", "embedder": "self"}, ()),
+    ],
+)
+def test_flags_that_a_run_does_not_use_are_known(options, flags):
+    assert LaserConfig(**options).without_effect == flags
+
+
+def test_a_run_says_which_flags_have_no_effect(tiny_folder, pairs):
+    told = Told()
+    options = {**QUICK, "candidates": 1, "scorer": "margin", "embedder": LaserConfig().embedder}
+    laser(tiny_folder, pairs, config=LaserConfig(**options, tolerance=0.5), progress=told)
+    assert ("has no effect", "--tolerance, with the other options of this run") in told.facts
 
 
 def test_without_pairs_only_perplexity_can_be_searched_by():
