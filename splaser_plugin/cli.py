@@ -45,7 +45,9 @@ class Commands(TyperGroup):
             again = shlex.join(["splaser", *sys.argv[1:]])
             resumed = ctx.invoked_subcommand in RESUMED
             next_step = "What is finished is kept; go on with" if resumed else "Start again with"
-            print(f"stopped. {next_step}: {printable(again)}", file=sys.stderr)
+            launched = ", under the launcher of this run" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+            if os.environ.get("RANK", "0") == "0":
+                print(f"stopped. {next_step}{launched}: {printable(again)}", file=sys.stderr)
             raise typer.Exit(STOPPED) from None
 
 

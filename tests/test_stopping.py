@@ -53,7 +53,17 @@ def test_a_stopped_laser_says_how_to_go_on_and_ends_as_an_unbroken_one(tiny_fold
     assert recipes[0] == recipes[1]
 
 
-def test_a_stopped_command_without_a_journal_says_to_start_again(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("rank", "processes", "said"),
+    [
+        ("0", "1", "stopped. Start again with: splaser wait 'a\\x1b[31m b'\n"),
+        ("0", "2", "stopped. Start again with, under the launcher of this run: splaser wait 'a\\x1b[31m b'\n"),
+        ("1", "2", ""),
+    ],
+)
+def test_a_stopped_command_without_a_journal_says_to_start_again(rank, processes, said, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", processes)
     app = typer.Typer(cls=Commands)
 
     @app.command()
@@ -72,4 +82,4 @@ def test_a_stopped_command_without_a_journal_says_to_start_again(monkeypatch, ca
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stop.value.code == 130
-    assert capsys.readouterr().err == "stopped. Start again with: splaser wait 'a\\x1b[31m b'\n"
+    assert capsys.readouterr().err == said
