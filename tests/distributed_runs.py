@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +18,11 @@ import torch.distributed as dist
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from splaser_plugin import LaserCallback, LaserConfig
+from splaser_plugin import LaserCallback, LaserConfig, laser
 from splaser_plugin.distributed import is_main, process_count, process_index
 from splaser_plugin.errors import ModelError
 from splaser_plugin.jobs import laser_weights, read_pairs
+from splaser_plugin.laser_journal import RecordedScorer
 from splaser_plugin.weights import Weights
 
 CONFIG = LaserConfig(embedder="self", max_new_tokens=6, candidates=5, edge="mp", batch_size=2)
@@ -56,6 +58,30 @@ def engine(folder: Path, model_folder: str) -> None:
     result = laser_weights(weights, tokenizer, read_pairs(PAIRS, CONFIG), config=CONFIG, name="tiny")
     finish(folder, weights, result)
     result.save(folder / "saved")
+
+
+def resumed(folder: Path, model_folder: str) -> None:
+    """The job with an output, stopped in all processes after five measurements and started again."""
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    measured = []
+    measure = RecordedScorer.score
+
+    def stopping(self, items, like=None):
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        measured.append(items)
+        return measure(self, items, like)
+
+    RecordedScorer.score = stopping
+    with suppress(KeyboardInterrupt):
+        laser(model_folder, PAIRS, config=CONFIG, output=folder / "out")
+    RecordedScorer.score = measure
+    if is_main():
+        left = (folder / "out" / "journal.jsonl").read_text().splitlines()
+        (folder / "left.txt").write_text(str(len(left)))
+    result = laser(model_folder, PAIRS, config=CONFIG, output=folder / "out")
+    finish(folder, result.weights, result)
 
 
 def gradient(folder: Path, model_folder: str) -> None:
@@ -124,10 +150,9 @@ class Ending(Trainer):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     kind, target, source = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-    if kind == "engine":
-        engine(target, source)
-    elif kind == "gradient":
-        gradient(target, source)
+    kinds = {"engine": engine, "resumed": resumed, "gradient": gradient}
+    if kind in kinds:
+        kinds[kind](target, source)
     else:
         trainer(target, source, sharded=kind == "sharded-trainer", when="before" if kind == "ddp-before" else "after")
     if dist.is_initialized():

@@ -80,6 +80,15 @@ def test_a_model_sharded_over_two_processes_gives_the_recipe_and_the_bits_of_one
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_run_stopped_in_two_processes_goes_on_and_ends_as_an_unbroken_one(tiny_folder, tmp_path):
+    one = run(ONE, "engine", tmp_path / "one", tiny_folder)
+    two = run(torchrun(), "resumed", tmp_path / "two", tiny_folder)
+    assert (tmp_path / "two" / "left.txt").read_text() == "7"  # what it depends on, the scan, five measurements
+    assert same_steps(one, two)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert (tmp_path / "two" / "out" / "results.json").is_file()
+
+
 def test_the_callback_on_a_sharded_model_gives_the_recipe_of_one_process(tiny_folder, tmp_path):
     one = run(ONE, "sharded-trainer", tmp_path / "one", tiny_folder)
     two = run(torchrun(), "sharded-trainer", tmp_path / "two", tiny_folder)
