@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from splaser_plugin.distributed import share
-from splaser_plugin.errors import ScorerError
+from splaser_plugin.errors import ScoreError, ScorerError
 from splaser_plugin.generation import evaluating
 from splaser_plugin.pairs import Pair
 from splaser_plugin.scoring import Scores
@@ -38,12 +38,19 @@ class CallableScorer:
         self._pairs = pairs
 
     def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
-        """Raises ScorerError when the function returns anything but one finite number a pair."""
+        """Raises ScoreError when the function raises or gives a number that isn't finite, as a broken model can make
+        it, and ScorerError when it returns anything but one number a pair."""
         return Scores(tuple(items), tuple(share(items, self._values)))
 
     def _values(self, items: list[int]) -> list[float]:
         with torch.no_grad(), evaluating(self._model):
-            returned = self._function(self._model, self._tokenizer, [self._pairs[item] for item in items])
+            pairs = [self._pairs[item] for item in items]
+            try:
+                returned = self._function(self._model, self._tokenizer, pairs)
+            except (MemoryError, torch.OutOfMemoryError):  # the machine's, not the candidate's
+                raise
+            except Exception as error:  # whatever code of the user's own raises
+                raise ScoreError(f"--scorer {self.name}: it raised {type(error).__name__}: {error!s:.200}.") from error
         try:
             values = [float(value) for value in returned]
         except (TypeError, ValueError) as error:
@@ -53,9 +60,7 @@ class CallableScorer:
         for item, value in zip(items, values, strict=True):
             if not math.isfinite(value):
                 prompt = self._pairs[item].prompt
-                raise ScorerError(
-                    f"--scorer {self.name}: {value} for the pair '{prompt:.40}', expected a finite score."
-                )
+                raise ScoreError(f"--scorer {self.name}: {value} for the pair '{prompt:.40}', expected a finite score.")
         return values
 
 

@@ -162,7 +162,6 @@ def test_a_laser_run_by_a_function_of_ones_own(tiny_folder, pairs):
     ("returned", "message"),
     [
         ([1.0], "own: returned 1 scores for 4 pairs"),
-        ([1.0, 2.0, float("nan"), 3.0], "own: nan for the pair 'How many days has a week.*expected a finite score"),
         (["good", 1, 2, 3], r"own: expected one number a pair, got \['good'"),
         (None, "own: expected one number a pair, got None"),
     ],
@@ -172,6 +171,46 @@ def test_what_a_function_returns_is_checked(tiny_model, tokenizer, pairs, return
     scorer = CallableScorer(lambda model, tokenizer, pairs: returned, tiny_model, tokenizer, usable, "own")
     with pytest.raises(ScorerError, match=message):
         scorer.score(range(4))
+
+
+def own_search(tiny_model, tokenizer, pairs, candidates, third):
+    """A search by a function of one's own that is 1 at first, and `third()` of the second candidate."""
+    calls = []
+
+    def function(model, tokenizer, pairs):
+        calls.append(1)
+        return third(pairs) if len(calls) == 3 else [float(len(calls))] * len(pairs)
+
+    scorer = CallableScorer(function, tiny_model, tokenizer, pairs_from_rows(pairs).pairs, "own")
+    return search(Weights(tiny_model), candidates[:3], Judge(scorer))
+
+
+@pytest.mark.parametrize(
+    ("third", "reason"),
+    [
+        (lambda pairs: 1 / 0, "--scorer own: it raised ZeroDivisionError: division by zero."),
+        (lambda pairs: [float("nan")] * len(pairs), "--scorer own: nan for the pair 'How many days has a week"),
+    ],
+)
+def test_a_candidate_that_breaks_a_function_of_ones_own_fails_alone(
+    tiny_model, tokenizer, pairs, candidates, third, reason
+):
+    found = own_search(tiny_model, tokenizer, pairs, candidates, third)
+    assert verdicts(found) == ["kept", "failed", "kept"]
+    assert found.trials[1].judgement.reason.startswith(reason)
+
+
+def test_a_function_that_returns_too_few_scores_or_runs_out_of_memory_ends_the_search(
+    tiny_model, tokenizer, pairs, candidates
+):
+    with pytest.raises(ScorerError, match="returned 1 scores for 4 pairs"):
+        own_search(tiny_model, tokenizer, pairs, candidates, lambda pairs: [1.0])
+
+    def out_of_memory(pairs):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        own_search(tiny_model, tokenizer, pairs, candidates, out_of_memory)
 
 
 @pytest.mark.parametrize(
