@@ -8,7 +8,8 @@ from typing import Any
 
 from splaser_plugin.errors import TextError
 
-MAX_TEXT_BYTES = 256 * 2**20
+BLOCK_CHARS = 2**18
+"""Read of a file at a time, and the rest of the line: about what the windows of a run with the defaults take."""
 COLUMN = "text"
 
 
@@ -39,23 +40,27 @@ def read_windows(
 
 
 def open_text(source: str) -> Iterator[str]:
-    """The text in parts: a file as a whole, a data set row by row. Raises TextError, at once or while it is read."""
+    """The text in parts: a file in blocks of lines, a data set row by row.
+
+    Raises TextError, at once or while it is read.
+    """
     path = Path(source).expanduser()
     if path.is_file():
-        return iter([_read_file(path)])
+        return _read_file(path)
     if path.suffix == ".txt" or (source.startswith((".", "/", "~")) and not path.is_dir()):
         raise TextError(f"--text {source}: there is no such file. Give a text file, or the name of a hub data set.")
     return _read_dataset(source)
 
 
-def _read_file(path: Path) -> str:
+def _read_file(path: Path) -> Iterator[str]:
     try:
-        size = path.stat().st_size
-        if size > MAX_TEXT_BYTES:
-            raise TextError(f"--text {path}: {size:,} bytes, at most {MAX_TEXT_BYTES:,} are read. Cut the file.")
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TextError(f"--text {path}: not UTF-8 (at byte {error.start:,}). Save it as UTF-8.") from error
+        with path.open(encoding="utf-8-sig") as file:
+            try:
+                while block := file.read(BLOCK_CHARS) + file.readline(BLOCK_CHARS):
+                    yield block
+            except UnicodeDecodeError as error:
+                place = file.buffer.tell() - len(error.object) + error.start
+                raise TextError(f"--text {path}: not UTF-8 (at byte {place:,}). Save it as UTF-8.") from error
     except OSError as error:
         raise TextError(f"--text {path}: can't be read ({error.strerror or error}). Check its rights.") from error
 

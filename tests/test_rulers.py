@@ -20,7 +20,7 @@ from splaser_plugin.perplexity import PerplexityScorer, perplexity
 from splaser_plugin.rulers import Material, Rulers
 from splaser_plugin.scoring import Scores
 from splaser_plugin.search import Judge, search
-from splaser_plugin.texts import open_text, read_windows
+from splaser_plugin.texts import BLOCK_CHARS, open_text, read_windows
 from splaser_plugin.weights import Weights
 from tests.conftest import ROOT, tiny_llama
 from tests.test_held_out import Told
@@ -48,6 +48,36 @@ def test_windows_are_the_text_from_its_beginning_and_do_not_overlap(text, tokeni
     windows = read_windows(text, tokenizer, window=16, count=10_000)
     assert [token for window in windows for token in window] == ids[: len(ids) // 16 * 16]
     assert read_windows(text, tokenizer, window=16, count=5) == windows[:5]
+
+
+def words(part, **_):
+    return {"input_ids": part.split(" ")}
+
+
+@pytest.mark.parametrize("line", ["one line of many words\r\n", "all in a single line "])
+def test_of_a_long_file_only_as_much_is_read_as_the_windows_need(tmp_path, line):
+    text = "\ufeff" + line * (10 * BLOCK_CHARS // len(line))
+    (tmp_path / "long.txt").write_bytes(text.encode())
+    plain = text[1:].replace("\r\n", "\n")
+    parts = list(open_text(str(tmp_path / "long.txt")))
+    assert "".join(parts) == plain
+    assert max(map(len, parts)) <= 2 * BLOCK_CHARS
+    assert "\n" not in line or all(part.endswith("\n") for part in parts)
+    seen = []
+
+    def counted(part, **_):
+        seen.append(len(part))
+        return words(part)
+
+    windows = read_windows(str(tmp_path / "long.txt"), counted, window=16, count=9)
+    assert len(seen) == 1
+    assert [token for window in windows for token in window] == plain.split(" ")[: 9 * 16]
+
+
+def test_a_long_file_that_stops_being_utf_8_is_refused_where_it_does(tmp_path):
+    (tmp_path / "long.txt").write_bytes(b"word\n" * BLOCK_CHARS + b"\xe9")
+    with pytest.raises(TextError, match=f"not UTF-8 \\(at byte {5 * BLOCK_CHARS:,}\\)"):
+        list(open_text(str(tmp_path / "long.txt")))
 
 
 def test_a_data_set_is_read_row_by_row_from_its_test_split(tmp_path, tokenizer):
@@ -189,7 +219,7 @@ def own_search(tiny_model, tokenizer, pairs, candidates, third):
     ("third", "reason"),
     [
         (lambda pairs: 1 / 0, "--scorer own: it raised ZeroDivisionError: division by zero."),
-        (lambda pairs: [float("nan")] * len(pairs), "--scorer own: nan for the pair 'How many days has a week"),
+        (lambda pairs: [float("nan")] * len(pairs), "--scorer own: nan for the pair 'What is the capital of France?'"),
     ],
 )
 def test_a_candidate_that_breaks_a_function_of_ones_own_fails_alone(
