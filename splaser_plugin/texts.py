@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,12 @@ def open_text(source: str) -> Iterator[str]:
 
 def _read_file(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open("rb") as stored, TextIOWrapper(stored, encoding="utf-8-sig") as file:
             try:
                 while block := file.read(BLOCK_CHARS) + file.readline(BLOCK_CHARS):
                     yield block
             except UnicodeDecodeError as error:
-                place = file.buffer.tell() - len(error.object) + error.start
+                place = stored.tell() - len(error.object) + error.start
                 raise TextError(f"--text {path}: not UTF-8 (at byte {place:,}). Save it as UTF-8.") from error
     except OSError as error:
         raise TextError(f"--text {path}: can't be read ({error.strerror or error}). Check its rights.") from error
