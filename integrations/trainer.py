@@ -22,13 +22,11 @@ from splaser_plugin.errors import ConfigError, ModelError, PairsError
 from splaser_plugin.held_out import Split
 from splaser_plugin.integrations.freeze import freeze_all_but
 from splaser_plugin.jobs import LaserResult, laser_weights, read_pairs
-from splaser_plugin.loading import context_length
 from splaser_plugin.output import check_output
 from splaser_plugin.pairs import PairSet
 from splaser_plugin.prediction import check_predictable
 from splaser_plugin.progress import Progress
-from splaser_plugin.prompts import Prompter
-from splaser_plugin.rulers import check_rulers
+from splaser_plugin.rulers import Rulers, check_rulers
 from splaser_plugin.scan import scan_model
 from splaser_plugin.selection import choose
 from splaser_plugin.weights import Weights, model_name
@@ -133,10 +131,12 @@ class LaserCallback(TrainerCallback):
             self._split = read_pairs(self._rows(trainer), self.config)
             check_output(_output(args), overwrite=True, inputs=(model_name(unwrapped),))
             check_rulers(self.config)
-            prompter = Prompter(trainer.processing_class, self.config.template, context_length(unwrapped))
-            for pair in self._split.pairs:
-                prompter.tokens(pair.messages)
-            if self.config.embedder != "self":
+            rulers, scorers = Rulers(unwrapped, trainer.processing_class, self.config), self.config.scorers
+            if "perplexity" in scorers:
+                rulers.windows()
+            for pair in self._split.pairs if scorers & {"semantic", "margin"} else ():
+                rulers.prompter.tokens(pair.messages)
+            if "semantic" in scorers and self.config.embedder != "self":
                 SentenceEmbedder(self.config.embedder, torch.device("cpu"), allow_pickle=self.config.allow_pickle)
 
     def _laser(self, trainer: Any, model: Any) -> dict[str, float]:

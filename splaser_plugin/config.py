@@ -218,13 +218,13 @@ class LaserConfig(ScanConfig, MeasureConfig):
     @property
     def without_effect(self) -> tuple[str, ...]:
         """Flags that were given, and that this run doesn't use."""
-        reads_text = "perplexity" in (self.scorer, self.guard_scorer)
+        reads_text = "perplexity" in self.scorers
         unused = {
             "tolerance": self.acceptance != "harmless",
             "alpha": self.acceptance == "improve",
             "text": not reads_text,
             "window": not reads_text,
-            "embedder": "semantic" not in (self.scorer, self.guard_scorer),
+            "embedder": "semantic" not in self.scorers,
         }
         return tuple(f"--{name.replace('_', '-')}" for name in unused if unused[name] and name in self.changes)
 
@@ -245,6 +245,12 @@ class LaserConfig(ScanConfig, MeasureConfig):
         """Whether anything that is measured takes preference pairs."""
         guarded = self.guard_scorer not in ("", "perplexity")
         return self.unit == "pairs" or self.screen == "margin" or self.rank_by == "gradient" or guarded
+
+    @property
+    def scorers(self) -> set[str]:
+        """Names of all that the model is measured by."""
+        margin = self.screen == "margin" or self.rank_by == "gradient"
+        return {self.scorer, self.guard_scorer, "margin" if margin else self.scorer} - {""}
 
     @property
     def guard_scorer(self) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 import types
@@ -294,6 +295,25 @@ def test_a_trainer_without_pairs_can_be_lasered_by_perplexity(trainer_of, tmp_pa
     missing = LaserConfig.from_dict({**options, "text": str(tmp_path / "nothing.txt")})
     with pytest.raises(TextError, match="there is no such file"):
         trainer_of(tiny_llama(), LaserCallback(when="after", config=missing)).train()
+
+
+def test_before_training_nothing_is_asked_for_that_the_scorers_do_not_use(trainer_of, tmp_path, tokenizer):
+    (tmp_path / "prose.txt").write_text("The cat sat on the mat, and looked out of the window. " * 40)
+    options = {**CONFIG.to_dict(), "scorer": "perplexity", "text": str(tmp_path / "prose.txt"), "window": 16}
+    callback = LaserCallback(config=LaserConfig.from_dict({**options, "embedder": "./none"}))
+    trainer = trainer_of(tiny_llama(), callback)
+    trainer.processing_class = copy.deepcopy(tokenizer)
+    trainer.processing_class.chat_template = None
+    trainer.train()
+    assert callback.result.search.trials
+    for wrong, message in (
+        ({"window": 600}, "longer than the model's context"),
+        ({"window": 500}, "expected at least 2"),
+    ):
+        trainer = trainer_of(tiny_llama(), LaserCallback(config=LaserConfig.from_dict({**options, **wrong})))
+        with pytest.raises(TextError, match=message):
+            trainer.train()
+        assert trainer.state.global_step == 0
 
 
 def test_what_would_stop_the_laser_after_training_stops_it_before(trainer_of, pairs, tmp_path):
