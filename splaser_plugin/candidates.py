@@ -24,14 +24,17 @@ class Candidate:
     """At the scan's edge."""
     predicted: float | None = None
     """Change of the mean margin, in nats a token; None without a prediction."""
+    is_layer: bool = True
+    """Whether it is the whole weight of a linear layer of its model, which alone can be stored as two factors."""
 
     @property
     def parameters_removed(self) -> int:
         """Parameters that two factors of this rank have fewer than the matrix; 0 where they have more.
 
-        Also 0 for an expert's slice of a fused parameter, which is stored whole (see `splaser_plugin.factored`).
+        Also 0 for what is stored whole: an expert's slice of a fused parameter, and an embedding (see
+        `splaser_plugin.factored`).
         """
-        if self.matrix.expert is not None:
+        if self.matrix.expert is not None or not self.is_layer:
             return 0
         rows, columns = self.matrix.shape
         return max(0, rows * columns - self.rank * (rows + columns))

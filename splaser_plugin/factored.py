@@ -72,9 +72,14 @@ def is_smaller(shape: tuple[int, int], rank: int) -> bool:
 
 def is_factorable(model: nn.Module, matrix: Matrix, rank: int) -> bool:
     """Whether the matrix, at that rank, takes less room as factors, and is the whole weight of a linear layer."""
+    return is_smaller(matrix.shape, rank) and is_layer(model, matrix)
+
+
+def is_layer(model: nn.Module, matrix: Matrix) -> bool:
+    """Whether the matrix is the whole weight of a linear layer."""
     from transformers.pytorch_utils import Conv1D
 
-    if matrix.expert is not None or not is_smaller(matrix.shape, rank):
+    if matrix.expert is not None:
         return False
     module, _, attribute = matrix.parameter.rpartition(".")
     return attribute == "weight" and type(model.get_submodule(module)) in (nn.Linear, Conv1D)

@@ -17,6 +17,7 @@ from splaser_plugin.candidates import by_prediction, by_size, choose_candidates
 from splaser_plugin.config import SCORERS, LaserConfig, parse_ranks
 from splaser_plugin.distributed import in_main
 from splaser_plugin.errors import ConfigError, ModelError
+from splaser_plugin.factored import is_layer
 from splaser_plugin.factored_folder import parameter_counts, save_model
 from splaser_plugin.guard import Guard
 from splaser_plugin.held_out import HeldOut, Split, compare, split_by_prompt, split_by_set, split_windows
@@ -261,7 +262,8 @@ def laser_weights(
         return scan_model(weights, config=config, name=name, identity=run["weights"], progress=progress)
 
     scan = journal.once("scan", (), scanned, Scan.to_dict, Scan.from_dict)
-    candidates = choose_candidates(scan, matrices, parse_ranks(config.ranks))
+    chosen = choose_candidates(scan, matrices, parse_ranks(config.ranks))
+    candidates = [replace(each, is_layer=is_layer(model, each.matrix)) for each in chosen]
     if config.rank_by == "gradient":
         some = MarginScorer(model, rulers.prompter, split.search[:GRADIENT_PAIRS], batch_size=rulers.batch_size)
 

@@ -287,3 +287,25 @@ def test_compressing_is_refused_where_no_rank_is_low_enough(scanned):
     scan, matrices = scanned
     with pytest.raises(MatrixError, match=r"none of the 14 candidates has fewer parameters .*lower rank to --ranks"):
         by_size(choose_candidates(scan, matrices, (0.9,)))
+
+
+def test_what_is_stored_whole_counts_as_no_parameters_removed(tokenizer, pairs, tmp_path):
+    options = {
+        "device": "cpu",
+        "candidates": 6,
+        "include": ("embed_tokens", "o_proj"),
+        "ranks": "0.1",
+        "scorer": "margin",
+        "tolerance": 100.0,
+    }
+    config = LaserConfig.from_dict({**options, "accept": "harmless", "save": "factored"})
+    result = laser(
+        tiny_llama(tie_word_embeddings=False), pairs, config=config, tokenizer=tokenizer, output=tmp_path / "out"
+    )
+    kept = {each.matrix.name: each.parameters_removed for each in result.search.kept}
+    assert kept["model.embed_tokens"] == 0
+    before, after = result.parameters
+    assert before - after == result.search.parameters_removed == sum(kept.values()) > 0
+    only = LaserConfig.from_dict({**options, "include": ("embed_tokens",), "objective": "compress"})
+    with pytest.raises(MatrixError, match="none of the 1 candidates has fewer parameters as two factors"):
+        laser(tiny_llama(tie_word_embeddings=False), pairs, config=only, tokenizer=tokenizer)
