@@ -18,6 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from splaser_plugin.distributed import process_count
 from splaser_plugin.errors import ModelError, ScoreError
@@ -27,6 +28,8 @@ FIRST_BATCH = 8
 LEAST_GAIN = 1.1
 MODEL_ERRORS = (RuntimeError, ValueError, LookupError, ArithmeticError)
 """What a model's own code may raise over the numbers that it computes."""
+CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+"""What `generate` calls keys and values, taken and returned; renamed in transformers 5.24."""
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 """How those devices say it that have no error of their own for it."""
 
@@ -158,7 +161,6 @@ class Generator:
             found = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                past_key_values=cache,
                 generation_config=GenerationConfig(
                     max_new_tokens=steps,
                     do_sample=False,
@@ -170,6 +172,7 @@ class Generator:
                 logits_processor=LogitsProcessorList([nan]),
                 stopping_criteria=None if self.is_sharded else StoppingCriteriaList([_HalfEnded(len(ids), ends)]),
                 synced_gpus=process_count() > 1 and self.is_sharded,
+                **({} if cache is None else {CACHE: cache}),
             )
             new = found.sequences[:, ids.shape[1] :]
             steps = steps - new.shape[1] if new.shape[1] else 0
@@ -180,7 +183,7 @@ class Generator:
             chosen = torch.tensor(left, device=ids.device, dtype=torch.long)
             ids = found.sequences[chosen]
             mask = torch.cat([mask, torch.ones_like(new)], dim=1)[chosen]
-            cache = _rows_of(found.past_key_values, chosen)
+            cache = _rows_of(getattr(found, CACHE), chosen)
         if nan.was_seen:
             raise ScoreError("the model's logits are nan, so that it has no answers.")
         return made

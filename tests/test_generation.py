@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from splaser_plugin.errors import ModelError, PairsError
-from splaser_plugin.generation import BatchSize, Generator, evaluating
+from splaser_plugin.generation import CACHE, BatchSize, Generator, evaluating
 from splaser_plugin.prompts import Prompter
 from tests.conftest import tiny_llama
 
@@ -69,7 +69,7 @@ def test_the_rows_that_go_on_alone_say_the_same(keeps_cache, tiny_model, tokeniz
         batches.append(len(input_ids))
         found = generate(input_ids=input_ids, **rest)
         if not keeps_cache:
-            found.past_key_values = types.SimpleNamespace(layers=[None])
+            setattr(found, CACHE, types.SimpleNamespace(layers=[None]))
         return found
 
     monkeypatch.setattr(tiny_model, "generate", watched)
@@ -164,7 +164,7 @@ def test_models_with_states_beside_keys_and_values_answer_alike_in_batches(token
 
 def test_a_model_that_generates_nothing_gives_empty_answers(tiny_model, tokenizer, prompts, monkeypatch):
     def says_nothing(input_ids, **rest):
-        return types.SimpleNamespace(sequences=input_ids, past_key_values=None)
+        return types.SimpleNamespace(sequences=input_ids, **{CACHE: None})
 
     monkeypatch.setattr(tiny_model, "generate", says_nothing)
     assert [answer.text for answer in generator(tiny_model, tokenizer).answer(prompts)] == [""] * 5
