@@ -16,7 +16,7 @@ from splaser_plugin.acceptance import Acceptance, Confident, Harmless, Improve
 from splaser_plugin.candidates import Candidate, by_prediction, by_size, choose_candidates
 from splaser_plugin.config import SCORERS, LaserConfig, parse_ranks
 from splaser_plugin.distributed import in_main
-from splaser_plugin.errors import ConfigError, ModelError
+from splaser_plugin.errors import CheckpointError, ConfigError, ModelError
 from splaser_plugin.factored import is_layer
 from splaser_plugin.guard import Guard
 from splaser_plugin.held_out import Split, compare, split_by_prompt, split_by_set, split_windows
@@ -24,6 +24,7 @@ from splaser_plugin.laser_journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.loading import load_model
 from splaser_plugin.margin import MarginScorer
 from splaser_plugin.matrices import Matrix, overview
+from splaser_plugin.model_folder import find_shards
 from splaser_plugin.output import check_output, check_space, size
 from splaser_plugin.own_scorer import code_of
 from splaser_plugin.pairs import PairSet, PairSource, pairs_sha256, read_pairs_from
@@ -95,6 +96,8 @@ def _laser(
             raise ModelError("a loaded model was given without its tokenizer. Pass tokenizer=...")
         name = model_name(model)
     else:
+        if output is not None and config.dtype == "auto":
+            in_main(lambda: check_space(output, _stored_bytes(name)))
         with progress.phase("loading", 1):
             model, tokenizer = load_model(
                 model,
@@ -107,6 +110,14 @@ def _laser(
     if output is not None:
         in_main(lambda: check_space(output, weights.size))
     return laser_weights(weights, tokenizer, split, config=config, name=name, journal=journal, progress=progress)
+
+
+def _stored_bytes(model: str) -> int:
+    """Of a folder's weights, before they are loaded; 0 where that alone tells."""
+    try:
+        return sum(shard.stat().st_size for shard in find_shards(Path(model).expanduser()))
+    except CheckpointError:  # a hub id, a .gguf file or pickles, as loading finds out
+        return 0
 
 
 def laser_weights(

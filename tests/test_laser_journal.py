@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from splaser_plugin import LaserConfig, laser
+from splaser_plugin import LaserConfig, jobs, laser
 from splaser_plugin.errors import OutputError, ScoreError
 from splaser_plugin.laser_journal import Journal, LaserJournal, RecordedScorer
+from splaser_plugin.loading import load_model
 from splaser_plugin.output import check_output, check_space
 from splaser_plugin.scoring import Scores
 from tests.conftest import ROOT, tiny_llama
@@ -269,12 +270,20 @@ def test_an_output_whose_replacing_was_cut_short_is_put_back(left, tiny_folder, 
     assert [path.name for path in left.parent.iterdir()] == ["out"]
 
 
-def test_a_disk_too_small_is_refused_before_anything_is_measured(tiny_folder, pairs_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_disk_too_small_is_refused_before_anything_is_measured(dtype, tiny_folder, pairs_file, tmp_path, monkeypatch):
+    def loads(*arguments, **options):
+        loaded.append(True)
+        return load_model(*arguments, **options)
+
+    loaded = []
+    monkeypatch.setattr(jobs, "load_model", loads)
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OutputError, match=r"out: needs 12\.\d MB, but 10\.0 MB are free there\. Make room there"):
-        run(tiny_folder, pairs_file, tmp_path / "out")
+        run(tiny_folder, pairs_file, tmp_path / "out", dtype=dtype)
     assert list(tmp_path.iterdir()) == []
+    assert bool(loaded) == (dtype == "float32")
 
 
 def test_a_full_disk_says_what_was_needed_and_leaves_the_journal(left, tiny_folder, pairs_file, unbroken):
