@@ -22,7 +22,7 @@ from splaser_plugin.pairs import PairSet, PairSource, read_pairs_from
 from splaser_plugin.perplexity import exp, perplexity
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.rulers import Material, Rulers
-from splaser_plugin.scan import write_json
+from splaser_plugin.scan_records import write_json
 from splaser_plugin.scoring import Scores, SemanticScorer
 from splaser_plugin.statistics import can_reach, paired_bootstrap
 from splaser_plugin.texts import open_text

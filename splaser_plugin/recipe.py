@@ -13,7 +13,7 @@ from typing import Any
 from splaser_plugin.errors import RecipeError
 from splaser_plugin.matrices import by_name
 from splaser_plugin.progress import SILENT, Progress
-from splaser_plugin.scan import read_json, write_json
+from splaser_plugin.scan_records import read_json, write_json
 from splaser_plugin.typed import check_types
 from splaser_plugin.weights import Weights
 
