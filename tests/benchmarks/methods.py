@@ -43,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "samples": 48,
     },
 }
-PERPLEXITY: dict[str, Any] = {"scorer": "perplexity", "window": 128, "samples": 48}
+PERPLEXITY: dict[str, Any] = {"scorer": "perplexity", "window": 128, "samples": 48, "held_out": ""}
 COMPARED_PAIRS = 36
 FORMS = {
     "semantic": ("semantic score", "{:+.4f}", "{:+.4f}"),
