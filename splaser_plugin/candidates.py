@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from splaser_plugin.errors import MatrixError
-from splaser_plugin.matrices import Matrix
+from splaser_plugin.matrices import Matrix, by_name
 from splaser_plugin.scan_records import MatrixScan, Scan
 
 
@@ -48,11 +48,11 @@ def choose_candidates(scan: Scan, matrices: Sequence[Matrix], rungs: Sequence[st
     edge leaves nothing to keep, the largest component stays.
     Raises MatrixError when no candidate is left.
     """
-    by_name = {matrix.name: matrix for matrix in matrices}
+    named = by_name(matrices)
     candidates = [
         candidate
         for found in scan.ranked("snr")
-        for candidate in _ladder(found, by_name[found.name], scan.edge, rungs or (scan.edge,))
+        for candidate in _ladder(found, named[found.name], scan.edge, rungs or (scan.edge,))
     ]
     if candidates:
         return candidates

@@ -46,9 +46,14 @@ class Commands(TyperGroup):
             resumed = ctx.invoked_subcommand in RESUMED
             next_step = "What is finished is kept; go on with" if resumed else "Start again with"
             launched = ", under the launcher of this run" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-            if os.environ.get("RANK", "0") == "0":
+            if _is_first():
                 print(f"stopped. {next_step}{launched}: {printable(again)}", file=sys.stderr)
             raise typer.Exit(STOPPED) from None
+
+
+def _is_first() -> bool:
+    """Whether this is the only process, or the first of those that were launched, before they join."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def stop_on_sigterm() -> None:
@@ -371,8 +376,7 @@ def _progress(quiet: bool, verbose: bool, module: str, *, transformers: bool = T
     from splaser_plugin.terminal import Level, TerminalProgress
 
     level = Level(verbose - quiet)
-    is_main = os.environ.get("RANK", "0") == "0"
-    progress = TerminalProgress(Console(stderr=True, emoji=False), level) if is_main else SILENT
+    progress = TerminalProgress(Console(stderr=True, emoji=False), level) if _is_first() else SILENT
     with progress.phase("starting", 1):
         importlib.import_module(f"splaser_plugin.{module}")
         if transformers:

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from splaser_plugin.config import CompareConfig
-from splaser_plugin.errors import CheckpointError, ConfigError, PairsError
-from splaser_plugin.files import read_bytes
+from splaser_plugin.errors import ConfigError, PairsError
 from splaser_plugin.held_out import LEAST
 from splaser_plugin.loading import check_source, load_model
 from splaser_plugin.margin import MarginScorer
-from splaser_plugin.model_folder import INDEX_NAME, SINGLE_NAME, parse_index, resolve_model
+from splaser_plugin.model_folder import resolve_model, stored_bytes
 from splaser_plugin.pairs import PairSet, PairSource, read_pairs_from
 from splaser_plugin.perplexity import exp, perplexity
 from splaser_plugin.progress import SILENT, Progress
@@ -223,20 +222,7 @@ def _measure(name: str, pairs: PairSet, config: CompareConfig, first: Measured |
 
 def _file_bytes(model: str, allow_pickle: bool) -> int:
     path = Path(model).expanduser()
-    if path.is_file():
-        return path.stat().st_size
-    folder = resolve_model(model, allow_pickle=allow_pickle)
-    return sum(file.stat().st_size for file in _weight_files(folder))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Those that transformers loads: the folder may hold others."""
-    if (folder / SINGLE_NAME).exists():
-        return [folder / SINGLE_NAME]
-    index = folder / INDEX_NAME
-    if index.exists():
-        return [folder / name for name in parse_index(read_bytes(index, CheckpointError), index)]
-    return list(folder.glob("pytorch_model*.bin"))
+    return stored_bytes(path if path.is_file() else resolve_model(model, allow_pickle=allow_pickle))
 
 
 def _plain(name: str, figure: Figure) -> dict[str, Any]:

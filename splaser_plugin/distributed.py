@@ -13,10 +13,17 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether every process holds only a part of the weights."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def join_processes() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from splaser_plugin.distributed import share
 from splaser_plugin.errors import EmbedderError
 from splaser_plugin.generation import evaluating
+from splaser_plugin.loading import context_length
 from splaser_plugin.trust import check_embedder_folder
 from splaser_plugin.weights import Weights
 
@@ -82,7 +83,7 @@ class SelfEmbedder:
         device = next(model.parameters()).device
         start = self._tokenizer.bos_token_id or self._tokenizer.eos_token_id or 0
         tokens = [self._tokenizer(text, add_special_tokens=False)["input_ids"] or [start] for text in texts]
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = context_length(model)
         order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
         vectors: dict[int, Tensor] = {}
         with self._weights.originals(), evaluating(model):

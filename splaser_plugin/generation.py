@@ -20,7 +20,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from splaser_plugin.distributed import process_count
+from splaser_plugin.distributed import is_sharded, process_count
 from splaser_plugin.errors import ModelError, ScoreError
 from splaser_plugin.prompts import Prompter
 
@@ -85,7 +85,7 @@ class Generator:
         self.model = model
         self.prompter = prompter
         self.max_new_tokens = max_new_tokens
-        self.is_sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+        self.is_sharded = is_sharded(model)
         self.batch = BatchSize(batch_size or FIRST_BATCH if self.is_sharded else batch_size)
         self.end_tokens = _end_tokens(model, prompter)
         self._pad = prompter.tokenizer.pad_token_id

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from splaser_plugin.errors import PairsError
 from splaser_plugin.pairs import Pair, PairSet
 from splaser_plugin.scoring import Scores
 from splaser_plugin.statistics import can_reach, largest_share, paired_bootstrap
+
+_Item = TypeVar("_Item")
 
 RISK = 0.05
 SURE = f"{100 * (1 - RISK / 2):g} % sure"
@@ -82,18 +85,8 @@ def split_by_prompt(pairs: PairSet, fraction: float, seed: int = 0) -> Split:
     A prompt is its last user turn here, and stays whole, so a few pairs more may be held out. The order of the
     pairs doesn't matter. Nothing is held out where either side would have fewer than 6 pairs.
     """
-    if fraction == 0:
-        return Split(pairs, pairs.pairs, (), "none, as asked for: no verdict")
-    chosen = _lowest_hashes(Counter(map(_prompt, pairs)), round(fraction * len(pairs)), seed)
-    held_out = tuple(pair for pair in pairs if _prompt(pair) in chosen)
-    search = tuple(pair for pair in pairs if _prompt(pair) not in chosen)
-    if min(len(held_out), len(search)) < LEAST:
-        reason = (
-            f"none, so no verdict: {len(pairs)} pairs would be split into {len(search)} to search on and "
-            f"{len(held_out)} held out, and each part needs {LEAST}. Raise --samples, or give --held-out FILE."
-        )
-        return Split(pairs, pairs.pairs, (), reason)
-    return Split(pairs, search, held_out, f"{len(held_out)} pairs; {len(search)} to search on")
+    names = [_prompt(pair) for pair in pairs]
+    return Split(pairs, *_parted(pairs.pairs, names, fraction, seed, "pairs", "give --held-out FILE"))
 
 
 def split_windows(windows: Sequence[Sequence[int]], fraction: float, seed: int = 0) -> WindowSplit:
@@ -101,19 +94,8 @@ def split_windows(windows: Sequence[Sequence[int]], fraction: float, seed: int =
 
     Nothing is held out where either side would have fewer than 6 windows.
     """
-    if fraction == 0:
-        return WindowSplit(tuple(windows), (), "none, as asked for: no verdict")
     names = [" ".join(map(str, window)) for window in windows]
-    chosen = _lowest_hashes(Counter(names), round(fraction * len(windows)), seed)
-    held_out = tuple(window for window, name in zip(windows, names, strict=True) if name in chosen)
-    search = tuple(window for window, name in zip(windows, names, strict=True) if name not in chosen)
-    if min(len(held_out), len(search)) < LEAST:
-        reason = (
-            f"none, so no verdict: {len(windows)} windows would be split into {len(search)} to search on and "
-            f"{len(held_out)} held out, and each part needs {LEAST}. Raise --samples, or give a longer --text."
-        )
-        return WindowSplit(tuple(windows), (), reason)
-    return WindowSplit(search, held_out, f"{len(held_out)} windows; {len(search)} to search on")
+    return WindowSplit(*_parted(windows, names, fraction, seed, "windows", "give a longer --text"))
 
 
 def split_by_set(pairs: PairSet, held_out: PairSet) -> Split:
@@ -172,6 +154,24 @@ def _loss_verdict(differences: Sequence[float], low: float, tolerance: float, un
     count, size = sum(each < 0 for each in differences), len(differences)
     seen = f"a loss seen on {count} of {size} {unit}" if count else f"no loss seen on {size} {unit}"
     return f"{seen}; one on up to {100 * largest_share(count, size, RISK / 2):.0f} % of all can't be ruled out ({SURE})"
+
+
+def _parted(
+    items: Sequence[_Item], names: Sequence[str], fraction: float, seed: int, unit: str, advice: str
+) -> tuple[tuple[_Item, ...], tuple[_Item, ...], str]:
+    """What to search on, what is held out (those of lowest hash by name, equal ones together), and why, for people."""
+    if fraction == 0:
+        return tuple(items), (), "none, as asked for: no verdict"
+    chosen = _lowest_hashes(Counter(names), round(fraction * len(items)), seed)
+    held_out = tuple(item for item, name in zip(items, names, strict=True) if name in chosen)
+    search = tuple(item for item, name in zip(items, names, strict=True) if name not in chosen)
+    if min(len(held_out), len(search)) < LEAST:
+        reason = (
+            f"none, so no verdict: {len(items)} {unit} would be split into {len(search)} to search on and "
+            f"{len(held_out)} held out, and each part needs {LEAST}. Raise --samples, or {advice}."
+        )
+        return tuple(items), (), reason
+    return search, held_out, f"{len(held_out)} {unit}; {len(search)} to search on"
 
 
 def _lowest_hashes(counts: Mapping[str, int], wanted: int, seed: int) -> set[str]:

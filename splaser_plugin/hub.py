@@ -8,19 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from splaser_plugin.errors import ConfigError, OutputError
 from splaser_plugin.model_card import public_name
+from splaser_plugin.model_folder import hub_errors
 from splaser_plugin.recipe import Recipe
 from splaser_plugin.scan_records import Scan
 
 STAYS_HERE = ("results.json", "report.html", "run.yaml", "journal.jsonl")
 """What holds the texts of the pairs, or paths of this machine."""
-
-NETWORK_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError, *HfHubHTTPError.__bases__)
-"""The hub's own error and its bases: those of its HTTP library, which isn't always the same one, and OSError."""
 
 
 def check_repo(repo: str) -> None:
@@ -48,7 +46,7 @@ def push_to_hub(folder: Path, repo: str) -> str:
             staged = _staged(folder, Path(temporary) / "model")
             created = api.create_repo(repo, private=True, exist_ok=True)
             api.upload_folder(repo_id=created.repo_id, folder_path=staged, commit_message="Lasered by splaser")
-    except NETWORK_ERRORS as error:
+    except hub_errors() as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OutputError(
             f"--push-to-hub {repo}: {reason}. The model is whole in {folder}; push it with hf upload {repo} {folder}"

@@ -16,15 +16,15 @@ from splaser_plugin.acceptance import Acceptance, Confident, Harmless, Improve
 from splaser_plugin.candidates import Candidate, by_prediction, by_size, choose_candidates
 from splaser_plugin.config import SCORERS, LaserConfig, parse_ranks
 from splaser_plugin.distributed import in_main
-from splaser_plugin.errors import CheckpointError, ConfigError, ModelError
+from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.factored import is_layer
 from splaser_plugin.guard import Guard
 from splaser_plugin.held_out import Split, compare, split_by_prompt, split_by_set, split_windows
-from splaser_plugin.laser_journal import Journal, LaserJournal, RecordedScorer
+from splaser_plugin.laser_journal import BASE, Journal, LaserJournal, RecordedScorer
 from splaser_plugin.loading import load_model
 from splaser_plugin.margin import MarginScorer
 from splaser_plugin.matrices import Matrix, overview
-from splaser_plugin.model_folder import find_shards
+from splaser_plugin.model_folder import stored_bytes
 from splaser_plugin.output import check_output, check_space, size
 from splaser_plugin.own_scorer import code_of
 from splaser_plugin.pairs import PairSet, PairSource, pairs_sha256, read_pairs_from
@@ -97,7 +97,7 @@ def _laser(
         name = model_name(model)
     else:
         if output is not None and config.dtype == "auto":
-            in_main(lambda: check_space(output, _stored_bytes(name)))
+            in_main(lambda: check_space(output, stored_bytes(Path(name).expanduser())))
         with progress.phase("loading", 1):
             model, tokenizer = load_model(
                 model,
@@ -110,14 +110,6 @@ def _laser(
     if output is not None:
         in_main(lambda: check_space(output, weights.size))
     return laser_weights(weights, tokenizer, split, config=config, name=name, journal=journal, progress=progress)
-
-
-def _stored_bytes(model: str) -> int:
-    """Of a folder's weights, before they are loaded; 0 where that alone tells."""
-    try:
-        return sum(shard.stat().st_size for shard in find_shards(Path(model).expanduser()))
-    except CheckpointError:  # a hub id, a .gguf file or pickles, as loading finds out
-        return 0
 
 
 def laser_weights(
@@ -141,7 +133,8 @@ def laser_weights(
     matrices, _ = weights.matrices(config.include, config.exclude)
     progress.fact("model", f"{name}: {overview(matrices)}, {size(weights.size)} in all")
     progress.fact("device", f"{device}, {_dtype(model)}")
-    for label, values in (("options", config.changes), ("versions", versions())):
+    used = versions()
+    for label, values in (("options", config.changes), ("versions", used)):
         progress.detail(label, ", ".join(f"{key} {value}" for key, value in values.items()))
     if config.without_effect:
         progress.fact("has no effect", f"{', '.join(config.without_effect)}, with the other options of this run")
@@ -168,7 +161,7 @@ def laser_weights(
         "scorer": code_of(config.scorer) if config.scorer not in SCORERS else "",
         "text": hashlib.sha256(repr([searched.windows, apart and apart.windows]).encode()).hexdigest(),
         "settings": config.to_dict(),
-        "versions": versions(),
+        "versions": used,
     }
     if left := journal.begin(run):
         progress.fact("going on", f"{left} measurements were left by a run that was stopped; none is made again")
@@ -203,9 +196,9 @@ def laser_weights(
         screen=screen,
         guard=guard,
     )
-    journal.subject = "base model, held out"
+    journal.subject = f"{BASE}, held out"
     base = _measure(held_out, "held-out base", progress)
-    journal.subject = "base model"
+    journal.subject = BASE
     found = search(weights, candidates, judge, limit=config.candidates, journal=journal, progress=progress)
     journal.subject = "result, held out"
     result = _measure(held_out, "held-out result", progress, like=base) if found.kept else base
@@ -228,7 +221,7 @@ def laser_weights(
         ),
         scores={"baseline": found.baseline.mean, "final": found.final.mean},
         settings=config.to_dict(),
-        versions=versions(),
+        versions=used,
     )
     return LaserResult(weights, tokenizer, scan, recipe, found, split, verdict)
 

@@ -15,7 +15,7 @@ from splaser_plugin.distributed import best_device
 from splaser_plugin.errors import CheckpointError, ConfigError, ModelError
 from splaser_plugin.factored import CONFIG_KEY
 from splaser_plugin.factored_folder import load as load_factored
-from splaser_plugin.model_folder import resolve_model
+from splaser_plugin.model_folder import looks_like_path, resolve_model
 from splaser_plugin.safetensors_header import shown
 from splaser_plugin.trust import (
     ADAPTER,
@@ -117,7 +117,7 @@ def _source(name: str | Path, allow_pickle: bool) -> tuple[str, dict[str, Any]]:
             raise CheckpointError(f"{name}: this folder has no config.json. Give a folder saved by save_pretrained.")
         if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
             raise CheckpointError(f"{name}: this folder has no weights (*.safetensors). Save the model there first.")
-    elif path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+    elif path.exists() or looks_like_path(str(name)):
         raise CheckpointError(f"{name}: there is no such model folder. Check the path.")
     else:
         path = resolve_model(str(name), allow_pickle=allow_pickle)

@@ -48,9 +48,21 @@ def resolve_model(model: str, *, allow_pickle: bool = False) -> Path:
         raise CheckpointError(f"{shown(model)}: not a usable path or hub id ({error}).") from error
     if is_file:
         raise CheckpointError(f"{shown(model)}: it is a file. Give the folder that holds it.")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if looks_like_path(model):
         raise CheckpointError(f"{shown(model)}: no such folder. Give a model's folder or a hub id.")
     return _from_hub(model, allow_pickle)
+
+
+def looks_like_path(model: str) -> bool:
+    """Whether a name that is no file or folder here was meant as one, and not as a hub id."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """The hub's own error and its bases: those of its HTTP library, which isn't always the same one, and OSError."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (HfHubHTTPError, *HfHubHTTPError.__bases__, OSError)
 
 
 def find_shards(folder: Path) -> dict[Path, set[str] | None]:
@@ -81,6 +93,25 @@ def find_shards(folder: Path) -> dict[Path, set[str] | None]:
         )
     _check_links(folder, names_by_shard)
     return {folder / name: names_by_shard[name] for name in sorted(names_by_shard)}
+
+
+def stored_bytes(model: Path) -> int:
+    """Size of a model's weights on disk: of a .gguf file, or of those files in a folder that transformers loads.
+
+    The folder may hold others. 0 where there are none. Raises CheckpointError when the index is damaged.
+    """
+    if model.is_file():
+        return model.stat().st_size
+    return sum(file.stat().st_size for file in _weight_files(model) if file.exists())
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / SINGLE_NAME).exists():
+        return [folder / SINGLE_NAME]
+    index = folder / INDEX_NAME
+    if index.exists():
+        return [folder / name for name in parse_index(read_bytes(index, CheckpointError), index)]
+    return list(folder.glob("pytorch_model*.bin"))
 
 
 def parse_index(text: bytes, index: Path) -> dict[str, set[str]]:
@@ -142,10 +173,9 @@ def _why_not_readable(folder: Path, present: set[str]) -> str:
 
 def _from_hub(model: str, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    # The base of the hub's error is that of its HTTP client, which isn't the same client in every version.
-    http_errors: Any = HfHubHTTPError.__bases__
+    unusable: tuple[type[Exception], ...] = (ValueError, *hub_errors())
     try:
         try:
             cached = Path(snapshot_download(model, local_files_only=True))
@@ -156,7 +186,7 @@ def _from_hub(model: str, allow_pickle: bool) -> Path:
         if allow_pickle and not any(folder.glob("*.safetensors")):
             snapshot_download(model, allow_patterns=["pytorch_model*.bin"])
         return folder
-    except (OSError, ValueError, *http_errors) as error:
+    except unusable as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(
             f"{shown(model)}: no such folder here, and as a hub id it is neither in the cache nor can it be "

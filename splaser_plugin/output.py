@@ -60,21 +60,29 @@ def check_output(
 
 def check_file(out: str | Path, *, replaceable: str) -> None:
     """Raises OutputError when the file exists and isn't JSON of our schema `replaceable`, or can't be written."""
-    path = Path(out).expanduser()
-    if not path.parent.is_dir():
-        raise OutputError(f"{out}: there is no folder {path.parent}. Make it first.")
-    if path.is_dir():
-        raise OutputError(f"{out}: is a folder, expected a file name.")
-    if path.exists() and replaceable.encode() not in path.read_bytes()[:1000]:
+    path = _writable(out)
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        begins = file.read(1000)
+    if replaceable.encode() not in begins:
         raise OutputError(f"{out}: exists and was not written by splaser. Choose another --output.")
 
 
 def check_names_file(out: str | Path) -> None:
     """Raises OutputError when the file exists and isn't JSON of names by module type, or can't be written."""
-    check_file(out, replaceable="")
-    path = Path(out).expanduser()
+    path = _writable(out)
     if path.exists() and not _is_names(path):
         raise OutputError(f"{out}: exists and was not written by splaser. Choose another --top-json.")
+
+
+def _writable(out: str | Path) -> Path:
+    path = Path(out).expanduser()
+    if not path.parent.is_dir():
+        raise OutputError(f"{out}: there is no folder {path.parent}. Make it first.")
+    if path.is_dir():
+        raise OutputError(f"{out}: is a folder, expected a file name.")
+    return path
 
 
 def _is_names(path: Path) -> bool:

@@ -25,6 +25,7 @@ from splaser_plugin.errors import RecipeError, SplaserError
 from splaser_plugin.integrations.axolotl import axolotl_yaml
 from splaser_plugin.integrations.llamafactory import llamafactory_yaml
 from splaser_plugin.integrations.plan import Plan
+from splaser_plugin.model_folder import looks_like_path
 from splaser_plugin.output import check_file, whole_file
 from splaser_plugin.report_run import SHOWN, Interval, Run, load_results
 from splaser_plugin.scan_records import MatrixScan, Scan
@@ -124,7 +125,7 @@ _BIDI_CONTROLS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FS
 
 def _title(model: str) -> str:
     """A hub id as it is, a folder's or file's own name of a path."""
-    is_path = model.count("/") > 1 or model.startswith((".", "/", "~")) or "\\" in model
+    is_path = looks_like_path(model) or "\\" in model
     return PurePath(model.replace("\\", "/")).name or model if is_path else model
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from splaser_plugin.distributed import broadcast, is_main
+from splaser_plugin.distributed import broadcast, is_main, is_sharded
 from splaser_plugin.errors import MatrixError, ModelError, RankError
 from splaser_plugin.factored import FactoredLinear, Factors, as_stored, factorize, is_factorable
 from splaser_plugin.matrices import Matrix, Skipped, model_matrices, named_parameters
@@ -48,9 +48,7 @@ class Weights:
     @property
     def is_sharded(self) -> bool:
         """Whether every process holds only a part, so that reading a matrix takes all of them."""
-        from torch.distributed.tensor import DTensor
-
-        return any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
+        return is_sharded(self.model)
 
     def effective(self, name: str) -> Tensor:
         """A whole parameter by name, as the model computes with it. Not to be written to."""

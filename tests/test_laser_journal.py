@@ -38,6 +38,16 @@ class StoppedError(Exception):
     """Raised by a test in the middle of a run."""
 
 
+class Fails:
+    """A scorer for a model that can't be scored."""
+
+    name, size, asked = "fails", 1, 0
+
+    def score(self, items, like=None):
+        self.asked += 1
+        raise ScoreError("the logits are nan")
+
+
 @pytest.fixture(scope="module")
 def pairs_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
@@ -128,13 +138,6 @@ def test_what_was_measured_is_not_measured_again(left, tiny_folder, pairs_file, 
 
 
 def test_a_measurement_that_failed_is_not_made_again_either(tmp_path):
-    class Fails:
-        name, size, asked = "fails", 1, 0
-
-        def score(self, items, like=None):
-            self.asked += 1
-            raise ScoreError("the logits are nan")
-
     scorer = Fails()
     for _ in range(2):
         journal = LaserJournal(tmp_path / "out")
@@ -236,13 +239,6 @@ def test_a_file_that_is_no_journal_is_refused_and_kept(notes, tmp_path):
 
 
 def test_a_base_model_that_could_not_be_measured_is_tried_again(tmp_path):
-    class Fails:
-        name, size, asked = "fails", 1, 0
-
-        def score(self, items, like=None):
-            self.asked += 1
-            raise ScoreError("the logits are nan")
-
     scorer = Fails()
     for _ in range(2):
         with closing(LaserJournal(tmp_path / "out")) as journal:

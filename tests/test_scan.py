@@ -216,7 +216,7 @@ def test_a_killed_scan_goes_on_where_it_stopped_and_ends_with_the_same_bytes(tmp
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_say_how_to_go_on_and_keep_what_is_finished(tmp_path, how):
-    slow = {"model.layers.9.mlp.up_proj.weight": torch.randn(1200, 1200)}
+    slow = {"model.layers.9.mlp.up_proj.weight": torch.randn(2400, 2400)}  # ends after the signal
     model = save_single(tmp_path / "model", {**layers(), **slow})
     with stopped_after(6, model, tmp_path / "scan.json") as process:
         process.send_signal(how)

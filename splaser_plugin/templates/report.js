@@ -166,6 +166,25 @@ function outline() {
   return { type: "rect", x0: x - 0.5, x1: x + 0.5, y0: y - 0.5, y1: y + 0.5, line: { color: color("text"), width: 2.5 } };
 }
 
+// Plotly tells of no click when the mouse moved right before a short press.
+function selectByPointer() {
+  let pressed;
+  byId("heat-map").addEventListener("pointerdown", (event) => (pressed = event.button === 0 ? cellAt(event) : undefined));
+  addEventListener("pointerup", (event) => {
+    if (pressed?.length && cellAt(event) === pressed) select(noisiestOf(pressed)[0]);
+    pressed = undefined;
+  });
+}
+
+function cellAt({ clientX, clientY }) {
+  const area = byId("heat-map").querySelector(".nsewdrag").getBoundingClientRect();
+  const size = across(blocks.length, data.types.length);
+  const column = Math.floor((size.x * (clientX - area.x)) / area.width);
+  const row = Math.floor((size.y * (clientY - area.y)) / area.height);
+  const { x, y } = across(column, row);
+  return cells[y]?.[x];
+}
+
 function moveOnHeatMap(event) {
   const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
   if (!step) return;
@@ -416,11 +435,7 @@ function start() {
   showTheme();
   drawAll();
 
-  byId("heat-map").on("plotly_click", ({ points }) => {
-    const { x, y } = across(points[0].x, points[0].y);
-    const found = cells[y]?.[x];
-    if (found?.length) select(noisiestOf(found)[0]);
-  });
+  selectByPointer();
   byId("heat-map").addEventListener("keydown", moveOnHeatMap);
   byId("edges").addEventListener("change", (event) => {
     state.edge = data.edges.indexOf(event.target.value);

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from splaser_plugin.report import write_report
 from splaser_plugin.report_run import run_from_results
 from tests.report_data import LARGE, made_up_results, made_up_scan
-from tests.test_report_browser import DRAWN, FLAGS, NAMES
+from tests.test_report_browser import DRAWN, FLAGS, NAMES, wait_for
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
         for _ in range(given.opens):
             window = browser.new_page(viewport={"width": 1200, "height": 900})
             window.goto(page.as_uri())
-            window.wait_for_function(DRAWN)
+            wait_for(window, DRAWN)
             drawn.append(window.evaluate("performance.getEntriesByName('drawn')[0].startTime"))
             window.close()
         result = {
