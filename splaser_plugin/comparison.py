@@ -19,7 +19,7 @@ from splaser_plugin.margin import MarginScorer
 from splaser_plugin.model_folder import resolve_model, stored_bytes
 from splaser_plugin.pairs import PairSet, PairSource, read_pairs_from
 from splaser_plugin.perplexity import exp, perplexity
-from splaser_plugin.progress import SILENT, Progress
+from splaser_plugin.progress import SILENT, Progress, counting
 from splaser_plugin.rulers import Material, Rulers
 from splaser_plugin.scan_records import write_json
 from splaser_plugin.scoring import Scores, SemanticScorer
@@ -190,21 +190,20 @@ def compare_models(
 
 def _measure(name: str, pairs: PairSet, config: CompareConfig, first: Measured | None, progress: Progress) -> Measured:
     progress.fact("model", name)
-    model, tokenizer = load_model(name, device=config.device, dtype=config.dtype, allow_pickle=config.allow_pickle)
-    rulers = Rulers(model, tokenizer, config)
-    windows = rulers.windows() if config.text else []
-    items = range(len(pairs))
-    margins = MarginScorer(model, rulers.prompter, pairs.pairs, batch_size=rulers.batch_size)
-    with progress.phase("measuring", 3 if windows else 2) as advance:
+    with progress.phase("loading", 1):
+        model, tokenizer = load_model(name, device=config.device, dtype=config.dtype, allow_pickle=config.allow_pickle)
+        rulers = Rulers(model, tokenizer, config)
+        windows = rulers.windows() if config.text else []
+        margins = MarginScorer(model, rulers.prompter, pairs.pairs, batch_size=rulers.batch_size)
         scorer = SemanticScorer(rulers.generator, rulers.embedder, pairs.pairs)
         scorer.answers([0])  # what is slow only the first time isn't timed
+    items = range(len(pairs))
+    with progress.phase("measuring", 2 * len(pairs) + len(windows)) as advance, counting(advance):
         started = time.perf_counter()
         answers = scorer.answers(items)
         generation_s = time.perf_counter() - started
         semantic = scorer.scored(items, answers, first.semantic if first else None)
-        advance(1)
         margin = margins.score(items)
-        advance(1)
         text = rulers.make("perplexity", Material((), windows)).score(range(len(windows))) if windows else None
     both = [item for item, pair in enumerate(pairs) if pair.rejected is not None]
     return Measured(

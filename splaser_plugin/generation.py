@@ -22,6 +22,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from splaser_plugin.distributed import is_sharded, process_count
 from splaser_plugin.errors import ModelError, ScoreError
+from splaser_plugin.progress import measured
 from splaser_plugin.prompts import Prompter
 
 FIRST_BATCH = 8
@@ -120,6 +121,8 @@ class Generator:
                 said[index] += tokens
                 if tokens and not self.is_sharded and self._room(prompts[index], said[index]):
                     waiting.append(index)
+                else:
+                    measured(1)
         return [self._answer(tokens) for tokens in said]
 
     def _room(self, prompt: Sequence[int], said: Sequence[int]) -> int:

@@ -14,6 +14,7 @@ class Guard:
 
     def __init__(self, scorer: Scorer, limit: float) -> None:
         self.name = scorer.name
+        self.size = scorer.size
         self.limit = limit
         self._scorer = scorer
         self._base = Scores((), ())

@@ -15,7 +15,7 @@ from torch import nn
 from splaser_plugin.acceptance import Acceptance, Confident, Harmless, Improve
 from splaser_plugin.candidates import Candidate, by_prediction, by_size, choose_candidates
 from splaser_plugin.config import SCORERS, LaserConfig, parse_ranks
-from splaser_plugin.distributed import in_main
+from splaser_plugin.distributed import in_main, my_part
 from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.factored import is_layer
 from splaser_plugin.guard import Guard
@@ -29,7 +29,7 @@ from splaser_plugin.output import check_output, check_space, size
 from splaser_plugin.own_scorer import code_of
 from splaser_plugin.pairs import PairSet, PairSource, pairs_sha256, read_pairs_from
 from splaser_plugin.prediction import check_predictable, sensitivities
-from splaser_plugin.progress import SILENT, Progress
+from splaser_plugin.progress import SILENT, Progress, counting
 from splaser_plugin.racing import Race
 from splaser_plugin.recipe import Recipe, Step, carry_out, versions
 from splaser_plugin.result import NO_PAIRS, LaserResult
@@ -272,10 +272,9 @@ def _measure(scorer: Scorer | None, name: str, progress: Progress, like: Scores 
     """The model as it is, on everything the scorer has; None where there is no scorer."""
     if scorer is None:
         return None
-    with progress.phase(name, 1) as advance:
-        scores = scorer.score(range(scorer.size), like=like)
-        advance(1)
-    return scores
+    everything = range(scorer.size)
+    with progress.phase(name, len(my_part(everything))) as advance, counting(advance):
+        return scorer.score(everything, like=like)
 
 
 def apply_recipe(

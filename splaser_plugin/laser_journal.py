@@ -13,6 +13,7 @@ from splaser_plugin.errors import OutputError, ScoreError
 from splaser_plugin.generation import Answer
 from splaser_plugin.locked_file import write_all
 from splaser_plugin.output import JOURNAL, hold, let_go
+from splaser_plugin.progress import measured
 from splaser_plugin.scoring import Scorer, Scores
 
 SCHEMA = "splaser.laser-journal/1"
@@ -210,6 +211,7 @@ def _unpacked(items: Sequence[int], stored: Any) -> Scores:
     )
     if len(values) != len(items) or len(answers) not in (0, len(items)):
         raise ValueError("not one value for each item")
+    measured(len(items))
     return Scores(tuple(items), values, answers)
 
 

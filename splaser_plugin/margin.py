@@ -7,6 +7,7 @@ from typing import Any
 
 from splaser_plugin.distributed import share
 from splaser_plugin.pairs import Pair
+from splaser_plugin.progress import measured
 from splaser_plugin.prompts import Prompter
 from splaser_plugin.scoring import Scores
 from splaser_plugin.teacher_forcing import fitting_batch, mean_log_probabilities
@@ -42,7 +43,10 @@ class MarginScorer:
         """Mean log-probability of each of these answers, given by item and place."""
         prompts = [self.prompts[item] for item, _ in wanted]
         answers = [self.answers[item][place] for item, place in wanted]
-        return mean_log_probabilities(self.model, prompts, answers, batch_size=self.batch_size)
+        an_answer = len({item for item, _ in wanted}) / len(wanted)
+        return mean_log_probabilities(
+            self.model, prompts, answers, batch_size=self.batch_size, done=lambda count: measured(count * an_answer)
+        )
 
 
 def _answer_tokens(prompter: Prompter, prompt: list[int], text: str) -> list[int]:

@@ -5,11 +5,20 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from splaser_plugin.candidates import Candidate
     from splaser_plugin.search import Trial
+
+
+Advance = Callable[[float], None]
+"""Called with a number of steps, or of parts of one, that are done."""
+
+
+def ignore(steps: float) -> None:
+    """The `Advance` of work that nobody follows."""
 
 
 class Progress:
@@ -30,9 +39,9 @@ class Progress:
         self.result(label, shlex.join(words))
 
     @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    def phase(self, name: str, total: int) -> Iterator[Advance]:
         """A stretch of work of `total` steps; the value yielded is called with the number of steps done."""
-        yield lambda steps: None
+        yield ignore
 
     def trying(self, candidate: Candidate) -> None:
         """A candidate is about to be tried."""
@@ -42,3 +51,20 @@ class Progress:
 
 
 SILENT = Progress()
+
+_measured: ContextVar[Advance] = ContextVar("measured", default=ignore)
+
+
+@contextmanager
+def counting(advance: Advance) -> Iterator[None]:
+    """Hand on what `measured` tells inside, in items of a scorer."""
+    before = _measured.set(advance)
+    try:
+        yield
+    finally:
+        _measured.reset(before)
+
+
+def measured(items: float) -> None:
+    """Called by whatever measures a model, as soon as this process is done with some of the items."""
+    _measured.get()(items)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from splaser_plugin.acceptance import Acceptance, Improve
 from splaser_plugin.candidates import Candidate
+from splaser_plugin.distributed import my_part
 from splaser_plugin.errors import ScoreError
 from splaser_plugin.guard import Guard
 from splaser_plugin.laser_journal import Journal
-from splaser_plugin.progress import SILENT, Progress
+from splaser_plugin.progress import SILENT, Progress, counting
 from splaser_plugin.racing import Race
 from splaser_plugin.scoring import Scorer, Scores
 from splaser_plugin.statistics import upper_bound
@@ -95,9 +96,8 @@ def search(
     An exception or Ctrl-C leaves kept changes in place and the undecided matrix bit for bit as it was.
     """
     journal = journal or Journal()
-    with progress.phase("baseline", 1) as advance:
+    with progress.phase("baseline", len(my_part(range(judge.baseline_size)))) as advance, counting(advance):
         baseline = judge.measure_baseline()
-        advance(1)
     progress.fact("baseline score", f"{baseline.mean:+.4f}")
     if baseline.empty_answers or baseline.cut_answers:
         progress.fact(
@@ -173,6 +173,11 @@ class Judge:
         self.baseline = Scores((), ())
         self.best = Scores((), ())
         self._best_screened = Scores((), ())
+
+    @property
+    def baseline_size(self) -> int:
+        """How many items are measured for the baseline, by all of its scorers together."""
+        return sum(each.size for each in (self._scorer, self._guard, self._screen) if each)
 
     def measure_baseline(self) -> Scores:
         """Score the model as the base and the best so far, on every item."""

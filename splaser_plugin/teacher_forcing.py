@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from splaser_plugin.generation import evaluating
+from splaser_plugin.progress import measured
 
 LOGITS_ROWS = 2048
 """Predicted tokens in one forward pass, about: each has logits over the whole vocabulary."""
@@ -45,17 +46,23 @@ def forced_means(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence
 
 @torch.no_grad()
 def mean_log_probabilities(
-    model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, batch_size: int
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    done: Callable[[int], None] = measured,
 ) -> list[float]:
     """`forced_means` of any number of answers. The model is in evaluation mode meanwhile.
 
-    batch_size: most answers in one forward pass.
+    batch_size: most answers in one forward pass. done: told how many each of these took.
     """
     means: dict[int, float] = {}
     with evaluating(model):
         for batch in similar_lengths(prompts, answers, batch_size):
             found = forced_means(model, [prompts[index] for index in batch], [answers[index] for index in batch])
             means.update(zip(batch, found.tolist(), strict=True))
+            done(len(batch))
     return [means[index] for index in range(len(prompts))]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from splaser_plugin.errors import printable
-from splaser_plugin.progress import Progress
+from splaser_plugin.progress import Advance, Progress, ignore
 from splaser_plugin.trial_table import shortened, trial_line, trial_table
 
 if TYPE_CHECKING:
@@ -75,10 +75,10 @@ class TerminalProgress(Progress):
         self._print(label, self._wrapped([shlex.quote(word) for word in words], " \\"))
 
     @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    def phase(self, name: str, total: int) -> Iterator[Advance]:
         if not self._draws:
             self.detail(name, f"{total} to do" if total > 1 else "begins")
-            yield lambda steps: None
+            yield ignore
             return
         task = self._bars.add_task(name, total=total if total > 1 else None)
         self._phases += 1
@@ -153,16 +153,20 @@ class _Steps(ProgressColumn):
     """Steps done and to do, where they are counted."""
 
     def render(self, task: Task) -> Text:
-        return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}")
+        if task.total is None:
+            return Text("")
+        # processes that share what doesn't divide do a few things twice
+        return Text(f"{min(task.completed, task.total):.0f}/{task.total:.0f}")
 
 
 class _Left(ProgressColumn):
     """Time left, where it can be told."""
 
     def render(self, task: Task) -> Text:
-        if task.time_remaining is None:
-            return Text("")
-        return Text(f"{timedelta(seconds=int(task.time_remaining))} left")
+        left = task.time_remaining
+        if left is None and task.total and task.completed and task.elapsed:  # after a single step
+            left = task.elapsed / task.completed * (task.total - task.completed)
+        return Text("" if left is None else f"{timedelta(seconds=int(left))} left")
 
 
 def escape(text: str) -> str:

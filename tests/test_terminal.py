@@ -81,6 +81,16 @@ def test_no_line_is_longer_than_the_terminal(width, level):
         assert all("[127]" in line for line in lines if "stopped at" in line)
 
 
+@pytest.mark.parametrize("steps", [[8], [8, 4]])
+def test_the_time_left_is_told_from_the_first_step_on(steps):
+    progress, printed = drawn(80)
+    with progress.phase("baseline", 24) as advance:
+        for each in steps:
+            advance(each)
+        progress.fact("drawn", "with what was told so far")
+    assert re.search(rf"{sum(steps)}/24 .*0:00:0\d left", printed.getvalue())
+
+
 def test_a_command_that_is_wrapped_can_still_be_copied():
     words = ["splaser", "apply", "a folder/recipe.json", *["a-model"] * 12, "it's"]
     progress, printed = drawn(80)

@@ -1,0 +1,77 @@
+"""What a run tells of its progress: every phase whose steps are counted ends where it said it would."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from splaser_plugin import LaserConfig, laser
+from splaser_plugin.comparison import compare_models
+from splaser_plugin.config import CompareConfig
+from splaser_plugin.progress import Progress
+from tests.conftest import ROOT
+from tests.test_jobs import QUICK
+from tests.test_rulers import text
+
+__all__ = ["text"]
+
+PAIRS = [json.loads(line) for line in (ROOT / "examples" / "data" / "pairs.jsonl").read_text().splitlines()[:24]]
+
+
+class Phases(Progress):
+    """Remembers each phase's total and steps."""
+
+    def __init__(self):
+        self.totals = {}
+        self.steps = defaultdict(list)
+
+    @contextmanager
+    def phase(self, name, total):
+        self.totals[name] = total
+        yield self.steps[name].append
+
+
+@pytest.mark.parametrize(
+    ("options", "baseline"),
+    [
+        ({"batch_size": 4}, 17),
+        ({"batch_size": 4, "race": False}, 17),
+        ({"batch_size": 4, "screen": "margin", "guard": "perplexity:1.5"}, 17 + 17 + 24),
+        ({"batch_size": 4, "scorer": "margin"}, 17),
+        ({"batch_size": 4, "scorer": "perplexity"}, 17),
+        ({"scorer": "tests.test_rulers.shorter_is_better"}, 17),
+    ],
+)
+def test_a_measurement_counts_its_items_as_they_are_done(text, tiny_folder, options, baseline):
+    told = Phases()
+    config = LaserConfig(**{**QUICK, "text": text, "window": 16, "samples": 24, **options})
+    result = laser(tiny_folder, None if options.get("scorer") == "perplexity" else PAIRS, config=config, progress=told)
+    assert result.held_out is not None
+    assert (told.totals["baseline"], told.totals["held-out base"]) == (baseline, 7)
+    for name in ("baseline", "held-out base", "held-out result"):
+        if name in told.totals:
+            assert sum(told.steps[name]) == pytest.approx(told.totals[name]), name
+    assert len(told.steps["baseline"]) > 1
+    assert sum(told.steps["search"]) == len(result.search.trials)
+
+
+def test_what_a_stopped_run_has_measured_is_counted_at_once(tiny_folder, tmp_path):
+    class Stopped(Phases):
+        def trying(self, candidate):
+            raise KeyboardInterrupt
+
+    for told in (Stopped(), Phases()):
+        with suppress(KeyboardInterrupt):
+            laser(tiny_folder, PAIRS, config=LaserConfig(**QUICK), output=tmp_path / "lasered", progress=told)
+        assert told.totals["baseline"] == sum(told.steps["baseline"]) == 17
+    assert told.totals["search"] == sum(told.steps["search"])
+
+
+def test_a_comparison_counts_pairs_twice_and_windows(text, tiny_folder, minilm):
+    told = Phases()
+    config = CompareConfig(max_new_tokens=5, window=16, samples=9, device="cpu", embedder=str(minilm), text=text)
+    compare_models([tiny_folder], PAIRS, config=config, progress=told)
+    assert told.totals["measuring"] == pytest.approx(sum(told.steps["measuring"])) == 3 * 9
