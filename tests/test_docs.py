@@ -1,16 +1,22 @@
 """Every block of README.md, CONTRIBUTING.md and docs/ that can be run, in the order in which it stands there.
 
 A block of `sh` or `python` is run, with a tiny model as `my-model`; one of `yaml` that begins with its name is written,
-for the blocks after it. A command that can't be run here stands in a block of `text`, after the words "Not run by the
-tests". What stands in a line of text is looked up: options have to exist, and so do files.
+for the blocks after it. Of `make` only the targets are looked up: `.ci/run` runs them. Commands of other tools stand in
+blocks of `text`, and are run in tests/integrations/test_guides.py. What stands in a line of text is looked up: options
+have to exist, and so do files.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
+import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import typer.main
@@ -20,13 +26,12 @@ from splaser_plugin.cli import app, main
 from splaser_plugin.config import LaserConfig
 from splaser_plugin.integrations.emit import app as emit
 from tests.conftest import ROOT
+from tests.report_data import made_up_scan
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCKS = [(page, *found) for page in PAGES for found in BLOCK.findall(page.read_text(encoding="utf-8"))]
 SMALL = "--max-new-tokens 6 --candidates 3 --device cpu --samples 16"
-TOOLS = ("pip", "axolotl", "llamafactory-cli", "accelerate", "torchrun", "tmux", "hf")
-"""Commands that the tests don't run."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,7 @@ def test_block(page, language, code, folders, minilm, monkeypatch, tmp_path):
     monkeypatch.chdir(folders[page])
     if language == "sh":
         for line in code.replace("\\\n", " ").strip().splitlines():
-            run(shlex.split(line, comments=True), minilm, monkeypatch)
+            run(shlex.split(line, comments=True), minilm, monkeypatch, tmp_path)
     elif language == "python":
         script = tmp_path / "block.py"
         script.write_text(code)
@@ -60,16 +65,45 @@ def test_block(page, language, code, folders, minilm, monkeypatch, tmp_path):
         check_yaml(code, folders[page])
     else:
         assert language in ("text", "json")
-        before = page.read_text().split(f"```{language}\n{code}")[0][-400:]
-        if code.split()[0] in TOOLS:
-            assert "Not run by the tests" in before.replace("\n", " ")
+        if page.name != "guides.md":
+            assert not shutil.which(code.split()[0]), "a command that no test runs"
 
 
-def run(words, minilm, monkeypatch):
+def run(words, minilm, monkeypatch, tmp_path):
     if words[0] == "make":
         assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
+    elif words[0] == "pip":
+        run_pip(words[1:], tmp_path / "clone")
+    elif words[0] == "accelerate":
+        path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+        monkeypatch.setenv("PATH", path)
+        subprocess.run([*words, *shlex.split(SMALL), "--embedder", "self", "--edge", "mp"], check=True)
+        assert Path(words[-1], "recipe.json").is_file()
+    else:
+        assert words[0] == "splaser"
+        run_splaser(words, minilm, monkeypatch)
+
+
+def run_pip(words, clone):
+    """In a clone, into a folder beside it and without dependencies; with extras they only have to be found."""
+    leave_out = shutil.ignore_patterns(".*", "*.egg-info", "build", "__pycache__", "splaser-demo")
+    shutil.copytree(ROOT, clone, ignore=leave_out, dirs_exist_ok=True)
+    command = [sys.executable, "-m", "pip", "--quiet", *words]
+    if words != ["install", "."]:
+        subprocess.run([*command, "--dry-run"], cwd=clone, check=True)
         return
-    assert words[0] == "splaser"
+    installed = clone.parent / "installed"
+    subprocess.run([*command, "--no-deps", "--target", installed], cwd=clone, check=True)
+    made_up_scan(1).save(clone.parent / "scan.json")
+    subprocess.run(
+        [sys.executable, installed / "bin" / "splaser", "report", "scan.json", "-o", "report.html"],
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        cwd=clone.parent,
+        check=True,
+    )
+
+
+def run_splaser(words, minilm, monkeypatch):
     if words[1] in ("laser", "compare"):
         embedder = str(minilm) if words[1] == "compare" else "self"
         given = [word for word in shlex.split(SMALL) if words[1] == "laser" or word not in ("--candidates", "3")]
