@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from splaser_plugin.distributed import share
-from splaser_plugin.errors import EmbedderError
+from splaser_plugin.errors import EmbedderError, first_line_of
 from splaser_plugin.generation import evaluating
 from splaser_plugin.loading import context_length
-from splaser_plugin.trust import check_embedder_folder
+from splaser_plugin.model_folder import HUB_FILES, hub_errors, looks_like_path
+from splaser_plugin.trust import PICKLES, check_embedder_folder
 from splaser_plugin.weights import Weights
+
+USUAL_OWNER = "sentence-transformers"
+"""Of models on the hub that are named without one."""
+OTHER_RUNTIMES = ["onnx/*", "openvino/*"]
 
 
 class Embedder(Protocol):
@@ -39,11 +45,8 @@ class SentenceEmbedder:
         from sentence_transformers import SentenceTransformer
 
         self.name = model
-        folder = Path(model).expanduser()
-        if folder.is_dir():
-            check_embedder_folder(folder, allow_pickle=allow_pickle)
-        elif model.startswith((".", "/", "~")):
-            raise EmbedderError(f"embedder {model}: there is no such folder. Check --embedder, or use 'self'.")
+        folder = _embedder_folder(model, allow_pickle)
+        check_embedder_folder(folder, allow_pickle=allow_pickle)
         only_safetensors = {} if allow_pickle else {"use_safetensors": True}
         try:
             self._model = SentenceTransformer(
@@ -51,8 +54,8 @@ class SentenceEmbedder:
             )
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
             raise EmbedderError(
-                f"embedder '{model}' can't be loaded ({str(error).splitlines()[0]}). Give --embedder a folder or hub "
-                "id of a sentence-transformers model that can be reached, or 'self'."
+                f"embedder '{model}' can't be loaded ({first_line_of(error)}). Give --embedder a folder or hub "
+                "id of a sentence-transformers model, or 'self'."
             ) from error
 
     def embed(self, texts: Sequence[str]) -> Tensor:
@@ -61,6 +64,26 @@ class SentenceEmbedder:
     def _embed_here(self, texts: list[str]) -> list[Tensor]:
         vectors = self._model.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
         return list(vectors.float().cpu())
+
+
+def _embedder_folder(model: str, allow_pickle: bool) -> Path:
+    """Itself if it is a folder, else the hub cache's, which is downloaded or completed where the hub can be reached."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if looks_like_path(model):
+        raise EmbedderError(f"embedder {model}: there is no such folder. Check --embedder, or use 'self'.")
+    wanted = [*HUB_FILES, *(f"*{ending}" for ending in PICKLES if allow_pickle)]
+    unreachable: tuple[type[Exception], ...] = (ValueError, *hub_errors())
+    try:
+        name = model if "/" in model else f"{USUAL_OWNER}/{model}"
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=OTHER_RUNTIMES))
+    except unreachable as error:
+        raise EmbedderError(
+            f"embedder '{model}': no such folder here, and as a hub id it is neither in the cache nor can it be "
+            f"downloaded ({first_line_of(error)}). Give --embedder the folder of a sentence-transformers "
+            "model, or 'self'."
+        ) from error
 
 
 class SelfEmbedder:

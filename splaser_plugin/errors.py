@@ -79,6 +79,11 @@ def printable(text: str, max_chars: int = MESSAGE_CHARS) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def first_line_of(error: BaseException) -> str:
+    """Of another library's message, at most 200 characters; the error's kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The `count` known names most like `name`, as a phrase for an error message."""
     matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.0)

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from splaser_plugin.errors import ConfigError, OutputError
+from splaser_plugin.errors import ConfigError, OutputError, first_line_of
 from splaser_plugin.model_card import public_name
 from splaser_plugin.model_folder import hub_errors
 from splaser_plugin.recipe import Recipe
@@ -47,9 +47,9 @@ def push_to_hub(folder: Path, repo: str) -> str:
             created = api.create_repo(repo, private=True, exist_ok=True)
             api.upload_folder(repo_id=created.repo_id, folder_path=staged, commit_message="Lasered by splaser")
     except hub_errors() as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OutputError(
-            f"--push-to-hub {repo}: {reason}. The model is whole in {folder}; push it with hf upload {repo} {folder}"
+            f"--push-to-hub {repo}: {first_line_of(error)}. The model is whole in {folder}; push it with "
+            f"hf upload {repo} {folder}"
         ) from error
     return str(created)
 

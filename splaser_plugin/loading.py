@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from splaser_plugin.distributed import best_device
-from splaser_plugin.errors import CheckpointError, ConfigError, ModelError
+from splaser_plugin.errors import CheckpointError, ConfigError, ModelError, first_line_of
 from splaser_plugin.factored import CONFIG_KEY
 from splaser_plugin.factored_folder import load as load_factored
 from splaser_plugin.model_folder import looks_like_path, resolve_model
@@ -34,9 +34,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"--device {name}: not usable here ({str(error).splitlines()[0]}). Try --device cpu."
-        ) from error
+        raise ConfigError(f"--device {name}: not usable here ({first_line_of(error)}). Try --device cpu.") from error
     return device
 
 
@@ -93,7 +91,7 @@ def _load(name: str | Path, source: str, dtype: str | torch.dtype, options: dict
         )
     except _library_errors() as error:
         raise CheckpointError(
-            f"{name}: can't be loaded as a causal language model ({_first_line(error)}) "
+            f"{name}: can't be loaded as a causal language model ({first_line_of(error)}) "
             "Give a folder saved by save_pretrained, a .gguf file, or a hub id that can be reached."
         ) from error
     model, found = loaded
@@ -139,7 +137,7 @@ def _merge(model: Any, folder: Path, allow_pickle: bool) -> Any:
         merged = adapted.merge_and_unload()
     except _library_errors() as error:
         raise CheckpointError(
-            f"--adapter {folder}: can't be merged into this model ({_first_line(error)}). "
+            f"--adapter {folder}: can't be merged into this model ({first_line_of(error)}). "
             "Give the base model that the adapter was trained on."
         ) from error
     if tensors is not None:
@@ -162,10 +160,6 @@ def _library_errors() -> tuple[type[Exception], ...]:
 
     of_wrong_values = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError)
     return (OSError, EOFError, RuntimeError, ImportError, UnpicklingError, struct.error, *of_wrong_values)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _forget_gguf(model: Any) -> None:

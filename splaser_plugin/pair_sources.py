@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from splaser_plugin.errors import PairsError
+from splaser_plugin.errors import PairsError, first_line_of
 from splaser_plugin.pair_formats import OPTIONAL_COLUMNS, recognise
 
 MAX_LINE_BYTES = 64 * 2**20
@@ -128,7 +128,7 @@ def _read_parquet(path: Path) -> Rows:
                 first_row += batch.num_rows
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise PairsError(
-            f"{path}, row {first_row} or soon after: not valid parquet ({_one_line(error)}). Write the file again."
+            f"{path}, row {first_row} or soon after: not valid parquet ({first_line_of(error)}). Write the file again."
         ) from error
 
 
@@ -154,7 +154,7 @@ def _read_dataset(name: str, split: str) -> Rows:
         pyarrow.ArrowException,
     ) as error:
         raise PairsError(
-            f"{name}, split {split}: can't be read as a data set ({_one_line(error)}). "
+            f"{name}, split {split}: can't be read as a data set ({first_line_of(error)}). "
             "Check the id, the split and the connection, or give a local jsonl file."
         ) from error
 
@@ -198,12 +198,6 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
             f"column {error.colno}). Fix or remove that line; a json file holds one array of objects, or one "
             "object per line."
         ) from error
-
-
-def _one_line(error: Exception, max_chars: int = 200) -> str:
-    """The first line of another library's message, without control characters."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return "".join(char if char.isprintable() else "?" for char in line[:max_chars])
 
 
 _READERS: dict[str, Callable[[Path], Rows]] = {

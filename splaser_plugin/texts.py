@@ -7,7 +7,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from splaser_plugin.errors import TextError
+from splaser_plugin.errors import TextError, first_line_of
 
 BLOCK_CHARS = 2**18
 """Read of a file at a time, and the rest of the line: about what the windows of a run with the defaults take."""
@@ -79,8 +79,7 @@ def _read_dataset(source: str) -> Iterator[str]:
                 raise TextError(f"--text {source}: its columns are {', '.join(row)}, expected text in '{COLUMN}'.")
             yield row[COLUMN] + "\n"
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise TextError(
-            f"--text {source}: no file of that name, and it can't be read as a data set ({reason}). Check the path, or "
-            "the name and the connection."
+            f"--text {source}: no file of that name, and it can't be read as a data set ({first_line_of(error)}). "
+            "Check the path, or the name and the connection."
         ) from error

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -124,3 +126,41 @@ def test_an_unknown_embedder_is_refused(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(EmbedderError, match=r"embedder .*no-such.*'self'"):
         SentenceEmbedder(name, CPU)
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch, minilm) -> Path:
+    """A cache of the hub that holds all-MiniLM-L6-v2, as links to where it is, and no way to the hub itself."""
+    commit = "0" * 40
+    repository = tmp_path / "hub-cache" / "models--sentence-transformers--all-MiniLM-L6-v2"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / commit).symlink_to(minilm)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(repository.parent))
+    return repository
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"])
+def test_an_embedder_in_the_hubs_cache_needs_no_hub(name, hub_cache, minilm):
+    named = SentenceEmbedder(name, CPU).embed(["Paris."])
+    assert torch.equal(named, SentenceEmbedder(str(minilm), CPU).embed(["Paris."]))
+
+
+@pytest.mark.parametrize("name", ["org/absent", "absent"])
+def test_an_embedder_that_is_nowhere_is_refused_at_once(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(EmbedderError, match=f"'{name}': no such folder here, and as a hub id it is neither in the"):
+        SentenceEmbedder(name, CPU)
+
+
+def test_an_embedder_from_the_hub_is_checked_like_a_folder(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--org--pickled" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "models--org--pickled" / "refs").mkdir()
+    (tmp_path / "models--org--pickled" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(EmbedderError, match="pickled weights can run code"):
+        SentenceEmbedder("org/pickled", CPU)
