@@ -322,14 +322,14 @@ def expand(
     verbose: Verbose = False,
 ) -> None:
     """Turn a model that was saved with --save factored into a plain one, bit for bit the one that was scored."""
-    from splaser_plugin.output import check_output, held, whole_folder
+    from splaser_plugin.output import check_output, held
 
     path = check_output(output, overwrite=overwrite, inputs=(model,))
     progress = _progress(quiet, verbose, "factored_folder")
     from splaser_plugin.factored_folder import expand_folder
 
-    with held(path), whole_folder(path) as folder:
-        layers = expand_folder(model, folder)
+    with held(path):
+        layers = expand_folder(model, path)
     progress.result("expanded", f"{layers} layers")
     progress.result("model", str(output))
 

@@ -20,6 +20,7 @@ from splaser_plugin.checkpoint import Checkpoint, open_checkpoint
 from splaser_plugin.errors import CheckpointError, nearest
 from splaser_plugin.factored import CONFIG_KEY, FactoredLinear, Factors, as_stored, expand
 from splaser_plugin.model_folder import INDEX_NAME, read_config, resolve_model
+from splaser_plugin.output import check_space, whole_folder
 from splaser_plugin.safetensors_header import shown
 from splaser_plugin.trust import check_model_folder
 from splaser_plugin.weights import Weights
@@ -109,20 +110,25 @@ def stored_ranks(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
     return ranks
 
 
-def expand_folder(model: str, folder: Path) -> int:
-    """Write the dense model of a factored one to `folder`, and copy what else is with it: tokenizer, recipe.
+def expand_folder(model: str, out: Path) -> int:
+    """Write the dense model of a factored one to the folder `out`, with what else there is: tokenizer, recipe.
 
-    Returns how many layers were factored: 0 for a run that kept nothing. Raises CheckpointError as `load` does, and
-    RecipeError when the recipe or the results that are copied are damaged.
+    Only for the process that holds `out`. Returns how many layers were factored: 0 for a run that kept nothing.
+    Raises CheckpointError as `load` does, RecipeError when the recipe or the results that are copied are damaged, and
+    OutputError when there is no room for the dense model.
     """
     source = resolve_model(model)
     ranks = stored_ranks(source, read_config(source))
-    expand(load(source, dtype="auto")).save_pretrained(folder)
-    for file in source.iterdir():
-        is_weights = file.name.endswith((".safetensors", INDEX_NAME))
-        if file.is_file() and not is_weights and not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
-    _rewrite_card(folder)
+    dense = expand(load(source, dtype="auto"))
+    needed = sum(each.numel() * each.element_size() for each in dense.parameters())
+    check_space(out, needed)
+    with whole_folder(out, needed=needed) as folder:
+        dense.save_pretrained(folder)
+        for file in source.iterdir():
+            is_weights = file.name.endswith((".safetensors", INDEX_NAME))
+            if file.is_file() and not is_weights and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+        _rewrite_card(folder)
     return len(ranks)
 
 

@@ -24,6 +24,7 @@ from splaser_plugin.distributed import is_sharded, process_count
 from splaser_plugin.errors import ModelError, ScoreError
 from splaser_plugin.progress import measured
 from splaser_plugin.prompts import Prompter
+from splaser_plugin.roomy_cache import RoomyLayer, roomy_cache
 
 FIRST_BATCH = 8
 LEAST_GAIN = 1.1
@@ -31,6 +32,8 @@ MODEL_ERRORS = (RuntimeError, ValueError, LookupError, ArithmeticError)
 """What a model's own code may raise over the numbers that it computes."""
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 """What `generate` calls keys and values, taken and returned; renamed in transformers 5.24."""
+SELECTABLE = (RoomyLayer, DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers of a cache that hold keys and values of each row, and nothing else."""
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 """How those devices say it that have no error of their own for it."""
 
@@ -158,7 +161,7 @@ class Generator:
         made: list[list[int]] = [[] for _ in ids]
         going = list(range(len(ids)))
         ends = torch.tensor(self.end_tokens, device=ids.device)
-        cache = None
+        cache = roomy_cache(self.model)
         nan = _SeenNan()
         while going and steps > 0:
             found = self.model.generate(
@@ -242,7 +245,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _rows_of(cache: Any, rows: Tensor) -> Any:
     """Those rows of a cache of keys and values; None, so that it is computed again, where it holds anything else."""
-    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(cache, "layers", [None])):
+    if not all(type(layer) in SELECTABLE for layer in getattr(cache, "layers", [None])):
         return None
     cache.batch_select_indices(rows)
     return cache

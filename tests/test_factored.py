@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from splaser_plugin import LaserConfig, expand, laser, load, spectrum
 from splaser_plugin.cli import main
-from splaser_plugin.errors import CheckpointError, ModelError
+from splaser_plugin.errors import CheckpointError, ModelError, OutputError
 from splaser_plugin.factored import CONFIG_KEY, FactoredLinear, factorize, is_factorable
 from splaser_plugin.factored_folder import expand_folder, save_model
 from splaser_plugin.integrations.peft import merge_and_unload
@@ -450,8 +451,19 @@ def test_a_factored_model_is_loaded_for_comparison_and_refused_for_another_reduc
 
 
 def test_expanding_a_run_that_kept_nothing_copies_it(tiny_folder, tmp_path):
-    assert expand_folder(str(tiny_folder), tmp_path) == 0
-    assert (tmp_path / "model.safetensors").read_bytes() == (tiny_folder / "model.safetensors").read_bytes()
+    assert expand_folder(str(tiny_folder), tmp_path / "expanded") == 0
+    assert (tmp_path / "expanded" / "model.safetensors").read_bytes() == (
+        tiny_folder / "model.safetensors"
+    ).read_bytes()
+
+
+def test_expanding_onto_a_disk_too_small_is_refused_before_anything_is_written(run, tmp_path, monkeypatch):
+    _, out = run
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OutputError, match=r"dense: needs \d+\.\d MB, but 1\.0 MB are free there\. Make room there"):
+        expand_folder(str(out), tmp_path / "dense")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sharded_model_is_not_kept_as_factors():

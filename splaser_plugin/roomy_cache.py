@@ -1,0 +1,49 @@
+"""A cache of keys and values with room for more tokens: transformers' own copies all of them at every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+LEAST_ROOM = 64
+"""Tokens that there is room for when it was made larger, or a quarter of those before, whichever is more."""
+
+
+class RoomyLayer(DynamicLayer):
+    """What transformers' own layer is, in tensors that are larger than what they hold."""
+
+    _keys_room: Tensor | None = None
+    _values_room: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None or self.get_seq_length() == 0:
+            return super().update(key_states, value_states, *rest, **named)
+        self.keys, self._keys_room = _appended(self.keys, key_states, self._keys_room)
+        self.values, self._values_room = _appended(self.values, value_states, self._values_room)
+        return self.keys, self.values
+
+
+def roomy_cache(model: Any) -> DynamicCache | None:
+    """An empty cache for the model; None where it needs another kind, which `generate` makes then."""
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    if supports is None or not supports():
+        return None
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    cache.layers = [RoomyLayer() for _ in cache.layers]
+    return cache
+
+
+def _appended(before: Tensor, new: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both as one, along the tokens, and what it is a part of: `room` while `before` begins it and all fits in."""
+    start, end = before.shape[-2], before.shape[-2] + new.shape[-2]
+    is_part = room is not None and before.data_ptr() == room.data_ptr() and before.shape[:-2] == room.shape[:-2]
+    if room is None or not is_part or room.shape[-2] < end:
+        room = before.new_empty(*before.shape[:-2], end + max(LEAST_ROOM, end // 4), before.shape[-1])
+        room[..., :start, :] = before
+    room[..., start:end, :] = new
+    return room[..., :end, :], room
