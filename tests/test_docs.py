@@ -155,6 +155,21 @@ def test_options_and_files_that_are_named_exist(page):
         assert "://" in target or (page.parent / target).exists(), target
 
 
+BENCHMARKS = sorted(
+    {found for page in PAGES for found in re.findall(r"python (tests/benchmarks/[^`]*)`", page.read_text())}
+)
+
+
+@pytest.mark.parametrize("command", BENCHMARKS)
+def test_the_benchmarks_that_figures_are_from_understand_their_options(command):
+    """They run for minutes to hours, so only their imports and arguments are tried."""
+    result = subprocess.run(
+        [sys.executable, *shlex.split(command), "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "usage" in result.stdout
+
+
 def test_messages_in_troubleshooting_are_those_of_the_code():
     sources = [*(ROOT / "splaser_plugin").glob("*.py"), *(ROOT / "integrations").glob("*.py")]
     # the parts of a message stand in neighbouring literals
