@@ -32,6 +32,7 @@ from splaser_plugin.demo import prepare_embedder, prepare_model
 from splaser_plugin.embedding import SentenceEmbedder
 from splaser_plugin.generation import Generator, plain_generation
 from splaser_plugin.loading import context_length, load_model
+from splaser_plugin.margin import MarginScorer
 from splaser_plugin.pairs import Pair, load_pairs
 from splaser_plugin.prompts import Prompter
 from splaser_plugin.racing import Race
@@ -61,12 +62,13 @@ class Sizes:
     long: Size
     search: Size
     candidates: int
+    screen: Size
     processes: Size
 
 
-FULL = Sizes(Size(32, 64, 8), Size(128, 512, 4), Size(128, 24), 15, Size(32, 32))
-QUICK = Sizes(Size(4, 32, 2), Size(4, 96, 1), Size(32, 8), 4, Size(8, 16))
-PARTS = ("score", "long", "improve", "confident", "processes")
+FULL = Sizes(Size(32, 64, 8), Size(128, 512, 4), Size(128, 24), 15, Size(48, 24), Size(32, 32))
+QUICK = Sizes(Size(4, 32, 2), Size(4, 96, 1), Size(32, 8), 4, Size(16, 8), Size(8, 16))
+PARTS = ("score", "long", "improve", "confident", "screen", "processes")
 EDITED = ("model.layers.26.self_attn.o_proj", "model.layers.7.self_attn.q_proj")
 EDITED_RANK = 100
 
@@ -211,6 +213,32 @@ def measure_search(bench: Bench, size: Size, count: int, acceptance: Acceptance)
     }
 
 
+def measure_screen(bench: Bench, size: Size, count: int) -> dict[str, Any]:
+    """The same search without and with the margin as its screen."""
+    weights = Weights(bench.model)
+    candidates = choose_candidates(scan_model(weights), weights.matrices()[0])[:count]
+    held = {candidate.matrix: weights.hold(candidate.matrix) for candidate in candidates}
+    margin = MarginScorer(bench.model, bench.prompter, bench.pairs(size.pairs), batch_size=32)
+    found: dict[str, SearchResult] = {}
+    took_s: dict[str, float] = {}
+    for name, screen in (("without", None), ("with", margin)):
+        judge = Judge(bench.scorer(size), screen=screen)
+        took_s[name], found[name] = seconds(lambda judge=judge: search(weights, candidates, judge))
+        for matrix, values in held.items():
+            weights.put_back(matrix, values)
+    tokens = {name: each.generated_tokens for name, each in found.items()}
+    return {
+        "pairs": size.pairs,
+        "max_new_tokens": size.tokens,
+        "candidates": count,
+        "screened": sum(trial.judgement.verdict == "screened" for trial in found["with"].trials),
+        "tokens": tokens,
+        "tokens_saved": 1 - tokens["with"] / tokens["without"],
+        "seconds": took_s,
+        "kept": {name: [candidate.matrix.name for candidate in each.kept] for name, each in found.items()},
+    }
+
+
 def measure_processes(size: Size) -> dict[str, Any]:
     """The same search by one process of one thread, and by two of them."""
     found: dict[int, dict[str, Any]] = {}
@@ -300,6 +328,34 @@ def show(results: dict[str, Any]) -> str:
     if searches:
         head = ["accept", "candidates", "pairs", "limit", "time", "tokens", "kept", "racing saves", "keeps the same"]
         blocks.append(table(head, [search_line(part, results[part]) for part in searches]))
+    if "screen" in results:
+        found = results["screen"]
+        head = [
+            "pairs",
+            "limit",
+            "candidates",
+            "screened",
+            "tokens saved",
+            "without",
+            "with",
+            "kept without",
+            "with",
+            "both",
+        ]
+        without, with_screen = (set(found["kept"][name]) for name in ("without", "with"))
+        line = [
+            str(found["pairs"]),
+            str(found["max_new_tokens"]),
+            str(found["candidates"]),
+            str(found["screened"]),
+            f"{found['tokens_saved']:.0%}",
+            f"{found['seconds']['without']:.0f} s",
+            f"{found['seconds']['with']:.0f} s",
+            str(len(without)),
+            str(len(with_screen)),
+            str(len(without & with_screen)),
+        ]
+        blocks.append(table(head, [line]))
     if "processes" in results:
         found = results["processes"]
         head = ["pairs", "limit", "candidates", "one process", "two", "faster", "recipe"]
@@ -349,6 +405,7 @@ def main() -> None:
         "long": lambda: measure_score(bench, sizes.long),
         "improve": lambda: measure_search(bench, sizes.search, sizes.candidates, Improve()),
         "confident": lambda: measure_search(bench, sizes.search, sizes.candidates, Confident(0.05, sizes.candidates)),
+        "screen": lambda: measure_screen(bench, sizes.screen, sizes.candidates),
         "processes": lambda: measure_processes(sizes.processes),
     }
     results: dict[str, Any] = {}
