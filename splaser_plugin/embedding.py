@@ -15,7 +15,8 @@ from splaser_plugin.distributed import share
 from splaser_plugin.errors import EmbedderError, first_line_of
 from splaser_plugin.generation import evaluating
 from splaser_plugin.loading import context_length
-from splaser_plugin.model_folder import HUB_FILES, hub_errors, looks_like_path
+from splaser_plugin.model_folder import HUB_FILES, looks_like_path, reaching_hub
+from splaser_plugin.safetensors_header import shown
 from splaser_plugin.trust import PICKLES, check_embedder_folder
 from splaser_plugin.weights import Weights
 
@@ -74,16 +75,10 @@ def _embedder_folder(model: str, allow_pickle: bool) -> Path:
     if looks_like_path(model):
         raise EmbedderError(f"embedder {model}: there is no such folder. Check --embedder, or use 'self'.")
     wanted = [*HUB_FILES, *(f"*{ending}" for ending in PICKLES if allow_pickle)]
-    unreachable: tuple[type[Exception], ...] = (ValueError, *hub_errors())
-    try:
-        name = model if "/" in model else f"{USUAL_OWNER}/{model}"
+    name = model if "/" in model else f"{USUAL_OWNER}/{model}"
+    advice = "Give --embedder the folder of a sentence-transformers model, or 'self'."
+    with reaching_hub(f"embedder {shown(model)}", EmbedderError, advice):
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=OTHER_RUNTIMES))
-    except unreachable as error:
-        raise EmbedderError(
-            f"embedder '{model}': no such folder here, and as a hub id it is neither in the cache nor can it be "
-            f"downloaded ({first_line_of(error)}). Give --embedder the folder of a sentence-transformers "
-            "model, or 'self'."
-        ) from error
 
 
 class SelfEmbedder:

@@ -80,8 +80,8 @@ def printable(text: str, max_chars: int = MESSAGE_CHARS) -> str:
 
 
 def first_line_of(error: BaseException) -> str:
-    """Of another library's message, at most 200 characters; the error's kind where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    """Of another library's message, at most 200 of its characters, printable; the error's kind where it has none."""
+    return printable(next(iter(str(error).strip().splitlines()), type(error).__name__)[:200])
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

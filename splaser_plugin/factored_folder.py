@@ -120,7 +120,7 @@ def expand_folder(model: str, out: Path) -> int:
     source = resolve_model(model)
     ranks = stored_ranks(source, read_config(source))
     dense = expand(load(source, dtype="auto"))
-    needed = sum(each.numel() * each.element_size() for each in dense.parameters())
+    needed = Weights(dense).size
     check_space(out, needed)
     with whole_folder(out, needed=needed) as folder:
         dense.save_pretrained(folder)

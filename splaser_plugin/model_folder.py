@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from splaser_plugin.errors import CheckpointError
+from splaser_plugin.errors import CheckpointError, SplaserError
 from splaser_plugin.files import read_bytes
 from splaser_plugin.safetensors_header import parse_json_object, shown
 
@@ -63,6 +64,20 @@ def hub_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HfHubHTTPError
 
     return (HfHubHTTPError, *HfHubHTTPError.__bases__, OSError)
+
+
+@contextmanager
+def reaching_hub(name: str, kind: type[SplaserError], advice: str) -> Iterator[None]:
+    """Around a download: what goes wrong with it is raised as an error of one line. name: what isn't there."""
+    unusable: tuple[type[Exception], ...] = (ValueError, *hub_errors())
+    try:
+        yield
+    except unusable as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise kind(
+            f"{name}: no such folder here, and as a hub id it is neither in the cache nor can it be downloaded "
+            f"({reason[:200]}). {advice}"
+        ) from error
 
 
 def find_shards(folder: Path) -> dict[Path, set[str] | None]:
@@ -175,8 +190,7 @@ def _from_hub(model: str, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    unusable: tuple[type[Exception], ...] = (ValueError, *hub_errors())
-    try:
+    with reaching_hub(shown(model), CheckpointError, "Check the spelling, the connection and your access."):
         try:
             cached = Path(snapshot_download(model, local_files_only=True))
             find_shards(cached)
@@ -186,9 +200,3 @@ def _from_hub(model: str, allow_pickle: bool) -> Path:
         if allow_pickle and not any(folder.glob("*.safetensors")):
             snapshot_download(model, allow_patterns=["pytorch_model*.bin"])
         return folder
-    except unusable as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CheckpointError(
-            f"{shown(model)}: no such folder here, and as a hub id it is neither in the cache nor can it be "
-            f"downloaded ({reason[:200]}). Check the spelling, the connection and your access."
-        ) from error

@@ -25,6 +25,10 @@ class RoomyLayer(DynamicLayer):
         self.values, self._values_room = _appended(self.values, value_states, self._values_room)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._keys_room = self._values_room = None  # the rows that are left out would stay in memory
+
 
 def roomy_cache(model: Any) -> DynamicCache | None:
     """An empty cache for the model; None where it needs another kind, which `generate` makes then."""

@@ -41,6 +41,16 @@ def tiny_llama(seed: int = 0, vocabulary: int = 49152, **changes):
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
 
 
+def hub_snapshot(cache: Path, name: str) -> Path:
+    """Where the hub's cache has this model, by the layout it has; the folder itself is still to be made."""
+    commit = "a" * 40
+    repository = cache / f"models--{name.replace('/', '--')}"
+    for folder in ("snapshots", "refs"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    return repository / "snapshots" / commit
+
+
 @pytest.fixture
 def tiny_model():
     return tiny_llama()

@@ -55,8 +55,8 @@ def folders(tiny_folder, tmp_path_factory):
 def test_block(page, language, code, folders, minilm, monkeypatch, tmp_path):
     monkeypatch.chdir(folders[page])
     if language == "sh":
-        for line in code.replace("\\\n", " ").strip().splitlines():
-            run(shlex.split(line, comments=True), minilm, monkeypatch, tmp_path)
+        for words in commands_of(code):
+            run(words, minilm, monkeypatch, tmp_path)
     elif language == "python":
         script = tmp_path / "block.py"
         script.write_text(code)
@@ -67,6 +67,11 @@ def test_block(page, language, code, folders, minilm, monkeypatch, tmp_path):
         assert language in ("text", "json")
         if page.name != "guides.md":
             assert not shutil.which(code.split()[0]), "a command that no test runs"
+
+
+def commands_of(code):
+    """The words of each command of a block; a line that ends with a backslash goes on."""
+    return [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").strip().splitlines()]
 
 
 def run(words, minilm, monkeypatch, tmp_path):

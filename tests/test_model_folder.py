@@ -21,10 +21,10 @@ from splaser_plugin.model_folder import (
     read_object,
     resolve_model,
 )
+from tests.conftest import hub_snapshot
 
 NO_TENSORS = (2).to_bytes(8, "little") + b"{}"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 network_attempts: list[str] = []
 
@@ -58,13 +58,12 @@ def make_folder(folder: Path, *names: str, weight_map: object = None) -> Path:
 
 def cache_model(cache: Path, files: dict[str, bytes]) -> Path:
     """The snapshot folder of org/tiny in `cache`, laid out as the hub does: links into a folder of blobs."""
-    repository = cache / "models--org--tiny"
-    snapshot = repository / "snapshots" / COMMIT
-    for folder in (snapshot, repository / "blobs", repository / "refs"):
-        folder.mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
+    snapshot = hub_snapshot(cache, "org/tiny")
+    blobs = snapshot.parents[1] / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir()
     for number, (name, content) in enumerate(files.items()):
-        (repository / "blobs" / f"blob{number}").write_bytes(content)
+        (blobs / f"blob{number}").write_bytes(content)
         (snapshot / name).symlink_to(f"../../blobs/blob{number}")
     return snapshot
 

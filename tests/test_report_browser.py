@@ -71,6 +71,10 @@ class Opened:
         """The one whose spectrum is shown, by the picker."""
         return self.page.eval_on_selector("#matrix", "picker => picker.selectedOptions[0].textContent")
 
+    def wait_for_matrix(self, name: str) -> None:
+        """Until its spectrum is shown."""
+        wait_for(self.page, "name => document.getElementById('matrix').selectedOptions[0].textContent === name", name)
+
     def scroll_to_cell(self, x: int, y: int) -> tuple[float, float]:
         """Where it is in the window then, in pixels."""
         found = self.page.evaluate(
@@ -156,9 +160,7 @@ def test_hovering_tells_about_a_matrix_and_clicking_shows_its_spectrum(open_page
             assert part.replace(" ", "") in told.replace(" ", "")
         it.page.mouse.down()
         it.page.mouse.up()
-        wait_for(
-            it.page, "name => document.getElementById('matrix').selectedOptions[0].textContent === name", matrix.name
-        )
+        it.wait_for_matrix(matrix.name)
         assert f"all of its {min(matrix.shape)} singular values" in it.text("#spectrum-note")
         assert f"{fit.rank} of {min(matrix.shape)}" in it.text("#fits .current")
         legend = it.text("#spectrum .legend")
@@ -292,7 +294,7 @@ def test_on_a_phone_the_heat_map_goes_down_and_is_clicked_as_well(open_page, run
     it.hover_heat_map(1, 3, wanted)
     it.page.mouse.down()
     it.page.mouse.up()
-    wait_for(it.page, "name => document.getElementById('matrix').selectedOptions[0].textContent === name", wanted)
+    it.wait_for_matrix(wanted)
     it.page.focus("#heat-map")
     it.page.keyboard.press("ArrowDown")
     assert it.matrix == f"model.layers.4.{types[1]}"
@@ -304,7 +306,7 @@ def test_a_cell_is_chosen_by_touch(open_page, run_page):
     it = open_page(run_page, has_touch=True)
     matrix = next(each for each in SCAN.matrices if each.block == 2)
     it.page.touchscreen.tap(*it.scroll_to_cell(2, sorted({each.type for each in SCAN.matrices}).index(matrix.type)))
-    wait_for(it.page, "name => document.getElementById('matrix').selectedOptions[0].textContent === name", matrix.name)
+    it.wait_for_matrix(matrix.name)
 
 
 def test_a_press_that_ends_in_another_cell_chooses_none(open_page, run_page):

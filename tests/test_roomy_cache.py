@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.cache_utils import DynamicLayer
@@ -38,6 +40,16 @@ def test_most_tokens_are_added_without_a_copy_of_those_before():
     for _ in range(3 * LEAST_ROOM):
         places.add(layer.update(torch.ones(2, 1, 1, 4), torch.ones(2, 1, 1, 4))[0].data_ptr())
     assert len(places) <= 4
+
+
+def test_rows_that_are_left_out_do_not_stay_in_memory():
+    layer = RoomyLayer()
+    for _ in range(2):
+        layer.update(torch.ones(8, 1, 1, 4), torch.ones(8, 1, 1, 4))
+    rooms = [weakref.ref(room) for room in (layer._keys_room, layer._values_room)]
+    assert all(room() is not None for room in rooms)
+    layer.batch_select_indices(torch.tensor([1]))
+    assert [room() for room in rooms] == [None, None]
 
 
 def test_a_model_with_other_layers_gets_its_own_cache(tiny_model):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -15,6 +14,7 @@ from splaser_plugin.pairs import pairs_from_rows
 from splaser_plugin.prompts import Prompter
 from splaser_plugin.scoring import Scores, SemanticScorer
 from splaser_plugin.weights import Weights
+from tests.conftest import hub_snapshot
 
 CPU = torch.device("cpu")
 
@@ -129,16 +129,10 @@ def test_an_unknown_embedder_is_refused(name, monkeypatch):
 
 
 @pytest.fixture
-def hub_cache(tmp_path, monkeypatch, minilm) -> Path:
+def hub_cache(tmp_path, monkeypatch, minilm):
     """A cache of the hub that holds all-MiniLM-L6-v2, as links to where it is, and no way to the hub itself."""
-    commit = "0" * 40
-    repository = tmp_path / "hub-cache" / "models--sentence-transformers--all-MiniLM-L6-v2"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    (repository / "snapshots").mkdir()
-    (repository / "snapshots" / commit).symlink_to(minilm)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(repository.parent))
-    return repository
+    hub_snapshot(tmp_path, "sentence-transformers/all-MiniLM-L6-v2").symlink_to(minilm)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
 
 
 @pytest.mark.real
@@ -156,11 +150,9 @@ def test_an_embedder_that_is_nowhere_is_refused_at_once(name, tmp_path, monkeypa
 
 
 def test_an_embedder_from_the_hub_is_checked_like_a_folder(tmp_path, monkeypatch):
-    snapshot = tmp_path / "models--org--pickled" / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
+    snapshot = hub_snapshot(tmp_path, "org/pickled")
+    snapshot.mkdir()
     (snapshot / "pytorch_model.bin").write_bytes(b"")
-    (tmp_path / "models--org--pickled" / "refs").mkdir()
-    (tmp_path / "models--org--pickled" / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(EmbedderError, match="pickled weights can run code"):
         SentenceEmbedder("org/pickled", CPU)

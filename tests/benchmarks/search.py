@@ -188,15 +188,24 @@ def replay(found: SearchResult, size: int, acceptance: Acceptance, seed: int) ->
     return tokens, True
 
 
-def measure_search(bench: Bench, size: Size, count: int, acceptance: Acceptance) -> dict[str, Any]:
-    """A search without racing, and what racing makes of its candidates in many orders of the pairs."""
+def noisiest(bench: Bench, count: int) -> tuple[Weights, list[Candidate]]:
     weights = Weights(bench.model)
-    candidates = choose_candidates(scan_model(weights), weights.matrices()[0])[:count]
+    return weights, choose_candidates(scan_model(weights), weights.matrices()[0])[:count]
+
+
+def timed_search(weights: Weights, candidates: Sequence[Candidate], judge: Judge) -> tuple[float, SearchResult]:
+    """Seconds and result; the model is afterwards as before."""
     held = {candidate.matrix: weights.hold(candidate.matrix) for candidate in candidates}
-    judge = Judge(bench.scorer(size), acceptance=acceptance)
     took_s, found = seconds(lambda: search(weights, candidates, judge))
     for matrix, values in held.items():
         weights.put_back(matrix, values)
+    return took_s, found
+
+
+def measure_search(bench: Bench, size: Size, count: int, acceptance: Acceptance) -> dict[str, Any]:
+    """A search without racing, and what racing makes of its candidates in many orders of the pairs."""
+    weights, candidates = noisiest(bench, count)
+    took_s, found = timed_search(weights, candidates, Judge(bench.scorer(size), acceptance=acceptance))
     raced = [replay(found, size.pairs, acceptance, seed) for seed in range(200)]
     saved = [1 - tokens / found.generated_tokens for tokens, same in raced if same]
     return {
@@ -215,17 +224,12 @@ def measure_search(bench: Bench, size: Size, count: int, acceptance: Acceptance)
 
 def measure_screen(bench: Bench, size: Size, count: int) -> dict[str, Any]:
     """The same search without and with the margin as its screen."""
-    weights = Weights(bench.model)
-    candidates = choose_candidates(scan_model(weights), weights.matrices()[0])[:count]
-    held = {candidate.matrix: weights.hold(candidate.matrix) for candidate in candidates}
+    weights, candidates = noisiest(bench, count)
     margin = MarginScorer(bench.model, bench.prompter, bench.pairs(size.pairs), batch_size=32)
     found: dict[str, SearchResult] = {}
     took_s: dict[str, float] = {}
     for name, screen in (("without", None), ("with", margin)):
-        judge = Judge(bench.scorer(size), screen=screen)
-        took_s[name], found[name] = seconds(lambda judge=judge: search(weights, candidates, judge))
-        for matrix, values in held.items():
-            weights.put_back(matrix, values)
+        took_s[name], found[name] = timed_search(weights, candidates, Judge(bench.scorer(size), screen=screen))
     tokens = {name: each.generated_tokens for name, each in found.items()}
     return {
         "pairs": size.pairs,
@@ -318,6 +322,35 @@ def search_line(rule: str, found: dict[str, Any]) -> list[str]:
     ]
 
 
+SCREEN_HEAD = ["screened", "tokens saved", "without", "with", "kept without", "with", "both"]
+PROCESSES_HEAD = ["one process", "two", "faster", "recipe"]
+
+
+def sizes_of(found: dict[str, Any]) -> list[str]:
+    return [str(found[name]) for name in ("pairs", "max_new_tokens", "candidates")]
+
+
+def screen_line(found: dict[str, Any]) -> list[str]:
+    without, with_screen = (set(found["kept"][name]) for name in ("without", "with"))
+    return [
+        *sizes_of(found),
+        str(found["screened"]),
+        f"{found['tokens_saved']:.0%}",
+        *(f"{found['seconds'][name]:.0f} s" for name in ("without", "with")),
+        *(str(len(kept)) for kept in (without, with_screen, without & with_screen)),
+    ]
+
+
+def processes_line(found: dict[str, Any]) -> list[str]:
+    return [
+        *sizes_of(found),
+        f"{found['one_s']:.1f} s",
+        f"{found['two_s']:.1f} s",
+        f"{found['times_faster']:.2f}",
+        "same" if found["same_recipe"] else "DIFFERS",
+    ]
+
+
 def show(results: dict[str, Any]) -> str:
     blocks = []
     scores = [results[part] for part in ("score", "long") if part in results]
@@ -328,47 +361,9 @@ def show(results: dict[str, Any]) -> str:
     if searches:
         head = ["accept", "candidates", "pairs", "limit", "time", "tokens", "kept", "racing saves", "keeps the same"]
         blocks.append(table(head, [search_line(part, results[part]) for part in searches]))
-    if "screen" in results:
-        found = results["screen"]
-        head = [
-            "pairs",
-            "limit",
-            "candidates",
-            "screened",
-            "tokens saved",
-            "without",
-            "with",
-            "kept without",
-            "with",
-            "both",
-        ]
-        without, with_screen = (set(found["kept"][name]) for name in ("without", "with"))
-        line = [
-            str(found["pairs"]),
-            str(found["max_new_tokens"]),
-            str(found["candidates"]),
-            str(found["screened"]),
-            f"{found['tokens_saved']:.0%}",
-            f"{found['seconds']['without']:.0f} s",
-            f"{found['seconds']['with']:.0f} s",
-            str(len(without)),
-            str(len(with_screen)),
-            str(len(without & with_screen)),
-        ]
-        blocks.append(table(head, [line]))
-    if "processes" in results:
-        found = results["processes"]
-        head = ["pairs", "limit", "candidates", "one process", "two", "faster", "recipe"]
-        line = [
-            str(found["pairs"]),
-            str(found["max_new_tokens"]),
-            str(found["candidates"]),
-            f"{found['one_s']:.1f} s",
-            f"{found['two_s']:.1f} s",
-            f"{found['times_faster']:.2f}",
-            "same" if found["same_recipe"] else "DIFFERS",
-        ]
-        blocks.append(table(head, [line]))
+    for part, head, line in (("screen", SCREEN_HEAD, screen_line), ("processes", PROCESSES_HEAD, processes_line)):
+        if part in results:
+            blocks.append(table(["pairs", "limit", "candidates", *head], [line(results[part])]))
     return "\n\n".join(blocks)
 
 

@@ -10,13 +10,14 @@ from tests.conftest import ROOT
 from tests.integrations.conftest import emit, last_lines, trained_adapters, trained_whole
 from tests.integrations.test_axolotl import on_cpu
 from tests.integrations.test_llamafactory import CPU
+from tests.test_docs import BLOCK, commands_of
 
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", (ROOT / "docs" / "guides.md").read_text(), re.M | re.S))
 
 
 def commands(section: str, language: str) -> list[list[str]]:
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", SECTIONS[section], re.M | re.S)
-    return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = BLOCK.findall(SECTIONS[section])
+    return [words for written_in, code in found if written_in == language for words in commands_of(code)]
 
 
 def test_no_other_section_has_commands_of_other_tools():
