@@ -26,7 +26,7 @@ test: lint types models
 test-browser: models
 	$(BIN)/python -m pytest -m browser
 
-include tests/integrations/integrations.mk
+include tests/tools/tools.mk
 
 lint: setup
 	$(BIN)/ruff check .

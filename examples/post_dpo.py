@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from splaser_plugin import LaserCallback, LaserConfig
-from splaser_plugin.demo import prepare_embedder, prepare_model
+from splaser_plugin.cli.demo import prepare_embedder, prepare_model
 
 DATA = Path(__file__).parent / "data"
 

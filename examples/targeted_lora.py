@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from splaser_plugin import run_scan
-from splaser_plugin.demo import prepare_model
+from splaser_plugin.cli.demo import prepare_model
 from splaser_plugin.integrations.peft import lora_config
-from splaser_plugin.selection import choose
+from splaser_plugin.scanning.selection import choose
 
 DATA = Path(__file__).parent / "data"
 

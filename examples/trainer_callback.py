@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from splaser_plugin import LaserCallback, LaserConfig
-from splaser_plugin.demo import prepare_embedder, prepare_model
+from splaser_plugin.cli.demo import prepare_embedder, prepare_model
 
 PAIRS = Path(__file__).parent / "data" / "pairs.jsonl"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from splaser_plugin.errors import MatrixError, ModelError, RankError
-from splaser_plugin.selection import Selection, known_shapes, lora_targets
+from splaser_plugin.errors import ModelError
+from splaser_plugin.integrations.configs.adapter import adapter_config
+from splaser_plugin.scanning.selection import Selection
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -37,55 +38,6 @@ def lora_config(
     return LoraConfig(**{**values, **options})
 
 
-def adapter_config(
-    selection: Selection,
-    *,
-    rank: int = 32,
-    alpha: int | None = None,
-    dropout: float = 0.0,
-    rank_pattern: bool = False,
-    model: str = "",
-) -> dict[str, Any]:
-    """The content of an adapter_config.json; arguments as for `lora_config`.
-
-    Only keys that every version of PEFT knows: it has no place for a comment, and warns of a key it doesn't know.
-    """
-    targets = lora_targets(selection)
-    if rank < 1:
-        raise RankError(f"rank {rank}: expected at least 1.")
-    alpha = 2 * rank if alpha is None else alpha
-    ranks = rank_patterns(selection, rank) if rank_pattern else {}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model or selection.model or None,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "bias": "none",
-        "target_modules": targets,
-        "rank_pattern": ranks,
-        # LoRA scales by alpha / rank: the same scale for every matrix
-        "alpha_pattern": {name: each * alpha / rank for name, each in ranks.items()},
-    }
-
-
-def rank_patterns(selection: Selection, rank: int) -> dict[str, int]:
-    """Adapter rank by full name: in proportion to the rank above the edge, the parameters in all as at `rank`.
-
-    r_i = c k_i with k_i the rank above the edge and c such that sum r_i (n_i + m_i) = rank sum (n_i + m_i);
-    then rounded, and held between 1 and the matrix's smaller side. Raises MatrixError when the scan has no
-    shapes, or no chosen matrix has a value above the edge.
-    """
-    shapes = known_shapes(selection)
-    above = {matrix.name: matrix.rank or 0 for matrix in selection.matrices}
-    total = sum(above[name] * sum(shape) for name, shape in shapes.items())
-    if total == 0:
-        raise MatrixError("no chosen matrix has a singular value above the edge. Leave rank_pattern off.")
-    share = rank * sum(map(sum, shapes.values())) / total
-    return {name: min(max(1, round(share * above[name])), min(shape)) for name, shape in shapes.items()}
-
-
 def adapted_modules(model: nn.Module) -> list[str]:
     """Names, in the base model, of the modules that have a LoRA adapter, in the model's order."""
     from peft import PeftModel
@@ -104,7 +56,7 @@ def merge_and_unload(model: Any) -> Any:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from splaser_plugin.factored import FactoredLinear, list_layers
+    from splaser_plugin.weights.factored import FactoredLinear, list_layers
 
     base = model.get_base_model()
     for name, adapted in list(base.named_modules()):
@@ -119,7 +71,7 @@ def _merged(adapted: Any, name: str) -> nn.Module:
     """The layer of one factored layer and its adapters."""
     from peft.tuners.lora import LoraLayer
 
-    from splaser_plugin.factored import dense_layer, is_smaller
+    from splaser_plugin.weights.factored import dense_layer, is_smaller
 
     is_lora = isinstance(adapted, LoraLayer)
     if not is_lora or adapted.lora_variant or any(adapted.lora_bias.values()):

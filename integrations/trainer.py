@@ -15,21 +15,21 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from splaser_plugin.config import LaserConfig
+from splaser_plugin.config.stages import LaserConfig
+from splaser_plugin.data.pairs import PairSet
 from splaser_plugin.distributed import is_main
-from splaser_plugin.embedding import SentenceEmbedder
 from splaser_plugin.errors import ConfigError, ModelError, PairsError
-from splaser_plugin.held_out import Split
+from splaser_plugin.files.output import check_output
 from splaser_plugin.integrations.freeze import freeze_all_but
-from splaser_plugin.jobs import LaserResult, laser_weights, read_pairs
-from splaser_plugin.output import check_output
-from splaser_plugin.pairs import PairSet
-from splaser_plugin.prediction import check_predictable
+from splaser_plugin.jobs.laser import LaserResult, laser_weights, read_pairs
 from splaser_plugin.progress import Progress
-from splaser_plugin.rulers import Rulers, check_rulers
-from splaser_plugin.scan import scan_model
-from splaser_plugin.selection import choose
-from splaser_plugin.weights import Weights, model_name
+from splaser_plugin.scanning.scan import scan_model
+from splaser_plugin.scanning.selection import choose
+from splaser_plugin.scoring.embedding import SentenceEmbedder
+from splaser_plugin.scoring.scorers import Rulers, check_rulers
+from splaser_plugin.search.prediction import check_predictable
+from splaser_plugin.search.verdict import Split
+from splaser_plugin.weights.in_memory import Weights, model_name
 
 logger = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ def _output(args: TrainingArguments) -> Path:
 def _weights(model: Any) -> Weights:
     if not hasattr(model, "peft_config"):
         return Weights(model)
-    from splaser_plugin.integrations.merged import MergedWeights
+    from splaser_plugin.weights.adapted import MergedWeights
 
     return MergedWeights(model)
 

@@ -8,18 +8,18 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CompareConfig": "splaser_plugin.config",
-    "LaserConfig": "splaser_plugin.config",
-    "ScanConfig": "splaser_plugin.config",
+    "CompareConfig": "splaser_plugin.config.stages",
+    "LaserConfig": "splaser_plugin.config.stages",
+    "ScanConfig": "splaser_plugin.config.stages",
     "SplaserError": "splaser_plugin.errors",
-    "Scan": "splaser_plugin.scan",
-    "laser": "splaser_plugin.jobs",
-    "run_scan": "splaser_plugin.scan",
-    "apply_recipe": "splaser_plugin.jobs",
-    "compare_models": "splaser_plugin.comparison",
-    "load_pairs": "splaser_plugin.pairs",
-    "load": "splaser_plugin.factored_folder",
-    "expand": "splaser_plugin.factored",
+    "Scan": "splaser_plugin.scanning.scan",
+    "laser": "splaser_plugin.jobs.laser",
+    "run_scan": "splaser_plugin.scanning.scan",
+    "apply_recipe": "splaser_plugin.jobs.laser",
+    "compare_models": "splaser_plugin.jobs.compare",
+    "load_pairs": "splaser_plugin.data.pairs",
+    "load": "splaser_plugin.weights.factored_folder",
+    "expand": "splaser_plugin.weights.factored",
     "LaserCallback": "splaser_plugin.integrations.trainer",
 }
 

@@ -6,12 +6,6 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from splaser_plugin.candidates import Candidate
-    from splaser_plugin.search import Trial
-
 
 Advance = Callable[[float], None]
 """Called with a number of steps, or of parts of one, that are done."""
@@ -43,11 +37,8 @@ class Progress:
         """A stretch of work of `total` steps; the value yielded is called with the number of steps done."""
         yield ignore
 
-    def trying(self, candidate: Candidate) -> None:
-        """A candidate is about to be tried."""
-
-    def trial(self, trial: Trial) -> None:
-        """A candidate was tried."""
+    def event(self, event: object) -> None:
+        """Something in a stage's own terms: a search's `Candidate` about to be tried, its `Trial` when it was."""
 
 
 SILENT = Progress()

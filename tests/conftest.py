@@ -12,8 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from splaser_plugin.cli import main
-from splaser_plugin.demo import prepare_embedder, prepare_model
+from splaser_plugin.cli.app import main
+from splaser_plugin.cli.demo import prepare_embedder, prepare_model
 
 ROOT = Path(__file__).parents[1]
 

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from splaser_plugin import LaserCallback, LaserConfig, laser
 from splaser_plugin.distributed import is_main, process_count, process_index
 from splaser_plugin.errors import ModelError
-from splaser_plugin.jobs import laser_weights, read_pairs
-from splaser_plugin.laser_journal import RecordedScorer
-from splaser_plugin.weights import Weights
+from splaser_plugin.jobs.laser import laser_weights, read_pairs
+from splaser_plugin.search.journal import RecordedScorer
+from splaser_plugin.weights.in_memory import Weights
 
 CONFIG = LaserConfig(embedder="self", max_new_tokens=6, candidates=5, edge="mp", batch_size=2)
 PAIRS = [

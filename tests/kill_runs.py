@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from splaser_plugin import LaserConfig, laser
-from splaser_plugin.loading import load_model
-from tests.test_laser_journal import OPTIONS
+from splaser_plugin.weights.loading import load_model
+from tests.search.test_laser_journal import OPTIONS
 
 
 def start(model: Any, tokenizer: Any, pairs: str, output: Path) -> int:

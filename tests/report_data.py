@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from splaser_plugin.matrices import Matrix, Skipped, type_in_block
-from splaser_plugin.scan_records import Scan, matrix_scan
+from splaser_plugin.scanning.records import Scan, matrix_scan
+from splaser_plugin.weights.matrices import Matrix, Skipped, type_in_block
 
 SMALL: Mapping[str, tuple[int, int]] = {
     "self_attn.q_proj": (64, 64),

@@ -2,7 +2,7 @@
 
 A block of `sh` or `python` is run, with a tiny model as `my-model`; one of `yaml` that begins with its name is written,
 for the blocks after it. Of `make` only the targets are looked up: `.ci/run` runs them. Commands of other tools stand in
-blocks of `text`, and are run in tests/integrations/test_guides.py. What stands in a line of text is looked up: options
+blocks of `text`, and are run in tests/tools/test_guides.py. What stands in a line of text is looked up: options
 have to exist, and so do files.
 """
 
@@ -22,9 +22,9 @@ import pytest
 import typer.main
 import yaml
 
-from splaser_plugin.cli import app, main
-from splaser_plugin.config import LaserConfig
-from splaser_plugin.integrations.emit import app as emit
+from splaser_plugin.cli.app import app, main
+from splaser_plugin.cli.emit import app as emit
+from splaser_plugin.config.stages import LaserConfig
 from tests.conftest import ROOT
 from tests.report_data import made_up_scan
 
@@ -176,7 +176,7 @@ def test_the_benchmarks_that_figures_are_from_understand_their_options(command):
 
 
 def test_messages_in_troubleshooting_are_those_of_the_code():
-    sources = [*(ROOT / "splaser_plugin").glob("*.py"), *(ROOT / "integrations").glob("*.py")]
+    sources = [*(ROOT / "splaser_plugin").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")]
     # the parts of a message stand in neighbouring literals
     code = "".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8")) for path in sources)
     headings = re.findall(r"^### `(.*)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)

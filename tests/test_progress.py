@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from splaser_plugin import LaserConfig, laser
-from splaser_plugin.comparison import compare_models
-from splaser_plugin.config import CompareConfig
+from splaser_plugin.config.stages import CompareConfig
+from splaser_plugin.jobs.compare import compare_models
 from splaser_plugin.progress import Progress
 from tests.conftest import ROOT
-from tests.test_jobs import QUICK
-from tests.test_rulers import text
+from tests.jobs.test_jobs import QUICK
+from tests.scoring.test_rulers import text
 
 __all__ = ["text"]
 
@@ -42,7 +42,7 @@ class Phases(Progress):
         ({"batch_size": 4, "screen": "margin", "guard": "perplexity:1.5"}, 17 + 17 + 24),
         ({"batch_size": 4, "scorer": "margin"}, 17),
         ({"batch_size": 4, "scorer": "perplexity"}, 17),
-        ({"scorer": "tests.test_rulers.shorter_is_better"}, 17),
+        ({"scorer": "tests.scoring.test_rulers.shorter_is_better"}, 17),
     ],
 )
 def test_a_measurement_counts_its_items_as_they_are_done(text, tiny_folder, options, baseline):
@@ -60,7 +60,7 @@ def test_a_measurement_counts_its_items_as_they_are_done(text, tiny_folder, opti
 
 def test_what_a_stopped_run_has_measured_is_counted_at_once(tiny_folder, tmp_path):
     class Stopped(Phases):
-        def trying(self, candidate):
+        def event(self, event):
             raise KeyboardInterrupt
 
     for told in (Stopped(), Phases()):

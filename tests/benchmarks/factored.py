@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from splaser_plugin.demo import prepare_model
-from splaser_plugin.factored_folder import load, save_model
-from splaser_plugin.loading import load_model
-from splaser_plugin.weights import Weights
+from splaser_plugin.cli.demo import prepare_model
+from splaser_plugin.weights.factored_folder import load, save_model
+from splaser_plugin.weights.in_memory import Weights
+from splaser_plugin.weights.loading import load_model
 
 ROOT = Path(__file__).parents[2]
 CASES = {

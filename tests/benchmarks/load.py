@@ -37,7 +37,7 @@ PEAK = """
 """
 PAIRS = """
     import sys
-    from splaser_plugin.pairs import load_pairs
+    from splaser_plugin.data.pairs import load_pairs
     if sys.argv[1].endswith(".parquet"):
         import pyarrow.parquet
     before = peak_bytes()
@@ -47,10 +47,11 @@ PAIRS = """
 SEARCH = """
     import sys
     import torch, transformers
-    from splaser_plugin import cli, jobs
+    from splaser_plugin.cli import app
+    from splaser_plugin.jobs import laser
     before = peak_bytes()
     try:
-        cli.main()
+        app.main()
     except SystemExit as end:
         assert not end.code, end.code
     print(peak_bytes() - before)
@@ -116,7 +117,7 @@ def measure_pairs(folder: Path, count: int) -> Iterator[str]:
 def measure_search(folder: Path, candidates: int) -> Iterator[str]:
     from transformers import AutoTokenizer
 
-    from splaser_plugin.demo import prepare_model
+    from splaser_plugin.cli.demo import prepare_model
 
     model, pairs = folder / "tiny", folder / "pairs.jsonl"
     tiny_llama(num_hidden_layers=72).save_pretrained(model)

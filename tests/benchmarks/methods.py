@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from splaser_plugin.comparison import compare_models
-from splaser_plugin.config import CompareConfig, LaserConfig
-from splaser_plugin.demo import prepare_embedder, prepare_model
-from splaser_plugin.jobs import LaserResult, laser
-from splaser_plugin.pairs import load_pairs
+from splaser_plugin.cli.demo import prepare_embedder, prepare_model
+from splaser_plugin.config.stages import CompareConfig, LaserConfig
+from splaser_plugin.data.pairs import load_pairs
+from splaser_plugin.jobs.compare import compare_models
+from splaser_plugin.jobs.laser import LaserResult, laser
 
 ROOT = Path(__file__).parents[2]
 PAIRS = ROOT / "examples" / "data" / "pairs.jsonl"

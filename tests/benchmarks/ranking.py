@@ -22,20 +22,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from splaser_plugin.demo import prepare_embedder, prepare_model
-from splaser_plugin.embedding import SentenceEmbedder
-from splaser_plugin.generation import Generator
-from splaser_plugin.jobs import GRADIENT_PAIRS
-from splaser_plugin.loading import context_length, load_model
-from splaser_plugin.margin import MarginScorer
-from splaser_plugin.matrices import Matrix
-from splaser_plugin.pairs import load_pairs
-from splaser_plugin.prediction import sensitivities
-from splaser_plugin.prompts import Prompter
-from splaser_plugin.scan import MatrixScan, matrix_scan
-from splaser_plugin.scoring import Scorer, SemanticScorer
-from splaser_plugin.spectrum import singular_values
-from splaser_plugin.weights import Weights
+from splaser_plugin.cli.demo import prepare_embedder, prepare_model
+from splaser_plugin.data.pairs import load_pairs
+from splaser_plugin.generation.generator import Generator
+from splaser_plugin.generation.prompts import Prompter
+from splaser_plugin.jobs.laser import GRADIENT_PAIRS
+from splaser_plugin.scanning.scan import MatrixScan, matrix_scan
+from splaser_plugin.scoring.embedding import SentenceEmbedder
+from splaser_plugin.scoring.margin import MarginScorer
+from splaser_plugin.scoring.scores import Scorer, SemanticScorer
+from splaser_plugin.search.prediction import sensitivities
+from splaser_plugin.spectra.spectrum import singular_values
+from splaser_plugin.weights.in_memory import Weights
+from splaser_plugin.weights.loading import context_length, load_model
+from splaser_plugin.weights.matrices import Matrix
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "data"

@@ -21,10 +21,10 @@ from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from splaser_plugin.report import write_report
-from splaser_plugin.report_run import run_from_results
+from splaser_plugin.artifacts.report import write_report
+from splaser_plugin.artifacts.results import run_from_results
+from tests.artifacts.test_report_browser import DRAWN, FLAGS, NAMES, wait_for
 from tests.report_data import LARGE, made_up_results, made_up_scan
-from tests.test_report_browser import DRAWN, FLAGS, NAMES, wait_for
 
 
 def main() -> None:

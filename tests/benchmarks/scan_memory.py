@@ -35,10 +35,10 @@ SCAN = """
     import json, sys
     import torch
     if len(sys.argv) > 1:
-        from splaser_plugin import cli
+        from splaser_plugin.cli import app
         sys.argv = ["splaser", "scan", sys.argv[1], "-o", sys.argv[2]]
         try:
-            cli.main()
+            app.main()
         except SystemExit as end:
             assert not end.code, end.code
     status = open("/proc/self/status").read().splitlines()

@@ -26,20 +26,20 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity
 
-from splaser_plugin.acceptance import Acceptance, Confident, Improve
-from splaser_plugin.candidates import Candidate, choose_candidates
-from splaser_plugin.demo import prepare_embedder, prepare_model
-from splaser_plugin.embedding import SentenceEmbedder
-from splaser_plugin.generation import Generator, plain_generation
-from splaser_plugin.loading import context_length, load_model
-from splaser_plugin.margin import MarginScorer
-from splaser_plugin.pairs import Pair, load_pairs
-from splaser_plugin.prompts import Prompter
-from splaser_plugin.racing import Race
-from splaser_plugin.scan import scan_model
-from splaser_plugin.scoring import Scores, SemanticScorer
-from splaser_plugin.search import Judge, SearchResult, Trial, search
-from splaser_plugin.weights import Weights
+from splaser_plugin.cli.demo import prepare_embedder, prepare_model
+from splaser_plugin.data.pairs import Pair, load_pairs
+from splaser_plugin.generation.generator import Generator, plain_generation
+from splaser_plugin.generation.prompts import Prompter
+from splaser_plugin.scanning.scan import scan_model
+from splaser_plugin.scoring.embedding import SentenceEmbedder
+from splaser_plugin.scoring.margin import MarginScorer
+from splaser_plugin.scoring.scores import Scores, SemanticScorer
+from splaser_plugin.search.acceptance import Acceptance, Confident, Improve
+from splaser_plugin.search.candidates import Candidate, choose_candidates
+from splaser_plugin.search.racing import Race
+from splaser_plugin.search.search import Judge, SearchResult, Trial, search
+from splaser_plugin.weights.in_memory import Weights
+from splaser_plugin.weights.loading import context_length, load_model
 
 ROOT = Path(__file__).parents[2]
 PAIRS = ROOT / "examples" / "data" / "pairs.jsonl"

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from splaser_plugin.edges import EDGES, fit_edge
-from splaser_plugin.spectrum import singular_values, singular_values_of_batch, truncate
+from splaser_plugin.spectra.edges import EDGES, fit_edge
+from splaser_plugin.spectra.spectrum import singular_values, singular_values_of_batch, truncate
 
 Shape = tuple[int, int]
 

@@ -25,9 +25,9 @@ import safetensors.torch
 import torch
 
 with atheris.instrument_imports(include=["splaser_plugin"]):
+    from splaser_plugin.checkpoints.folder import parse_index
+    from splaser_plugin.checkpoints.header import DTYPES, read_header
     from splaser_plugin.errors import CheckpointError
-    from splaser_plugin.model_folder import parse_index
-    from splaser_plugin.safetensors_header import DTYPES, read_header
 
 WHERE = Path("file")
 RAW, TEXT, MADE_UP, INDEX = range(4)

@@ -1,0 +1,222 @@
+"""The report: one page, complete in itself, of what a scan found and what a laser run did.
+
+The page is templates/report.html (what doesn't move, escaped by Jinja2), report.css and report.js (charts, drawn
+with Plotly from one block of JSON). It loads nothing, and its content security policy allows no other script.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import unicodedata
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from splaser_plugin.artifacts.results import SHOWN, Interval, Run, load_results
+from splaser_plugin.checkpoints.folder import looks_like_path
+from splaser_plugin.config.stages import EDGES
+from splaser_plugin.errors import RecipeError, SplaserError
+from splaser_plugin.files.output import check_file, whole_file
+from splaser_plugin.integrations.configs.axolotl import axolotl_yaml
+from splaser_plugin.integrations.configs.llamafactory import llamafactory_yaml
+from splaser_plugin.integrations.configs.plan import Plan
+from splaser_plugin.scanning.records import MatrixScan, Scan
+from splaser_plugin.scanning.selection import choose
+from splaser_plugin.spectra.edges import EdgeFit, mp_density
+
+MARK = 'name="generator" content="splaser report'
+"""Stands near the top of each report, by which an earlier one is known."""
+CURVE_POINTS = 65
+SPECTRUM_VALUES = 200_000
+"""Most singular values of all spectra together: a scan of thousands of experts draws each from fewer."""
+LEAST_POINTS = 16
+TRAINED_PER_TYPE = 16
+
+TARGETS = (("Axolotl", "axolotl", axolotl_yaml), ("LLaMA-Factory", "llamafactory", llamafactory_yaml))
+
+
+def report(source: str | Path, output: str | Path = "report.html") -> Path:
+    """Write the report of a laser run's folder, or of a scan.json; gives the file's path.
+
+    Raises RecipeError when the source can't be read or is damaged, OutputError when the output can't be written
+    or is a file of somebody else's.
+    """
+    check_file(output, replaceable=MARK)
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        scan, run, name = Scan.load(path), None, path.name
+    else:
+        if not (path / "scan.json").is_file():
+            raise RecipeError(f"{source}: has no scan.json. Give the output folder of splaser laser, or a scan.json.")
+        results = path / "results.json"
+        scan = Scan.load(path / "scan.json")
+        run, name = (load_results(results) if results.is_file() else None), "scan.json"
+    write_report(output, scan, run, scan_name=name)
+    return Path(output)
+
+
+def write_report(output: str | Path, scan: Scan, run: Run | None = None, *, scan_name: str = "scan.json") -> None:
+    """Write the page, whole or not at all. scan_name: what its commands call the scan.
+
+    Raises OutputError when it can't be written.
+    """
+    page = render(scan, run, scan_name=scan_name)
+    with whole_file(output) as file:
+        file.write(page)
+
+
+def render(scan: Scan, run: Run | None = None, *, scan_name: str = "scan.json") -> str:
+    """The page as HTML."""
+    environment = _environment()
+    scripts = [Markup(text) for text in (get_plotlyjs(), _template_file("report.js"))]
+    return environment.get_template("report.html").render(
+        scan=scan,
+        title=_title(scan.model),
+        run=run,
+        edges=EDGES,
+        blocks=len({matrix.block for matrix in scan.matrices if matrix.block is not None}),
+        exchanges=run.exchanges[:SHOWN] if run else (),
+        attempts_axis=_axis([each.interval for each in run.attempts if each.interval]) if run else None,
+        trained=TRAINED_PER_TYPE,
+        targets=_targets(scan, scan_name),
+        chart_data=_chart_data(scan, run),
+        style=Markup(_template_file("report.css")),
+        scripts=scripts,
+        script_hashes=[_sha256(script) for script in scripts],
+        mark=Markup(MARK),
+    )
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("splaser_plugin"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return environment
+
+
+def visible(text: str) -> str:
+    """Text from strangers as a page may show it: control characters, bidirectional overrides and lone surrogates
+    are spelled out; line breaks, tabs and every script's own characters stay."""
+    return "".join(repr(char)[1:-1] if _is_unsafe(char) else char for char in text)
+
+
+def _is_unsafe(char: str) -> bool:
+    if char in "\n\t":
+        return False
+    return unicodedata.category(char) in ("Cc", "Cs") or unicodedata.bidirectional(char) in _BIDI_CONTROLS
+
+
+_BIDI_CONTROLS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
+
+
+def _title(model: str) -> str:
+    """A hub id as it is, a folder's or file's own name of a path."""
+    is_path = looks_like_path(model) or "\\" in model
+    return PurePath(model.replace("\\", "/")).name or model if is_path else model
+
+
+def _template_file(name: str) -> str:
+    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
+
+
+def _sha256(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _targets(scan: Scan, scan_name: str) -> list[dict[str, str]]:
+    """For each tool its name, the command, and the YAML or why there is none."""
+    found = []
+    for tool, command, write in TARGETS:
+        output = f"{command}.yml"
+        target = {"tool": tool, "command": f"splaser emit {command} {scan_name} -o {output}", "yaml": "", "error": ""}
+        try:
+            selection = choose(scan, top=TRAINED_PER_TYPE, source=scan_name)
+            target["yaml"] = write(Plan(selection=selection, mode="lora"))
+        except SplaserError as error:
+            target["error"] = str(error)
+        found.append(target)
+    return found
+
+
+def _axis(intervals: Sequence[Interval]) -> dict[str, float] | None:
+    """The range that all intervals and zero lie in; None where there is none."""
+    ends = [0.0, *(end for interval in intervals for end in interval)]
+    low, high = min(ends), max(ends)
+    return {"low": low, "span": high - low} if high > low else None
+
+
+def _chart_data(scan: Scan, run: Run | None) -> dict[str, Any]:
+    """What report.js draws from. Numbers are rounded to 4 digits, texts made visible."""
+    types = sorted({matrix.type for matrix in scan.matrices})
+    shapes = {matrix.shape for matrix in scan.matrices}
+    tried: dict[str, str] = {}
+    for attempt in run.attempts if run else ():
+        if tried.get(attempt.name) != "kept":
+            tried[attempt.name] = attempt.verdict
+    verdict = run.verdict if run else None
+    points = max(LEAST_POINTS, SPECTRUM_VALUES // len(scan.matrices))
+    return {
+        "edges": EDGES,
+        "edge": scan.edge,
+        "types": [visible(kind) for kind in types],
+        "matrices": [
+            _matrix(matrix, types.index(matrix.type), tried.get(matrix.name), points) for matrix in scan.matrices
+        ],
+        "noise": {f"{rows}x{columns}": _noise_curve((rows, columns)) for rows, columns in shapes},
+        "verdict": verdict
+        and {
+            "unit": run.unit if run else "",
+            "difference": _short(verdict.difference),
+            "interval": [_short(end) for end in verdict.interval],
+            "differences": [_short(each) for each in verdict.differences],
+            "prompts": [visible(prompt) for prompt in verdict.prompts],
+        },
+    }
+
+
+def _matrix(matrix: MatrixScan, kind: int, verdict: str | None, points: int) -> dict[str, Any]:
+    stored = matrix.spectrum
+    places = np.linspace(0, len(stored) - 1, min(points, len(stored))).round().astype(int).tolist()
+    return {
+        "name": visible(matrix.name),
+        "type": kind,
+        "block": matrix.block,
+        "shape": matrix.shape,
+        "tried": verdict and visible(verdict),
+        "edges": [_fit(matrix.edges[edge]) for edge in EDGES],
+        "spectrum": [_short(stored[place]) for place in places],
+    }
+
+
+def _fit(fit: EdgeFit) -> list[Any]:
+    return [_short(fit.sigma), _short(fit.threshold), fit.rank, _short(fit.snr), fit.reason and visible(fit.reason)]
+
+
+def _noise_curve(shape: tuple[int, int]) -> list[list[float]]:
+    """Singular values of pure noise with entries of standard deviation 1, and their density there.
+
+    The points crowd at the ends, where the curve is steep.
+    """
+    rows, columns = shape
+    squares = rows + columns + 2 * np.sqrt(rows * columns) * np.cos(np.linspace(np.pi, 0, CURVE_POINTS))
+    values = np.sqrt(np.clip(squares, 0, None))
+    curve = np.stack([values, mp_density(values, shape, 1.0)])
+    return [[float(f"{each:.4g}") for each in part] for part in curve.tolist()]
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")

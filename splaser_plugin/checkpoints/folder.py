@@ -1,0 +1,202 @@
+"""Where a model's weights are: a folder or a hub id, and in it the files that hold the tensors."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from splaser_plugin.checkpoints.header import parse_json_object, shown
+from splaser_plugin.errors import CheckpointError, SplaserError
+from splaser_plugin.files.reading import read_bytes
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+SHARD_GLOB = "model-*-of-*.safetensors"
+PLAIN_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
+# The tokenizer comes along, so that transformers can load the folder. Subfolders hold other formats.
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
+
+# What a folder without safetensors weights may hold instead, and what helps then.
+OTHER_WEIGHTS = (
+    ((".gguf",), "GGUF is loaded through transformers: from_pretrained(folder, gguf_file=...)."),
+    (("adapter_model.safetensors",), "It is an adapter: merge it (PEFT's merge_and_unload) and save that."),
+    (
+        (".bin", ".pt", ".pth", ".ckpt"),
+        "Pickled weights can run code when they are read, so only safetensors are. If you trust them, pass "
+        "--allow-pickle.",
+    ),
+)
+
+
+def resolve_model(model: str, *, allow_pickle: bool = False) -> Path:
+    """The local folder of `model`: itself if it is one, else the hub cache's, downloaded there if need be.
+
+    allow_pickle: download pickled weights where there are no safetensors.
+    The network is used only for a hub id whose weights aren't all in the cache.
+    Raises CheckpointError when there is neither such a folder nor such a model on the hub.
+    """
+    try:
+        folder = Path(model).expanduser()
+        if model and folder.is_dir():
+            return folder
+        is_file = folder.is_file()
+    except (OSError, RuntimeError) as error:  # too long a name, or an unknown home
+        raise CheckpointError(f"{shown(model)}: not a usable path or hub id ({error}).") from error
+    if is_file:
+        raise CheckpointError(f"{shown(model)}: it is a file. Give the folder that holds it.")
+    if looks_like_path(model):
+        raise CheckpointError(f"{shown(model)}: no such folder. Give a model's folder or a hub id.")
+    return _from_hub(model, allow_pickle)
+
+
+def looks_like_path(model: str) -> bool:
+    """Whether a name that is no file or folder here was meant as one, and not as a hub id."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """The hub's own error and its bases: those of its HTTP library, which isn't always the same one, and OSError."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (HfHubHTTPError, *HfHubHTTPError.__bases__, OSError)
+
+
+@contextmanager
+def reaching_hub(name: str, kind: type[SplaserError], advice: str) -> Iterator[None]:
+    """Around a download: what goes wrong with it is raised as an error of one line. name: what isn't there."""
+    unusable: tuple[type[Exception], ...] = (ValueError, *hub_errors())
+    try:
+        yield
+    except unusable as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise kind(
+            f"{name}: no such folder here, and as a hub id it is neither in the cache nor can it be downloaded "
+            f"({reason[:200]}). {advice}"
+        ) from error
+
+
+def find_shards(folder: Path) -> dict[Path, set[str] | None]:
+    """The files in `folder` that hold the weights, sorted by name, each with its tensors' names in the index.
+
+    The names are None for `model.safetensors` without an index.
+    Raises CheckpointError when there are no weights, when the shards there are not those the index names, or
+    when one is a link that leads out of the folder; into the hub cache's `blobs` it may.
+    """
+    present = {path.name for pattern in (SINGLE_NAME, SHARD_GLOB) for path in folder.glob(pattern)}
+    index = folder / INDEX_NAME
+    if not index.exists():
+        if present != {SINGLE_NAME}:
+            raise CheckpointError(_why_not_readable(folder, present))
+        _check_links(folder, present)
+        return {folder / SINGLE_NAME: None}
+    names_by_shard = parse_index(read_bytes(index, CheckpointError), index)
+    missing = sorted(name for name in names_by_shard if not (folder / name).exists())
+    if missing:
+        raise CheckpointError(
+            f"{folder / missing[0]}: missing or a broken link, as are {len(missing)} of "
+            f"{len(names_by_shard)} shards in {INDEX_NAME}. Download the model again."
+        )
+    unknown = sorted(present - names_by_shard.keys())
+    if unknown:
+        raise CheckpointError(
+            f"{folder}: {shown(unknown[0])} is there, but not in {INDEX_NAME}. Remove what doesn't belong."
+        )
+    _check_links(folder, names_by_shard)
+    return {folder / name: names_by_shard[name] for name in sorted(names_by_shard)}
+
+
+def stored_bytes(model: Path) -> int:
+    """Size of a model's weights on disk: of a .gguf file, or of those files in a folder that transformers loads.
+
+    The folder may hold others. 0 where there are none. Raises CheckpointError when the index is damaged.
+    """
+    if model.is_file():
+        return model.stat().st_size
+    return sum(file.stat().st_size for file in _weight_files(model) if file.exists())
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / SINGLE_NAME).exists():
+        return [folder / SINGLE_NAME]
+    index = folder / INDEX_NAME
+    if index.exists():
+        return [folder / name for name in parse_index(read_bytes(index, CheckpointError), index)]
+    return list(folder.glob("pytorch_model*.bin"))
+
+
+def parse_index(text: bytes, index: Path) -> dict[str, set[str]]:
+    """Shard name to the names of its tensors, from the bytes of the index file `index`.
+
+    Raises CheckpointError when it isn't such an index, or when a shard's name could lead out of the folder.
+    """
+    weight_map = parse_json_object(text, index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is {shown(weight_map)}, expected tensor names to shards.")
+    names_by_shard: defaultdict[str, set[str]] = defaultdict(set)
+    for name, shard_name in weight_map.items():
+        if not isinstance(shard_name, str) or not PLAIN_SHARD_NAME.fullmatch(shard_name):
+            raise CheckpointError(
+                f"{index}: tensor {shown(name)} is in {shown(shard_name)}, "
+                "expected the plain name of a .safetensors file beside the index."
+            )
+        names_by_shard[shard_name].add(name)
+    return dict(names_by_shard)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of the model in `folder`, {} without one. Raises CheckpointError when it is damaged."""
+    config = folder / "config.json"
+    return read_object(config) if config.exists() else {}
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`. Raises CheckpointError when it can't be read, is enormous, or is none."""
+    # transformers lets a key's last value win here, and such configs work
+    return parse_json_object(read_bytes(file, CheckpointError), file, unique_keys=False)
+
+
+def _check_links(folder: Path, names: Iterable[str]) -> None:
+    inside = folder.resolve()
+    for name in sorted(names):
+        target = (folder / name).resolve()
+        if not target.is_relative_to(inside) and target.parent.name != "blobs":
+            raise CheckpointError(
+                f"{folder / name}: is a link to {shown(str(target))}, out of the folder. Give the folder that holds "
+                "the files themselves."
+            )
+
+
+def _why_not_readable(folder: Path, present: set[str]) -> str:
+    if present:
+        return f"{folder}: {shown(min(present))} is a shard, but {INDEX_NAME} is missing. Download that too."
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        return f"{folder}: can't be read ({error.strerror or error})."
+    for suffixes, advice in OTHER_WEIGHTS:
+        found = [name for name in names if name.endswith(suffixes)]
+        if found:
+            return f"{folder}: no safetensors weights, only {shown(found[0])}. {advice}"
+    listed = ", ".join(shown(name) for name in names[:5]) or "nothing"
+    return f"{folder}: no weights. Expected {SINGLE_NAME} or {INDEX_NAME}, found {listed}."
+
+
+def _from_hub(model: str, allow_pickle: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with reaching_hub(shown(model), CheckpointError, "Check the spelling, the connection and your access."):
+        try:
+            cached = Path(snapshot_download(model, local_files_only=True))
+            find_shards(cached)
+            return cached
+        except (LocalEntryNotFoundError, CheckpointError):  # not there, or only a part of it
+            folder = Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
+        if allow_pickle and not any(folder.glob("*.safetensors")):
+            snapshot_download(model, allow_patterns=["pytorch_model*.bin"])
+        return folder

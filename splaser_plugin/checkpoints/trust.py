@@ -1,0 +1,108 @@
+"""What of a stranger's folder may be loaded, checked before transformers, PEFT or sentence-transformers read it.
+
+Weights are safetensors whose headers agree with their files; pickles, which can run code, only where they are
+allowed. Code that comes with a model is never run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from splaser_plugin.checkpoints.checkpoint import open_checkpoint
+from splaser_plugin.checkpoints.folder import INDEX_NAME, SINGLE_NAME, read_object
+from splaser_plugin.checkpoints.header import StoredTensor, read_header, shown
+from splaser_plugin.errors import CheckpointError, EmbedderError, SplaserError
+from splaser_plugin.files.reading import open_file
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER_CONFIG, ADAPTER, PICKLED_ADAPTER = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+READ_BY_TRANSFORMERS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def has_only_pickles(folder: Path) -> bool:
+    """Whether the weights of the model in `folder` are pickled by torch and not there as safetensors."""
+    has = {name for name in (SINGLE_NAME, INDEX_NAME, *PICKLED_WEIGHTS) if (folder / name).exists()}
+    return bool(has) and has <= set(PICKLED_WEIGHTS)
+
+
+def check_model_folder(folder: Path, *, allow_pickle: bool = False) -> None:
+    """Raises CheckpointError, naming the file and the tensor, when the model in `folder` isn't to be loaded.
+
+    That is: weights that are missing, damaged, at odds with their index, or pickled (unless `allow_pickle`); a
+    configuration that names other files or more layers than there are tensors; an adapter beside the model.
+    """
+    pickled = has_only_pickles(folder)
+    if pickled and not allow_pickle:
+        raise CheckpointError(
+            _refused_pickle(next(folder / name for name in PICKLED_WEIGHTS if (folder / name).exists()))
+        )
+    config = read_object(folder / "config.json")
+    for name in READ_BY_TRANSFORMERS:
+        if (folder / name).exists():
+            read_object(folder / name)
+    if config.get("transformers_weights") is not None:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers_weights names another file "
+            f"({shown(config['transformers_weights'])}). Take that key out."
+        )
+    if (folder / ADAPTER_CONFIG).exists():
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: an adapter beside the model. Put it in a folder of its own, for --adapter."
+        )
+    if not pickled:
+        _check_layers(config, len(open_checkpoint(folder).tensors), folder)
+
+
+def check_adapter_folder(folder: Path, *, allow_pickle: bool = False) -> list[StoredTensor] | None:
+    """The tensors of the PEFT adapter in `folder`; None where they are pickled and `allow_pickle`.
+
+    Raises CheckpointError, naming the file and the tensor, when it isn't to be loaded.
+    """
+    config = read_object(folder / ADAPTER_CONFIG)
+    if config.get("megatron_config") is not None:  # PEFT would import the module that megatron_core names
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: megatron_config can't be used here. Take that key out.")
+    if (folder / ADAPTER).exists():
+        return read_file_header(folder / ADAPTER, CheckpointError)
+    if not (folder / PICKLED_ADAPTER).exists():
+        raise CheckpointError(f"{folder}: there is no {ADAPTER}. Give a folder that PEFT saved.")
+    if not allow_pickle:
+        raise CheckpointError(_refused_pickle(folder / PICKLED_ADAPTER))
+    return None
+
+
+def check_embedder_folder(folder: Path, *, allow_pickle: bool = False) -> None:
+    """Raises EmbedderError when the sentence-transformers model in `folder` isn't to be loaded."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if file.suffix == ".safetensors":
+            read_file_header(file, EmbedderError)
+        elif file.suffix in PICKLES and not allow_pickle and not file.with_name(SINGLE_NAME).exists():
+            raise EmbedderError(_refused_pickle(file))
+
+
+def read_file_header(file: Path, error: type[SplaserError]) -> list[StoredTensor]:
+    """The tensors of one safetensors file, all checked. Raises `error`."""
+    try:
+        with open_file(file, CheckpointError) as opened:
+            return read_header(opened, os.fstat(opened.fileno()).st_size, file)
+    except CheckpointError as problem:
+        raise error(str(problem)) from problem
+
+
+def _check_layers(config: Mapping[str, Any], tensors: int, folder: Path) -> None:
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > tensors:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: num_hidden_layers is {shown(layers)}, but there are only {tensors} tensors. "
+            "It belongs to another model."
+        )
+
+
+def _refused_pickle(file: Path) -> str:
+    return (
+        f"{file}: pickled weights can run code when they are read, so only safetensors are. If you trust them, pass "
+        "--allow-pickle."
+    )

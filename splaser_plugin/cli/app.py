@@ -1,0 +1,442 @@
+"""The command `splaser`. Heavy libraries are imported only by the command that needs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from splaser_plugin.config.stages import CompareConfig, LaserConfig, MeasureConfig, Options, ScanConfig
+from splaser_plugin.errors import ConfigError, SplaserError, printable
+
+if TYPE_CHECKING:
+    from splaser_plugin.jobs.compare import Comparison
+    from splaser_plugin.jobs.laser import LaserResult
+    from splaser_plugin.progress import Progress
+    from splaser_plugin.scanning.scan import Scan
+
+STOPPED = 130
+"""Exit code after Ctrl-C or SIGTERM."""
+RESUMED = ("scan", "laser")
+"""Commands that go on where they were stopped."""
+
+
+class Commands(TyperGroup):
+    """Ctrl-C and SIGTERM end every command alike: one line that says how to go on, and the exit code `STOPPED`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        stop_on_sigterm()
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            again = shlex.join(["splaser", *sys.argv[1:]])
+            resumed = ctx.invoked_subcommand in RESUMED
+            next_step = "What is finished is kept; go on with" if resumed else "Start again with"
+            launched = ", under the launcher of this run" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+            if _is_first():
+                print(f"stopped. {next_step}{launched}: {printable(again)}", file=sys.stderr)
+            raise typer.Exit(STOPPED) from None
+
+
+def _is_first() -> bool:
+    """Whether this is the only process, or the first of those that were launched, before they join."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def stop_on_sigterm() -> None:
+    """Have SIGTERM raise KeyboardInterrupt in the main thread, as Ctrl-C does. In another thread it does nothing."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Find the weight matrices worth training, and reduce the noisy ones where that makes answers better.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+PANELS: dict[type, str] = {
+    ScanConfig: "Which matrices, and their noise",
+    MeasureConfig: "What is measured",
+    LaserConfig: "The search",
+}
+"""Headings of the help."""
+
+Model = Annotated[str, typer.Argument(help="Model folder, .gguf file or hub id.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist or be empty.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only what came out, and errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more: options, versions, time and tokens.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON to stdout.")]
+
+
+def options_of(config_class: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one flag for each field of a configuration, passed to it as the argument `config`.
+
+    And --config: a file in which any of the command's arguments and options may stand, where no flag is given.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        fields = dataclasses.fields(config_class)
+        own = [each for name, each in inspect.signature(command, eval_str=True).parameters.items() if name != "config"]
+
+        def with_config(config_file: Path | None, **arguments: Any) -> None:
+            values = {each.name: arguments.pop(each.name) for each in fields}
+            command(config=config_class.from_dict(values), **arguments)
+
+        flags = [
+            *own,
+            _config_file(config_class, own),
+            *[_flag(each, _panel(config_class, each.name)) for each in fields],
+        ]
+        with_config.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
+        with_config.__annotations__ = {each.name: each.annotation for each in flags}
+        with_config.__name__, with_config.__doc__ = command.__name__, command.__doc__
+        return with_config
+
+    return decorate
+
+
+def _config_file(config_class: type[Options], own: list[inspect.Parameter]) -> inspect.Parameter:
+    """--config: a file whose values stand in for flags that aren't given. own: the command's own arguments."""
+    types = {_key(each): _plain_type(each.annotation) for each in own}
+    names = {_key(each): each.name for each in own}
+
+    def read(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None:
+            from splaser_plugin.config.run_file import read_run_file
+
+            values = read_run_file(path, config_class, types)
+            context.default_map = {names.get(key, key): value for key, value in values.items()}
+        return path
+
+    text = "YAML file in which any of these arguments and options may stand, as in a run's run.yaml; flags win."
+    flag = typer.Option("--config", help=text, is_eager=True, callback=read)
+    return inspect.Parameter(
+        "config_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, flag]
+    )
+
+
+def _key(argument: inspect.Parameter) -> str:
+    """How a command's own argument is called in a file: as its flag, with underscores."""
+    return argument.name.removeprefix("as_")
+
+
+def _plain_type(annotation: Any) -> type:
+    annotated = typing.get_args(annotation)[0]
+    kind = typing.get_origin(annotated) or annotated
+    return kind if kind in (bool, int, list) else str
+
+
+def _panel(config_class: type[Options], name: str) -> str:
+    """Under which heading of the help an option stands: that of the class which has it."""
+    owner = next(each for each in reversed(config_class.__mro__) if name in vars(each).get("__annotations__", {}))
+    return PANELS.get(owner, "Options")
+
+
+def _flag(each: dataclasses.Field[Any], panel: str) -> inspect.Parameter:
+    default: Any = each.default
+    repeated = isinstance(default, tuple)
+    choices = each.metadata["choices"]
+    text = each.metadata["help"] + (f" One of: {', '.join(choices)}." if choices else "")
+    name = "--" + each.name.replace("_", "-")
+    if isinstance(default, bool):
+        name += "/--no-" + each.name.replace("_", "-")
+    return inspect.Parameter(
+        each.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=list(default) if repeated else default,
+        annotation=Annotated[
+            list[str] if repeated else type(default), typer.Option(name, help=text, rich_help_panel=panel)
+        ],
+    )
+
+
+@app.command()
+@options_of(ScanConfig)
+def scan(
+    *,
+    model: Model,
+    config: ScanConfig,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the scan goes.")] = Path("scan.json"),
+    top: Annotated[int, typer.Option(min=1, help="Names of highest snr_ratio per module type in --top-json.")] = 16,
+    top_json: Annotated[Path | None, typer.Option(help="Also write module type to names, as JSON.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Singular values of every weight matrix, split into signal and noise; nothing is changed."""
+    progress = _progress(quiet, verbose, "scanning.scan", transformers=model.endswith(".gguf") or config.allow_pickle)
+    from splaser_plugin.distributed import is_main, join_processes
+    from splaser_plugin.files.output import check_names_file
+    from splaser_plugin.scanning.scan import run_scan, write_json
+    from splaser_plugin.scanning.selection import top_by_type
+
+    if top_json is not None:
+        check_names_file(top_json)
+    join_processes()
+    found = run_scan(model, config=config, output=output, progress=progress)
+    if not is_main():
+        return
+    if top_json is not None:
+        write_json(top_json, top_by_type(found, top))
+    if as_json:
+        print(json.dumps(found.to_dict(), allow_nan=False))
+    _show_scan(found, output, progress)
+
+
+@app.command()
+@options_of(LaserConfig)
+def laser(
+    *,
+    model: Model,
+    pairs: Annotated[
+        str, typer.Option(help="Preference pairs: a json, jsonl, csv or parquet file, or a data set.")
+    ] = "",
+    output: Output,
+    config: LaserConfig,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    push_to_hub: Annotated[
+        str, typer.Option(metavar="REPO", help="Also upload it to this repository of the hub; a new one is private.")
+    ] = "",
+) -> None:
+    """Reduce the noisiest matrices, one at a time, and keep what makes the model's own answers better."""
+    progress = _progress(quiet, verbose, "jobs.laser")
+    from splaser_plugin.artifacts.hub import check_repo
+    from splaser_plugin.artifacts.hub import push_to_hub as push
+    from splaser_plugin.distributed import is_main, join_processes
+    from splaser_plugin.jobs.laser import laser as run_laser
+
+    if push_to_hub:
+        check_repo(push_to_hub)
+    join_processes()
+    result = run_laser(model, pairs, config=config, output=output, overwrite=overwrite, progress=progress)
+    if not is_main():
+        return
+    if as_json:
+        print(json.dumps(result.results(), allow_nan=False))
+    _show_laser(result, output, progress)
+    if push_to_hub:
+        progress.result("on the hub", push(output.expanduser().resolve(), push_to_hub))
+
+
+@app.command()
+def apply(
+    *,
+    recipe: Annotated[Path, typer.Argument(help="recipe.json of a laser run.")],
+    model: Model,
+    output: Output,
+    device: Annotated[str, typer.Option(help="Device to compute on.")] = "auto",
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load weights that are pickled (.bin).")] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Rebuild a lasered model from its recipe and the base model."""
+    from splaser_plugin.files.output import check_output, check_space, held, whole_folder
+
+    path = check_output(output, overwrite=overwrite, inputs=(model, recipe))
+    from splaser_plugin.artifacts.card import model_card
+    from splaser_plugin.artifacts.recipe import Recipe
+    from splaser_plugin.jobs.laser import lasered_weights
+    from splaser_plugin.weights.factored_folder import save_model
+
+    loaded = Recipe.load(recipe)
+    progress = _progress(quiet, verbose, "jobs.laser")
+    with held(path):
+        lasered, tokenizer = lasered_weights(loaded, model, device=device, allow_pickle=allow_pickle, progress=progress)
+        check_space(path, lasered.size)
+        with whole_folder(path, needed=lasered.size) as folder:
+            save_model(lasered, folder, None)
+            tokenizer.save_pretrained(folder)
+            loaded.save(folder / "recipe.json")
+            model_card(loaded).save(folder / "README.md")
+    progress.result("reduced", f"{len(loaded.steps)} matrices")
+    progress.result("model", str(output))
+
+
+@app.command()
+@options_of(CompareConfig)
+def compare(
+    *,
+    models: Annotated[list[str], typer.Argument(help="Model folders, .gguf files or hub ids; the first is the base.")],
+    pairs: Annotated[str, typer.Option(help="Preference pairs: a json, jsonl, csv or parquet file, or a data set.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the comparison goes, as JSON.")],
+    config: CompareConfig,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure models on the same pairs and text, each against the first with 95 % intervals."""
+    from splaser_plugin.files.output import check_file
+
+    check_file(output, replaceable="splaser.comparison/1")
+    from splaser_plugin.jobs.compare import compare_models
+
+    found = compare_models(models, pairs, config=config, progress=_progress(quiet, verbose, "jobs.compare"))
+    found.save(output)
+    if as_json:
+        print(json.dumps(found.to_dict(), allow_nan=False))
+    _show_comparison(found, output)
+
+
+@app.command()
+def report(
+    *,
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_SCAN", help="Output folder of laser, or a scan.json.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write.")] = Path("report.html"),
+) -> None:
+    """One page to look at: where the noise is, what the search did, whether it is better, what to train."""
+    from splaser_plugin.artifacts.report import report as write
+
+    progress = _progress(False, False, "artifacts.report", transformers=False)
+    progress.result("report", str(write(source, output)))
+
+
+@app.command()
+def expand(
+    *,
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a model saved with --save factored.")],
+    output: Output,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Turn a model that was saved with --save factored into a plain one, bit for bit the one that was scored."""
+    from splaser_plugin.files.output import check_output, held
+
+    path = check_output(output, overwrite=overwrite, inputs=(model,))
+    progress = _progress(quiet, verbose, "jobs.expand")
+    from splaser_plugin.jobs.expand import expand_folder
+
+    with held(path):
+        layers = expand_folder(model, path)
+    progress.result("expanded", f"{layers} layers")
+    progress.result("model", str(output))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("splaser-demo"),
+    cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = Path(".cache"),
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """The whole job on SmolLM2-135M and the example pairs, without a model hub."""
+    from splaser_plugin.cli.demo import run_demo
+
+    progress = _progress(quiet, verbose, "cli.demo")
+    result = run_demo(output, cache, overwrite=overwrite, progress=progress)
+    _show_laser(result, output, progress)
+
+
+@app.command(hidden=True)
+def models(
+    cache: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = Path(".cache"),
+) -> None:
+    """Prepare the demo's models and print their folders."""
+    from splaser_plugin.cli.demo import prepare_embedder, prepare_model
+
+    print(prepare_model(cache))
+    print(prepare_embedder())
+
+
+def _progress(quiet: bool, verbose: bool, module: str, *, transformers: bool = True) -> Progress:
+    """What shows a run: only the main process's.
+
+    module: what the command needs and takes seconds to import, for which there is a sign of life. transformers:
+    whether the run will use it, so that it is silenced.
+    Raises ConfigError when both quiet and verbose are asked for.
+    """
+    if quiet and verbose:
+        raise ConfigError("--quiet and --verbose: got both, expected one of the two.")
+    from rich.console import Console
+
+    from splaser_plugin.cli.terminal import Level, TerminalProgress
+    from splaser_plugin.progress import SILENT
+
+    level = Level(verbose - quiet)
+    progress = TerminalProgress(Console(stderr=True, emoji=False), level) if _is_first() else SILENT
+    with progress.phase("starting", 1):
+        importlib.import_module(f"splaser_plugin.{module}")
+        if transformers:
+            from transformers.utils import logging
+
+            logging.disable_progress_bar()
+            logging.set_verbosity_error()
+    return progress
+
+
+def _show_scan(found: Scan, output: Path, progress: Progress) -> None:
+    for left_out in found.skipped:
+        progress.detail("left out", f"{left_out.name}: {left_out.reason}")
+    progress.result("scanned", f"{len(found.matrices)} matrices; {len(found.skipped)} parameters were left out")
+    for matrix in found.ranked("snr")[:5]:
+        fit = matrix.edges[found.edge]
+        snr = "no noise" if fit.snr is None else f"snr {fit.snr:.3f}"
+        progress.fact("noisiest", f"{matrix.name}  {snr}  rank {fit.rank} of {min(matrix.shape)}")
+    progress.result("scan", str(output))
+    progress.command("look at it", ["splaser", "report", str(output), "-o", "report.html"])
+
+
+def _show_comparison(found: Comparison, output: Path) -> None:
+    from rich.console import Console
+
+    from splaser_plugin.cli.terminal import comparison_tables, escape
+
+    console = Console(stderr=True)
+    names = [Path(model.model).name or model.model for model in found.models]
+    for table in comparison_tables(names, found.figures()):
+        console.print(table)
+    told = f"Changes and their 95 % intervals are against {names[0]}. Written to {output}."
+    console.print(escape(told), soft_wrap=True)
+
+
+def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:
+    dense, stored = result.parameters
+    if result.recipe.settings["save"] == "factored":
+        progress.result("parameters", f"{dense:,} before, {stored:,} after")
+    else:
+        removed = result.search.parameters_removed
+        progress.result("parameters", f"{removed:,} of {dense:,} removed, if stored as factors")
+    progress.result("model", str(output))
+    progress.result("report", str(output / "report.html"))
+    if stored < dense:
+        progress.command("dense model", ["splaser", "expand", str(output), "-o", "ANOTHER_FOLDER"])
+    recipe = str(output / "recipe.json")
+    progress.command("rebuild", ["splaser", "apply", recipe, result.recipe.model, "-o", "ANOTHER_FOLDER"])
+
+
+def main() -> None:
+    """Entry point: one line for each error on purpose, exit 2 for wrong usage and 1 for the rest."""
+    from splaser_plugin.cli.emit import app as emit
+
+    app.add_typer(emit, name="emit")
+    try:
+        app()
+    except ConfigError as error:
+        print(f"{type(error).__name__}: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except SplaserError as error:
+        print(f"{type(error).__name__}: {printable(str(error))}", file=sys.stderr)
+        sys.exit(1)

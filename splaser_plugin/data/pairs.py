@@ -1,0 +1,236 @@
+"""Preference pairs: a prompt, a chosen answer and, mostly, a rejected one.
+
+`load_pairs` takes a local file or a hub data set, `pairs_from_rows` takes rows in memory. Both recognise the
+formats of `pair_formats` by their columns, and drop and count the rows that can't be used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from splaser_plugin.data.formats import (
+    Message,
+    UnusableRowError,
+    describe_columns,
+    describe_formats,
+    read_parts,
+    recognise,
+)
+from splaser_plugin.data.sources import open_source
+from splaser_plugin.errors import ConfigError, PairsError
+
+__all__ = ["Message", "Pair", "PairSet", "load_pairs", "pairs_from_rows", "pairs_sha256"]
+
+ROWS = "rows"
+"""Source of pairs that no file or data set is known of."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    messages: tuple[Message, ...]
+    """The prompt: a system turn or none, then user and assistant turns by turns; the last is a user's."""
+    chosen: str
+    rejected: str | None
+    """None: data without a rejected answer."""
+
+    @property
+    def prompt(self) -> str:
+        """Text of the last user turn."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True)
+class PairSet:
+    pairs: tuple[Pair, ...]
+    source: str
+    """Path or hub id, for the records."""
+    dropped: Mapping[str, int]
+    """Cause to count, of the rows read."""
+    rows_read: int
+    """Reading stops at the last sample wanted, so a source may have more rows."""
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self.pairs)
+
+    @property
+    def summary(self) -> str:
+        """One line for people: source, pairs, rows read, and what was dropped."""
+        dropped = f"; dropped: {_describe_counts(self.dropped)}" if self.dropped else ""
+        return f"{self.source}: {len(self.pairs):,} pairs from {self.rows_read:,} rows{dropped}"
+
+
+PairSource = str | Path | PairSet | Iterable[Mapping[str, Any]]
+
+
+def read_pairs_from(source: PairSource, **limits: Any) -> PairSet:
+    """Pairs in whatever form they come: a source of `load_pairs`, rows of `pairs_from_rows`, or a PairSet as it is.
+
+    limits: `samples`, `max_prompt_chars` and `max_answer_chars` of those two.
+    """
+    if isinstance(source, PairSet):
+        return source
+    return load_pairs(source, **limits) if isinstance(source, (str, Path)) else pairs_from_rows(source, **limits)
+
+
+def load_pairs(
+    source: str | Path,
+    *,
+    samples: int | None = None,
+    max_prompt_chars: int = 512,
+    max_answer_chars: int = 512,
+    split: str | None = None,
+) -> PairSet:
+    """The first `samples` usable pairs of a source, in its own order; None takes them all.
+
+    source: a .json (array, or object per line), .jsonl, .csv (text columns only) or .parquet file; a folder
+    of data files; `orca_dpo`, `ultrafeedback` or `openhermes`; or the id of a data set on the hub.
+    split: of a data set; None is "train" ("train_prefs" for ultrafeedback).
+    Everything but a json array is streamed, so memory grows with the pairs kept, not with the source.
+    Limits and causes of a drop: see `pairs_from_rows`.
+    Raises PairsError when the source can't be read, a line is damaged, or no pair is usable.
+    """
+    try:
+        name, rows = open_source(source, split)
+        with closing(rows):
+            return pairs_from_rows(
+                rows,
+                source=name,
+                samples=samples,
+                max_prompt_chars=max_prompt_chars,
+                max_answer_chars=max_answer_chars,
+            )
+    except OSError as error:
+        raise PairsError(f"{source}: can't be read ({error.strerror}). Check the file and its rights.") from error
+
+
+def pairs_from_rows(
+    rows: Iterable[object],
+    *,
+    source: str = ROWS,
+    samples: int | None = None,
+    max_prompt_chars: int = 512,
+    max_answer_chars: int = 512,
+) -> PairSet:
+    """The first `samples` usable pairs of rows in any recognised format: dicts, a `datasets.Dataset`.
+
+    max_prompt_chars: Unicode characters of all turns of a prompt together, the system's included; role names
+    and the chat template are not counted. max_answer_chars: of each answer. What is dropped is counted under
+    "not an object", "unknown columns", "no known prompt column", "wrong type", "unknown role",
+    "no assistant turn", "turns out of order", "answers to different prompts", "empty prompt", "empty answer",
+    "over-long prompt", "over-long answer", "invalid characters" (lone surrogates, NUL) and
+    "chosen equals rejected" (spaces around them aside).
+    Raises PairsError when the first object has unknown columns or no pair is usable, ConfigError for a number
+    below 1.
+    """
+    _check_at_least_one(samples=samples, max_prompt_chars=max_prompt_chars, max_answer_chars=max_answer_chars)
+    pairs: list[Pair] = []
+    dropped: Counter[str] = Counter()
+    rows_read = 0
+    for row in rows:
+        rows_read += 1
+        try:
+            pairs.append(_read_pair(row, max_prompt_chars, max_answer_chars))
+        except UnusableRowError as unusable:
+            nothing_recognised = not pairs and dropped.keys() <= {"not an object"}
+            if nothing_recognised and isinstance(row, Mapping) and unusable.cause == "unknown columns":
+                raise PairsError(_unknown_columns(source, rows_read, row)) from unusable
+            dropped[unusable.cause] += 1
+        if len(pairs) == samples:
+            break
+    if not pairs:
+        raise PairsError(_no_usable_pair(source, rows_read, dropped, max_prompt_chars, max_answer_chars))
+    return PairSet(tuple(pairs), source, dict(sorted(dropped.items())), rows_read)
+
+
+def pairs_sha256(pairs: Iterable[Pair]) -> str:
+    """Identity of pairs, in hex: the same prompts and answers in the same order give the same, whatever the
+    format they came in."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        turns = [[turn["role"], turn["content"]] for turn in pair.messages]
+        digest.update(json.dumps([turns, pair.chosen, pair.rejected], ensure_ascii=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _read_pair(row: object, max_prompt_chars: int, max_answer_chars: int) -> Pair:
+    if not isinstance(row, Mapping):
+        raise UnusableRowError("not an object")
+    form = recognise(row)
+    if form is None:
+        raise UnusableRowError("unknown columns")
+    messages, chosen, rejected = read_parts(row, form)
+    answers = [chosen] if rejected is None else [chosen, rejected]
+    _check_texts([turn["content"] for turn in messages], "prompt")
+    _check_texts(answers, "answer")
+    _check_order(messages)
+    if sum(len(turn["content"]) for turn in messages) > max_prompt_chars:
+        raise UnusableRowError("over-long prompt")
+    if max(map(len, answers)) > max_answer_chars:
+        raise UnusableRowError("over-long answer")
+    if rejected is not None and chosen.strip() == rejected.strip():
+        raise UnusableRowError("chosen equals rejected")
+    return Pair(tuple(messages), chosen, rejected)
+
+
+def _check_texts(texts: list[str], kind: str) -> None:
+    """No empty text, and none that a tokenizer refuses (a lone surrogate can't be encoded) or cuts (NUL)."""
+    if not texts or not all(text.strip() for text in texts):
+        raise UnusableRowError(f"empty {kind}")
+    for text in texts:
+        try:
+            encoded = text.encode()
+        except UnicodeEncodeError as error:
+            raise UnusableRowError("invalid characters") from error
+        if b"\0" in encoded:
+            raise UnusableRowError("invalid characters")
+
+
+def _check_order(messages: list[Message]) -> None:
+    """System or none, then user, assistant, ..., user: the one order that every chat template takes."""
+    roles = [turn["role"] for turn in messages]
+    if roles[0] == "system":
+        del roles[0]
+    if len(roles) % 2 == 0 or any(r != ("user", "assistant")[n % 2] for n, r in enumerate(roles)):
+        raise UnusableRowError("turns out of order")
+
+
+def _check_at_least_one(**options: int | None) -> None:
+    for option, number in options.items():
+        if number is not None and number < 1:
+            raise ConfigError(f"{option}: {number}, expected 1 or more.")
+
+
+def _unknown_columns(source: str, row_number: int, columns: Iterable[object]) -> str:
+    return (
+        f"{source}, row {row_number}: columns {describe_columns(columns)} make none of the known formats. "
+        f"Rename them to those of one: {describe_formats()}."
+    )
+
+
+def _no_usable_pair(
+    source: str, rows_read: int, dropped: Mapping[str, int], max_prompt_chars: int, max_answer_chars: int
+) -> str:
+    if rows_read == 0:
+        return f"{source}: no rows. Give at least one pair."
+    next_step = "Each row needs a prompt that ends with a user turn, a chosen answer and a different rejected one."
+    if any(cause.startswith("over-long") for cause in dropped):
+        next_step = (
+            f"Raise --max-prompt-chars (now {max_prompt_chars}) or --max-answer-chars "
+            f"(now {max_answer_chars}), or give shorter pairs."
+        )
+    return f"{source}: no usable pair in {rows_read:,} rows: {_describe_counts(dropped)}. {next_step}"
+
+
+def _describe_counts(dropped: Mapping[str, int]) -> str:
+    by_count = sorted(dropped.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{cause} {count:,}" for cause, count in by_count)

@@ -1,0 +1,3 @@
+"""Reading files that may come from anywhere, and writing output that appears whole or not at all: size limits, JSON,
+locks, free space and temporary names.
+"""

@@ -1,0 +1,1 @@
+"""Prompts, greedy answers in batches with a key-value cache, and forward passes over given texts."""

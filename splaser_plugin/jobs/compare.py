@@ -1,0 +1,229 @@
+"""Models side by side on the same pairs and the same text, each against the first."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from splaser_plugin.checkpoints.folder import resolve_model, stored_bytes
+from splaser_plugin.config.stages import CompareConfig
+from splaser_plugin.data.pairs import PairSet, PairSource, read_pairs_from
+from splaser_plugin.data.windows import open_text
+from splaser_plugin.errors import ConfigError, PairsError
+from splaser_plugin.progress import SILENT, Progress, counting
+from splaser_plugin.scanning.records import write_json
+from splaser_plugin.scoring.margin import MarginScorer
+from splaser_plugin.scoring.perplexity import exp, perplexity
+from splaser_plugin.scoring.scorers import Material, Rulers
+from splaser_plugin.scoring.scores import Scores, SemanticScorer
+from splaser_plugin.search.verdict import LEAST
+from splaser_plugin.statistics import can_reach, paired_bootstrap
+from splaser_plugin.weights.loading import check_source, load_model
+
+SCHEMA = "splaser.comparison/1"
+RISK = 0.05
+OTHER_TOKENS = "its tokenizer cuts texts otherwise than the first model's, so figures a token can't be compared"
+
+
+FEW = f"expected at least {LEAST} for an interval"
+UNBOUNDED = "too large for a number: the model gives the text no probability to speak of"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model was measured to be."""
+
+    model: str
+    semantic: Scores
+    margin: Scores
+    likelier: Scores
+    """1 for each pair whose chosen answer is likelier a token than its rejected one, else 0; pairs without a rejected
+    one are left out."""
+    text: Scores | None
+    """Mean log-probability of each window; None without a text."""
+    parameters: int
+    file_bytes: int
+    """Of the files that hold the weights."""
+    generation_s: float
+    """Time that the answers took."""
+    tokens: tuple[Any, ...]
+    """Token ids of all reference answers and windows: equal for models that can be compared token by token."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.semantic.generated_tokens / self.generation_s
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric of one model."""
+
+    value: float | int | None
+    """None where it is too large for a number."""
+    change: float | None = None
+    """Against the first model; see RATIOS."""
+    interval: tuple[float, float] | None = None
+    """95 % interval of the change, by paired bootstrap over pairs or windows; None where nothing is sampled or too few
+    differ."""
+    reason: str | None = None
+    """Why there is no value, no change, or no interval."""
+
+
+RATIOS = ("perplexity", "tokens_per_s")
+"""Metrics whose change is a ratio; that of the others is a difference."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    models: tuple[Measured, ...]
+    pairs: PairSet
+    config: CompareConfig
+
+    def figures(self) -> list[dict[str, Figure]]:
+        """Of each model, metric to figure; without perplexity where there was no text."""
+        return [self._figures(model) for model in self.models]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "pairs": {"source": self.pairs.source, "used": len(self.pairs), "dropped": dict(self.pairs.dropped)},
+            "windows": len(self.models[0].text.items) if self.models[0].text else 0,
+            "settings": self.config.to_dict(),
+            "models": [
+                {
+                    "model": model.model,
+                    "figures": {name: _plain(name, figure) for name, figure in figures.items()},
+                    "per_pair": {"semantic": list(model.semantic.values), "margin": list(model.margin.values)},
+                    "per_window": list(model.text.values) if model.text else [],
+                    "answers": [answer.text for answer in model.semantic.answers],
+                    "generated_tokens": model.semantic.generated_tokens,
+                }
+                for model, figures in zip(self.models, self.figures(), strict=True)
+            ],
+        }
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, self.to_dict())
+
+    def _figures(self, model: Measured) -> dict[str, Figure]:
+        first = self.models[0]
+        is_first, same_tokens = model is first, model.tokens == first.tokens
+        found = {
+            "semantic": self._mean(model.semantic, first.semantic, is_first),
+            "margin": self._mean(model.margin, first.margin, is_first, same_tokens),
+        }
+        if model.likelier.items:
+            found["likelier"] = self._mean(model.likelier, first.likelier, is_first)
+        if model.text and first.text:
+            found["perplexity"] = self._perplexity(model.text, first.text, is_first, same_tokens)
+        for name in ("parameters", "file_bytes"):
+            value = getattr(model, name)
+            change = None if is_first else value - getattr(first, name)
+            found[name] = Figure(value, change, reason=None if is_first else "counted, not sampled")
+        ratio = None if is_first or not first.semantic.generated_tokens else model.tokens_per_s / first.tokens_per_s
+        found["tokens_per_s"] = Figure(model.tokens_per_s, ratio, reason="one timing, in this run")
+        return found
+
+    def _mean(self, scores: Scores, first: Scores, is_first: bool, comparable: bool = True) -> Figure:
+        if is_first or not comparable:
+            return Figure(scores.mean, reason=None if comparable else OTHER_TOKENS)
+        differences = scores.differences(first)
+        change = float(np.mean(differences))
+        if not can_reach(differences, RISK / 2):
+            differing = int(np.count_nonzero(differences))
+            return Figure(scores.mean, change, reason=f"{differing} of {len(differences)} differ, {FEW}")
+        return Figure(scores.mean, change, paired_bootstrap(differences, risk=RISK, seed=self.config.seed))
+
+    def _perplexity(self, scores: Scores, first: Scores, is_first: bool, comparable: bool) -> Figure:
+        """The ratio of two perplexities is exp of a mean difference, and so are the ends of its interval."""
+        mean = self._mean(scores, first, is_first, comparable)
+        if mean.change is None:
+            return Figure(perplexity(scores), reason=_why(perplexity(scores)) or mean.reason)
+        change, interval = exp(-mean.change), None
+        if mean.interval is not None:
+            low, high = exp(-mean.interval[1]), exp(-mean.interval[0])
+            interval = (low, high) if low is not None and high is not None else None
+        reason = _why(perplexity(scores), change) or mean.reason
+        return Figure(perplexity(scores), change, interval, reason or (None if interval else UNBOUNDED))
+
+
+def _why(*values: float | None) -> str | None:
+    """Why one of these isn't there."""
+    return UNBOUNDED if None in values else None
+
+
+def compare_models(
+    models: Sequence[str | Path],
+    pairs: PairSource,
+    *,
+    config: CompareConfig | None = None,
+    progress: Progress = SILENT,
+) -> Comparison:
+    """Measure models on the same pairs and, if the configuration names one, the same text.
+
+    models: folders, .gguf files or hub ids; loaded one after the other, never two at once. pairs: see `laser`, at
+    least 2. Raises a SplaserError before the first is loaded when any of it isn't there.
+    """
+    config = config or CompareConfig()
+    if not models:
+        raise ConfigError("no model was given. Name at least one, the one to compare the others with first.")
+    for model in models:
+        check_source(model, allow_pickle=config.allow_pickle)
+    if config.text:
+        next(open_text(config.text), None)
+    pair_set = read_pairs_from(pairs, **config.pair_limits)
+    if len(pair_set) < 2:
+        raise PairsError(f"{pair_set.source}: 1 pair, expected at least 2 for an interval. Give --pairs more of them.")
+    progress.fact("pairs", pair_set.summary)
+    measured: list[Measured] = []
+    for model in models:
+        measured.append(_measure(str(model), pair_set, config, measured[0] if measured else None, progress))
+        gc.collect()
+    return Comparison(tuple(measured), pair_set, config)
+
+
+def _measure(name: str, pairs: PairSet, config: CompareConfig, first: Measured | None, progress: Progress) -> Measured:
+    progress.fact("model", name)
+    with progress.phase("loading", 1):
+        model, tokenizer = load_model(name, device=config.device, dtype=config.dtype, allow_pickle=config.allow_pickle)
+        rulers = Rulers(model, tokenizer, config)
+        windows = rulers.windows() if config.text else []
+        margins = MarginScorer(model, rulers.prompter, pairs.pairs, batch_size=rulers.batch_size)
+        scorer = SemanticScorer(rulers.generator, rulers.embedder, pairs.pairs)
+        scorer.answers([0])  # what is slow only the first time isn't timed
+    items = range(len(pairs))
+    with progress.phase("measuring", 2 * len(pairs) + len(windows)) as advance, counting(advance):
+        started = time.perf_counter()
+        answers = scorer.answers(items)
+        generation_s = time.perf_counter() - started
+        semantic = scorer.scored(items, answers, first.semantic if first else None)
+        margin = margins.score(items)
+        text = rulers.make("perplexity", Material((), windows)).score(range(len(windows))) if windows else None
+    both = [item for item, pair in enumerate(pairs) if pair.rejected is not None]
+    return Measured(
+        model=name,
+        semantic=semantic,
+        margin=margin,
+        likelier=Scores(tuple(both), tuple(float(margin.values[item] > 0) for item in both)),
+        text=text,
+        parameters=sum(each.numel() for each in model.parameters()),
+        file_bytes=_file_bytes(name, config.allow_pickle),
+        generation_s=generation_s,
+        tokens=(margins.answers, windows),
+    )
+
+
+def _file_bytes(model: str, allow_pickle: bool) -> int:
+    path = Path(model).expanduser()
+    return stored_bytes(path if path.is_file() else resolve_model(model, allow_pickle=allow_pickle))
+
+
+def _plain(name: str, figure: Figure) -> dict[str, Any]:
+    plain = {"value": figure.value, "ratio" if name in RATIOS else "difference": figure.change}
+    return {**plain, "interval": list(figure.interval) if figure.interval else None, "reason": figure.reason}

@@ -1,0 +1,297 @@
+"""Scan a model: for every weight matrix its singular values, the edges placed in them, and what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from splaser_plugin import __version__
+from splaser_plugin.config.stages import ScanConfig
+from splaser_plugin.errors import CheckpointError, RecipeError, SpectrumError
+from splaser_plugin.progress import SILENT, Progress
+from splaser_plugin.scanning.records import SCHEMA, MatrixScan, Scan, matrix_scan, rank_key, read_json, write_json
+from splaser_plugin.weights.matrices import Matrix
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from splaser_plugin.checkpoints.checkpoint import Checkpoint, TensorPart
+    from splaser_plugin.scanning.journal import ScanJournal
+    from splaser_plugin.spectra.spectrum import Precision
+    from splaser_plugin.weights.in_memory import Weights
+
+    _Read: TypeAlias = Callable[[Sequence[Matrix], Sequence[Matrix]], Iterator[tuple[Matrix, Tensor]]]
+    """This process's matrices with their weights, in order, given those and all that the processes want."""
+
+__all__ = [
+    "MatrixScan",
+    "Scan",
+    "matrix_scan",
+    "rank_key",
+    "read_json",
+    "run_scan",
+    "scan_checkpoint",
+    "scan_model",
+    "write_json",
+]
+
+BATCH_ENTRIES = 2**20
+"""Most entries of experts that are computed together: 8 MiB in float64, of which a handful of copies are needed."""
+
+
+def run_scan(
+    model: str | Path | nn.Module,
+    *,
+    config: ScanConfig | None = None,
+    output: str | Path | None = None,
+    progress: Progress = SILENT,
+) -> Scan:
+    """Scan a model: a loaded one where it is, a folder of safetensors or a hub id straight from disk.
+
+    A .gguf file, and pickled weights where the configuration allows them, are loaded first. output: scan.json to
+    write; with it nothing is computed twice: what a scan that was killed had finished is taken from its journal,
+    and a finished scan of the same weights as it is.
+    Raises CheckpointError, ModelError, MatrixError or SpectrumError; with `output` OutputError.
+    """
+    if output is not None:
+        _check_output(output)
+    if not isinstance(model, (str, Path)):
+        from splaser_plugin.weights.in_memory import model_name
+
+        return _scan_loaded(model, model_name(model), config, output, progress)
+    from splaser_plugin.checkpoints.checkpoint import open_checkpoint, resolve_model
+    from splaser_plugin.weights.factored_folder import stored_ranks
+
+    allow_pickle = config is not None and config.allow_pickle
+    if str(model).endswith(".gguf") or (allow_pickle and _is_pickled(str(model))):
+        from splaser_plugin.weights.loading import load_model
+
+        loaded, _ = load_model(model, allow_pickle=allow_pickle)
+        return _scan_loaded(loaded, str(model), config, output, progress)
+    checkpoint = open_checkpoint(resolve_model(str(model)))
+    if stored_ranks(checkpoint.folder, checkpoint.config):
+        raise CheckpointError(
+            f"{model}: has matrices stored as factors, which are not scanned. Scan the dense model: "
+            f"splaser expand {model} -o DENSE."
+        )
+    return scan_checkpoint(checkpoint, config=config, name=str(model), output=output, progress=progress)
+
+
+def _is_pickled(model: str) -> bool:
+    from splaser_plugin.checkpoints.checkpoint import resolve_model
+    from splaser_plugin.checkpoints.trust import has_only_pickles
+
+    return has_only_pickles(resolve_model(model, allow_pickle=True))
+
+
+def _scan_loaded(
+    model: nn.Module, name: str, config: ScanConfig | None, output: str | Path | None, progress: Progress
+) -> Scan:
+    from splaser_plugin.weights.in_memory import Weights
+
+    weights = Weights(model)
+    identity = weights.identity()
+    return scan_model(weights, config=config, name=name, identity=identity, output=output, progress=progress)
+
+
+def scan_model(
+    model_weights: Weights,
+    *,
+    config: ScanConfig | None = None,
+    name: str = "",
+    identity: str = "",
+    output: str | Path | None = None,
+    progress: Progress = SILENT,
+) -> Scan:
+    """Scan a loaded model where it is: on its device, one matrix at a time.
+
+    name, identity: how the model and its weights are called in the result. output: see `run_scan`; weights of
+    one `identity` are taken for the same.
+    Raises MatrixError, ModelError or SpectrumError, the last with the matrix's name; with `output` OutputError.
+    """
+    config = config or ScanConfig()
+    matrices, skipped = model_weights.matrices(config.include, config.exclude)
+
+    def read(mine: Sequence[Matrix], wanted: Sequence[Matrix]) -> Iterator[tuple[Matrix, Tensor]]:
+        kept = frozenset(mine)
+        for matrix in wanted if model_weights.is_sharded else mine:
+            weight = model_weights.read(matrix)
+            if matrix in kept:
+                yield matrix, weight
+
+    empty = Scan(name, identity, config.edge, (), tuple(skipped), config.precision, __version__)
+    return _scan(empty, matrices, read, output, progress)
+
+
+def scan_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    config: ScanConfig | None = None,
+    name: str = "",
+    output: str | Path | None = None,
+    progress: Progress = SILENT,
+) -> Scan:
+    """Scan safetensors straight from disk, holding one matrix (or a batch of small experts) and the next one.
+
+    output: see `run_scan`. Several processes each read their own part of the matrices; the result is the same
+    to the last bit where each computes on as many threads as the one.
+    Raises CheckpointError, MatrixError or SpectrumError; with `output` OutputError.
+    """
+    from splaser_plugin.checkpoints.checkpoint import read_tensors
+    from splaser_plugin.weights.matrices import overview, stored_matrices
+
+    config = config or ScanConfig()
+    matrices, skipped = stored_matrices(checkpoint, include=config.include, exclude=config.exclude)
+
+    def read(mine: Sequence[Matrix], wanted: Sequence[Matrix]) -> Iterator[tuple[Matrix, Tensor]]:
+        by_part = {(matrix.parameter, matrix.expert): matrix for matrix in mine}
+
+        def as_matrix(found: tuple[TensorPart, Tensor]) -> tuple[Matrix, Tensor]:
+            matrix = by_part[found[0]]
+            return matrix, found[1].view(matrix.shape)
+
+        return map(as_matrix, read_tensors(checkpoint, by_part))  # a loop would keep the last tensor alive
+
+    name = name or str(checkpoint.folder)
+    progress.fact("model", f"{name}: {overview(matrices)}")
+    empty = Scan(name, checkpoint.identity(), config.edge, (), tuple(skipped), config.precision, __version__)
+    return _scan(empty, matrices, read, output, progress)
+
+
+def _scan(empty: Scan, matrices: Sequence[Matrix], read: _Read, output: str | Path | None, progress: Progress) -> Scan:
+    """The scan with the records of `matrices`; with an output it is also written there."""
+    batches = _batches(matrices)
+    if output is None:
+        return _with_records(empty, matrices, _measure(batches, read, empty.precision, progress))
+    from splaser_plugin.distributed import gather, in_main, is_main
+    from splaser_plugin.scanning.journal import ScanJournal
+
+    _check_output(output)
+    path = Path(output).expanduser().resolve()
+    settings = {"weights": empty.weights, "precision": empty.precision, "version": empty.version}
+    with closing(ScanJournal(path, settings)) as journal:
+        known = gather(lambda: _known(path, empty, matrices, journal, progress) if is_main() else [])
+        names = {record.name for record in known}
+        left = [batch for batch in batches if not names.issuperset(matrix.name for matrix in batch)]
+        found = _measure(left, read, empty.precision, progress, journal)
+        scan = _with_records(empty, matrices, [*known, *found])
+        in_main(lambda: _finish(scan, path, journal))
+    return scan
+
+
+def _check_output(output: str | Path) -> None:
+    from splaser_plugin.distributed import in_main
+    from splaser_plugin.files.output import check_file
+
+    in_main(lambda: check_file(output, replaceable=SCHEMA))
+
+
+def _known(
+    path: Path, empty: Scan, matrices: Sequence[Matrix], journal: ScanJournal, progress: Progress
+) -> list[MatrixScan]:
+    """Records of `matrices` that a finished scan at `path` or the journal of an unfinished one has already."""
+    shapes = {matrix.name: matrix.shape for matrix in matrices}
+    finished = [record for record in _finished(path, empty) if shapes.get(record.name) == record.shape]
+    left = journal.resume(_record_or_none)
+    known = {record.name: record for record in [*finished, *left] if shapes.get(record.name) == record.shape}
+    if journal.other_settings:
+        which = ", ".join(journal.other_settings)
+        progress.fact("journal", f"{journal.path} was left by another scan (other {which}), so it is not used")
+    if len(finished) == len(matrices):
+        progress.fact("scanned before", f"{path} is of these weights and settings, so nothing is computed again")
+    elif known:
+        progress.fact("scanned before", f"{len(known)} of {len(matrices)} matrices, so the others are left")
+    return list(known.values())
+
+
+def _record_or_none(stored: Mapping[str, Any]) -> MatrixScan | None:
+    try:
+        return MatrixScan.from_dict(stored)
+    except (KeyError, TypeError, OverflowError):
+        return None
+
+
+def _finished(path: Path, empty: Scan) -> tuple[MatrixScan, ...]:
+    """Records of the scan at `path`, if it is one of the same weights and settings."""
+    try:
+        before = Scan.load(path)
+    except RecipeError:  # there is none, or a damaged or older one, which is replaced
+        return ()
+    same = (before.weights, before.precision, before.version) == (empty.weights, empty.precision, empty.version)
+    return before.matrices if same else ()
+
+
+def _finish(scan: Scan, path: Path, journal: ScanJournal) -> None:
+    scan.save(path)
+    journal.remove()
+
+
+def _batches(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
+    """The matrices in their order: each alone, but neighbouring experts of a fused parameter together.
+
+    How many are together depends on nothing but the parameter, so that a scan in parts gives the same bits.
+    """
+    batches: list[list[Matrix]] = []
+    for matrix in matrices:
+        together = batches and matrix.expert is not None and batches[-1][-1].parameter == matrix.parameter
+        if together and (len(batches[-1]) + 1) * matrix.shape[0] * matrix.shape[1] <= BATCH_ENTRIES:
+            batches[-1].append(matrix)
+        else:
+            batches.append([matrix])
+    return batches
+
+
+def _measure(
+    batches: Sequence[list[Matrix]],
+    read: _Read,
+    precision: str,
+    progress: Progress,
+    journal: ScanJournal | None = None,
+) -> list[MatrixScan]:
+    """Records of this process's matrices and, in any order, of all other processes'."""
+    from splaser_plugin.distributed import gather, my_part
+
+    def measure_mine() -> list[MatrixScan]:
+        found: list[MatrixScan] = []
+        mine = my_part(batches)
+        matrices = [matrix for batch in mine for matrix in batch]
+        with progress.phase("scan", len(matrices)) as advance:
+            weights = read(matrices, [matrix for batch in batches for matrix in batch])
+            for batch in mine:
+                records = _measure_batch([next(weights) for _ in batch], cast("Precision", precision))
+                if journal is not None:
+                    journal.append([record.to_dict() for record in records])
+                found += records
+                advance(len(records))
+            for _ in weights:
+                pass
+        return found
+
+    return gather(measure_mine)
+
+
+def _measure_batch(batch: list[tuple[Matrix, Tensor]], precision: Precision) -> list[MatrixScan]:
+    import torch
+
+    from splaser_plugin.spectra.spectrum import singular_values, singular_values_of_batch
+
+    if len(batch) > 1:
+        with suppress(SpectrumError):  # raised again below, by the one matrix that is at fault
+            stack = torch.stack([weight for _, weight in batch])
+            spectra = singular_values_of_batch(stack, precision=precision)
+            return [matrix_scan(matrix, values) for (matrix, _), values in zip(batch, spectra, strict=True)]
+    records = []
+    for matrix, weight in batch:
+        try:
+            records.append(matrix_scan(matrix, singular_values(weight, precision=precision)))
+        except SpectrumError as error:
+            raise SpectrumError(f"{matrix.name}: {error}") from error
+    return records
+
+
+def _with_records(empty: Scan, matrices: Sequence[Matrix], records: Iterable[MatrixScan]) -> Scan:
+    by_name = {record.name: record for record in records}
+    return replace(empty, matrices=tuple(by_name[matrix.name] for matrix in matrices))

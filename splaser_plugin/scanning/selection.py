@@ -1,0 +1,324 @@
+"""Choose the matrices worth training: those of highest SNR, so many of each module type."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from splaser_plugin.config.stages import ScanConfig
+from splaser_plugin.errors import ConfigError, MatrixError, RankError, nearest
+from splaser_plugin.scanning.scan import MatrixScan, Scan
+from splaser_plugin.scanning.spectrum_format import PublishedScan, PublishedSnr
+from splaser_plugin.weights.matrices import compile_pattern, looks_like_embedding
+
+BY = ("snr_ratio", "snr", "rank")
+HEADS = frozenset({"lm_head", "embed_out"})
+
+Scanned = MatrixScan | PublishedSnr
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One matrix to train."""
+
+    name: str
+    """Module name, as in `model.layers.3.mlp.down_proj`."""
+    type: str
+    shape: tuple[int, int] | None
+    """(rows, columns); None where the scan doesn't say."""
+    value: float | None
+    """What it was chosen by; None: it has no noise values, or it was included without being ranked."""
+    rank: int | None
+    """Singular values above the edge; None where the scan doesn't say."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The matrices chosen from one scan, and what they were chosen by."""
+
+    model: str
+    """Folder or hub id, as the scan calls it; empty when it doesn't say."""
+    source: str
+    """The scan, as a reader can find it again: a path, or what the scan calls itself."""
+    edge: str
+    by: str
+    top: int | None
+    fraction: float | None
+    types: tuple[str, ...]
+    """Patterns the module types were limited to; none: every type but norms."""
+    matrices: tuple[Chosen, ...]
+    """Module type by module type, each from the highest `by` to the lowest."""
+    considered: int
+    """How many matrices there were to choose from."""
+    block_sides: int | None
+    """Rows + columns, summed over every matrix of the scan inside the blocks: how many parameters LoRA of
+    rank 1 on all of them trains. None where the scan has no shapes."""
+    tied: tuple[str, ...]
+    """Chosen matrices that share their weight with another module."""
+
+    @property
+    def names(self) -> list[str]:
+        return [matrix.name for matrix in self.matrices]
+
+    @property
+    def by_type(self) -> dict[str, list[str]]:
+        groups: dict[str, list[str]] = {}
+        for matrix in self.matrices:
+            groups.setdefault(matrix.type, []).append(matrix.name)
+        return groups
+
+    @property
+    def rule(self) -> str:
+        """The choice in words: `top 16 of each module type by snr_ratio (edge iqr)`."""
+        share = f"top {self.top}" if self.fraction is None else f"highest fraction {self.fraction:g}"
+        among = f" among {', '.join(self.types)}" if self.types else ""
+        return f"{share} of each module type{among} by {self.by} (edge {self.edge})"
+
+
+def choose(
+    scan: Scan | PublishedScan,
+    *,
+    top: int | None = None,
+    fraction: float | None = None,
+    by: str = "snr_ratio",
+    edge: str | None = None,
+    types: Sequence[str] = (),
+    include_head: bool = False,
+    include_embeddings: bool = False,
+    source: str = "",
+) -> Selection:
+    """The matrices of highest `by` of each module type: `top` of them, or the `fraction`, rounded up.
+
+    Give one of `top` (at least 1) and `fraction` (above 0, at most 1). edge: whose figures count; by
+    default the scan's own. types: patterns of dotted segments (`mlp.down_proj`, `self_attn`); without
+    them every type but norms. include_head, include_embeddings: these too, ranked or not; each is alone
+    of its type. source: how the result names the scan.
+
+    Ties are never broken by the order of the file: see `Scan.ranked`.
+    Raises ConfigError for a value out of range, MatrixError when a type matches nothing, or when a head
+    or an embedding is asked for that the model doesn't have of its own.
+    """
+    edge = edge or scan.edge
+    count_of = _count(top, fraction)
+    _check_measure(scan, by, edge)
+    wanted = [matrix for matrix in scan.matrices if not (is_head(matrix.name) or is_embedding(matrix.name))]
+    wanted = _of_types(wanted, types) if types else [matrix for matrix in wanted if not is_norm(matrix.name)]
+    if not wanted:
+        raise MatrixError(f"{source or scan.model}: no matrix to choose from. Scan more, or give other --types.")
+
+    best = _highest(scan, wanted, count_of, by, edge)
+    chosen = [_chosen(matrix, by, edge) for group in best.values() for matrix in group]
+    tied: list[str] = []
+    for asked, flag, belongs in (
+        (include_head, "--include-head", is_head),
+        (include_embeddings, "--include-embeddings", is_embedding),
+    ):
+        if asked:
+            outside, shared = _outside_blocks(scan, flag, belongs, by, edge)
+            chosen += outside
+            tied += shared
+    return Selection(
+        model=scan.model,
+        source=source or scan.model,
+        edge=edge,
+        by=by,
+        top=top,
+        fraction=fraction,
+        types=tuple(types),
+        matrices=tuple(chosen),
+        considered=len(wanted),
+        block_sides=_block_sides(scan),
+        tied=tuple(tied),
+    )
+
+
+def top_by_type(
+    scan: Scan | PublishedScan, count: int = 16, by: str = "snr_ratio", edge: str | None = None
+) -> dict[str, list[str]]:
+    """Module type to the names of its `count` matrices of highest `by`: the published scanner's top.json."""
+    edge = edge or scan.edge
+    _check_measure(scan, by, edge)
+    best = _highest(scan, scan.matrices, _count(count, None), by, edge)
+    return {kind: [matrix.name for matrix in group] for kind, group in best.items()}
+
+
+def lora_targets(selection: Selection) -> list[str]:
+    """Full module names for LoRA, in the selection's order.
+
+    Raises MatrixError when one of them can't have an adapter of its own: a tied weight (merging it would
+    change the other module too), a norm, or an expert.
+    """
+    if selection.tied:
+        raise MatrixError(
+            f"{selection.tied[0]} shares its weight with another module, and merging a LoRA adapter would change "
+            "both. Leave it out, or train it in mode unfrozen."
+        )
+    for matrix in selection.matrices:
+        _refuse_expert(matrix.name)
+        if is_norm(matrix.name):
+            raise MatrixError(f"{matrix.name} is a norm, which LoRA can't adapt. Leave it out of --types.")
+    return selection.names
+
+
+def trained_parameters(selection: Selection) -> list[str]:
+    """Names of the parameters that full fine-tuning of the selection trains, in the selection's order.
+
+    Raises MatrixError when an expert is among them, since it can't be trained alone.
+    """
+    for matrix in selection.matrices:
+        _refuse_expert(matrix.name)
+    return [f"{matrix.name}.weight" for matrix in selection.matrices]
+
+
+def matched_rank(selection: Selection, match_rank: int) -> int:
+    """The LoRA rank at which the selection trains as many parameters as `match_rank` on all matrices.
+
+    A matrix of n x m has r (n + m) LoRA parameters, so the rank is match_rank times the sum of n + m over
+    all matrices inside the blocks, divided by that over the chosen ones, to the nearest whole number.
+    Raises RankError when a chosen matrix is too small for it, MatrixError when shapes aren't known.
+    """
+    if match_rank < 1:
+        raise ConfigError(f"--match-rank: got {match_rank}, expected at least 1.")
+    shapes = known_shapes(selection)
+    if selection.block_sides is None:
+        raise MatrixError(f"{selection.source}: it has no shapes, so no rank can be matched. {_GIVE_RANK}")
+    chosen_sides = sum(map(sum, shapes.values()))
+    rank = round(match_rank * selection.block_sides / chosen_sides)
+    name, shape = min(shapes.items(), key=lambda item: min(item[1]))
+    if rank > min(shape):
+        fitting = max(1, min(shape) * chosen_sides // selection.block_sides)
+        raise RankError(
+            f"{name}: rank {rank} (to match rank {match_rank} on all matrices), but its shape {shape} allows at "
+            f"most {min(shape)}. Choose more matrices, or lower --match-rank to {fitting}."
+        )
+    return rank
+
+
+_GIVE_RANK = "Give --lora-rank a number, or scan the model with splaser scan."
+
+
+def known_shapes(selection: Selection) -> dict[str, tuple[int, int]]:
+    """Shapes by name. Raises MatrixError when the scan doesn't have them all."""
+    shapes = {}
+    for matrix in selection.matrices:
+        if matrix.shape is None:
+            raise MatrixError(f"{selection.source}: it has no shape for {matrix.name}. {_GIVE_RANK}")
+        shapes[matrix.name] = matrix.shape
+    return shapes
+
+
+def is_head(name: str) -> bool:
+    return name.rpartition(".")[2] in HEADS
+
+
+def is_embedding(name: str) -> bool:
+    return not is_head(name) and looks_like_embedding(name)
+
+
+def is_norm(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return last.endswith("norm") or last.startswith(("ln_", "norm")) or last.endswith("_ln")
+
+
+def _count(top: int | None, fraction: float | None) -> Callable[[int], int]:
+    """How many to take of so many."""
+    if (top is None) == (fraction is None):
+        raise ConfigError(f"--top, --fraction: got {top} and {fraction}, expected one of the two.")
+    if top is not None:
+        if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+            raise ConfigError(f"--top: got {top!r}, expected a whole number of at least 1.")
+        return lambda total: min(top, total)
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        raise ConfigError(f"--fraction: got {fraction!r}, expected a number above 0 and at most 1.")
+    # as written, so that 0.07 of 100 is 7 and not the 8 that binary rounding would make of it
+    share = Fraction(str(fraction))
+    return lambda total: math.ceil(share * total)
+
+
+def _check_measure(scan: Scan | PublishedScan, by: str, edge: str) -> None:
+    if by not in BY:
+        raise ConfigError(f"--by: got '{by}', expected one of {', '.join(BY)}.")
+    ScanConfig(edge=edge)
+    if isinstance(scan, PublishedScan) and (by, edge) != ("snr_ratio", scan.edge):
+        raise ConfigError(
+            f"--by {by} --edge {edge}: {scan.model} holds only snr_ratio at edge {scan.edge}. "
+            "Leave both options out, or scan the model with splaser scan."
+        )
+
+
+def _of_types(matrices: Sequence[Scanned], types: Sequence[str]) -> list[Scanned]:
+    known = sorted({matrix.type for matrix in matrices})
+    patterns = [compile_pattern(pattern) for pattern in types]
+    for pattern, regex in zip(types, patterns, strict=True):
+        if not any(regex.search(kind) for kind in known):
+            raise MatrixError(f"--types: '{pattern}' matches no module type of this scan; {nearest(pattern, known)}.")
+    return [matrix for matrix in matrices if any(regex.search(matrix.type) for regex in patterns)]
+
+
+def _highest(
+    scan: Scan | PublishedScan,
+    wanted: Iterable[Scanned],
+    count_of: Callable[[int], int],
+    by: str,
+    edge: str,
+) -> dict[str, list[Scanned]]:
+    names = {matrix.name for matrix in wanted}
+    groups: dict[str, list[Scanned]] = {}
+    ranked: Sequence[Scanned] = scan.ranked(by, edge)
+    for matrix in reversed(ranked):
+        if matrix.name in names:
+            groups.setdefault(matrix.type, []).append(matrix)
+    return {kind: group[: count_of(len(group))] for kind, group in sorted(groups.items())}
+
+
+def _chosen(matrix: Scanned, by: str, edge: str) -> Chosen:
+    if isinstance(matrix, PublishedSnr):
+        return Chosen(matrix.name, matrix.type, None, matrix.snr_ratio, None)
+    fit = matrix.edges[edge]
+    return Chosen(matrix.name, matrix.type, matrix.shape, getattr(fit, by), fit.rank)
+
+
+def _outside_blocks(
+    scan: Scan | PublishedScan, flag: str, belongs: Callable[[str], bool], by: str, edge: str
+) -> tuple[list[Chosen], list[str]]:
+    """The head or the embeddings, ranked or not, and the names of those whose weight is shared."""
+    chosen = [_chosen(matrix, by, edge) for matrix in scan.matrices if belongs(matrix.name)]
+    ranked = {matrix.name for matrix in chosen}
+    skipped = [each.name for each in scan.skipped if belongs(each.name) and each.name not in ranked]
+    chosen += [Chosen(name, name, None, None, None) for name in skipped]
+    shared = sorted(name for name in _tied_names(scan) if belongs(name))
+    if shared and belongs is is_head:
+        raise MatrixError(
+            f"{flag}: {shared[0]} shares its weight with the embeddings, so training it changes both. "
+            "Leave it out, or use --include-embeddings in mode unfrozen, which trains that one weight."
+        )
+    if not chosen:
+        raise MatrixError(f"{flag}: none is found in the scan of {scan.model}. Leave the option out.")
+    return chosen, shared
+
+
+def _tied_names(scan: Scan | PublishedScan) -> set[str]:
+    if isinstance(scan, PublishedScan):
+        return set(scan.tied)
+    names: set[str] = set()
+    for each in scan.skipped:
+        _, phrase, other = each.reason.partition("shares its weight with ")
+        if phrase:
+            names |= {each.name, other}
+    return names
+
+
+def _block_sides(scan: Scan | PublishedScan) -> int | None:
+    if isinstance(scan, PublishedScan):
+        return None
+    return sum(sum(each.shape) for each in scan.matrices if each.block is not None and not is_norm(each.name))
+
+
+def _refuse_expert(name: str) -> None:
+    if "experts" in name.split("."):
+        raise MatrixError(
+            f"{name} is one expert: transformers keeps all experts of a block in one parameter, so that it can't "
+            "be trained alone. Leave experts out, as with --types self_attn."
+        )

@@ -1,0 +1,119 @@
+"""Texts to unit vectors: the ruler that answers are measured with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from splaser_plugin.checkpoints.folder import HUB_FILES, looks_like_path, reaching_hub
+from splaser_plugin.checkpoints.header import shown
+from splaser_plugin.checkpoints.trust import PICKLES, check_embedder_folder
+from splaser_plugin.distributed import share
+from splaser_plugin.errors import EmbedderError, first_line_of
+from splaser_plugin.generation.generator import evaluating
+from splaser_plugin.weights.in_memory import Weights
+from splaser_plugin.weights.loading import context_length
+
+USUAL_OWNER = "sentence-transformers"
+"""Of models on the hub that are named without one."""
+OTHER_RUNTIMES = ["onnx/*", "openvino/*"]
+
+
+class Embedder(Protocol):
+    """Anything that turns texts into unit vectors."""
+
+    name: str
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """(texts, dimensions) float32 on the CPU, each row of length 1."""
+
+
+class SentenceEmbedder:
+    """A sentence-transformers model.
+
+    model: folder or hub id. allow_pickle: load weights that are pickled, if there are no others. Code that comes
+    with it never runs. Raises EmbedderError when it can't be loaded.
+    """
+
+    def __init__(self, model: str, device: torch.device, *, allow_pickle: bool = False) -> None:
+        logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
+        from sentence_transformers import SentenceTransformer
+
+        self.name = model
+        folder = _embedder_folder(model, allow_pickle)
+        check_embedder_folder(folder, allow_pickle=allow_pickle)
+        only_safetensors = {} if allow_pickle else {"use_safetensors": True}
+        try:
+            self._model = SentenceTransformer(
+                str(folder), device=str(device), trust_remote_code=False, model_kwargs=only_safetensors
+            )
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
+            raise EmbedderError(
+                f"embedder '{model}' can't be loaded ({first_line_of(error)}). Give --embedder a folder or hub "
+                "id of a sentence-transformers model, or 'self'."
+            ) from error
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        return torch.stack(share(texts, self._embed_here))
+
+    def _embed_here(self, texts: list[str]) -> list[Tensor]:
+        vectors = self._model.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
+        return list(vectors.float().cpu())
+
+
+def _embedder_folder(model: str, allow_pickle: bool) -> Path:
+    """Itself if it is a folder, else the hub cache's, which is downloaded or completed where the hub can be reached."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if looks_like_path(model):
+        raise EmbedderError(f"embedder {model}: there is no such folder. Check --embedder, or use 'self'.")
+    wanted = [*HUB_FILES, *(f"*{ending}" for ending in PICKLES if allow_pickle)]
+    name = model if "/" in model else f"{USUAL_OWNER}/{model}"
+    advice = "Give --embedder the folder of a sentence-transformers model, or 'self'."
+    with reaching_hub(f"embedder {shown(model)}", EmbedderError, advice):
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=OTHER_RUNTIMES))
+
+
+class SelfEmbedder:
+    """The language model's own last hidden states, averaged over a text's tokens.
+
+    They are taken with the original weights, so that the ruler doesn't bend with what it measures.
+    """
+
+    name = "self"
+
+    def __init__(self, weights: Weights, tokenizer: Any, batch_size: int) -> None:
+        weights.remember_originals()
+        self._weights = weights
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        model: Any = self._weights.model
+        device = next(model.parameters()).device
+        start = self._tokenizer.bos_token_id or self._tokenizer.eos_token_id or 0
+        tokens = [self._tokenizer(text, add_special_tokens=False)["input_ids"] or [start] for text in texts]
+        limit = context_length(model)
+        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+        vectors: dict[int, Tensor] = {}
+        with self._weights.originals(), evaluating(model):
+            for first in range(0, len(order), self._batch_size):
+                batch = order[first : first + self._batch_size]
+                rows = [torch.tensor(tokens[index][:limit]) for index in batch]
+                ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+                lengths = torch.tensor([len(row) for row in rows], device=device)
+                mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+                hidden = model(
+                    input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False
+                ).hidden_states[-1]
+                mean = (hidden.float() * mask[..., None]).sum(1) / lengths[:, None]
+                vectors.update(zip(batch, torch.nn.functional.normalize(mean, dim=-1).cpu(), strict=True))
+        return torch.stack([vectors[index] for index in range(len(tokens))])

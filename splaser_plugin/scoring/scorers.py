@@ -1,0 +1,87 @@
+"""What a run measures with: scorers by their names, all for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from splaser_plugin.config.stages import SCORERS, LaserConfig, MeasureConfig
+from splaser_plugin.data.pairs import Pair
+from splaser_plugin.data.windows import open_text, read_windows
+from splaser_plugin.generation.generator import Generator
+from splaser_plugin.generation.prompts import Prompter
+from splaser_plugin.scoring.embedding import Embedder, SelfEmbedder, SentenceEmbedder
+from splaser_plugin.scoring.margin import MarginScorer
+from splaser_plugin.scoring.own_scorer import CallableScorer, load_function
+from splaser_plugin.scoring.perplexity import PerplexityScorer
+from splaser_plugin.scoring.scores import Scorer, SemanticScorer
+from splaser_plugin.weights.in_memory import Weights
+from splaser_plugin.weights.loading import context_length
+
+FORWARD_BATCH = 32
+"""Texts in one forward pass where the number of prompts generated for at once is found by measurement."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What scorers measure on; either may be empty."""
+
+    pairs: Sequence[Pair]
+    windows: Sequence[Sequence[int]] = ()
+    """Token ids of text, equally many in each."""
+
+
+class Rulers:
+    """Makes scorers of one model; what they have in common is made once, when it is first needed.
+
+    weights: of the model, if it will be changed.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, config: MeasureConfig, weights: Weights | None = None) -> None:
+        self.model = model
+        self.weights = weights
+        self.tokenizer = tokenizer
+        self.config = config
+        self.batch_size = config.batch_size or FORWARD_BATCH
+
+    def make(self, name: str, material: Material) -> Scorer:
+        """The scorer of that name: `semantic`, `margin`, `perplexity`, or the dotted path of a function."""
+        if name == "semantic":
+            return SemanticScorer(self.generator, self.embedder, material.pairs)
+        if name == "margin":
+            return MarginScorer(self.model, self.prompter, material.pairs, batch_size=self.batch_size)
+        if name == "perplexity":
+            return PerplexityScorer(self.model, material.windows, batch_size=self.batch_size)
+        return CallableScorer(load_function(name), self.model, self.tokenizer, material.pairs, name)
+
+    def windows(self) -> list[list[int]]:
+        """The windows of --text, as many as pairs are read. Raises TextError when it can't be read."""
+        config = self.config
+        context = context_length(self.model)
+        return read_windows(config.text, self.tokenizer, window=config.window, count=config.samples, context=context)
+
+    @cached_property
+    def prompter(self) -> Prompter:
+        return Prompter(self.tokenizer, self.config.template, context_length(self.model))
+
+    @cached_property
+    def generator(self) -> Generator:
+        limit, at_once = self.config.max_new_tokens, self.config.batch_size
+        return Generator(self.model, self.prompter, max_new_tokens=limit, batch_size=at_once)
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        if self.config.embedder == "self":
+            return SelfEmbedder(self.weights or Weights(self.model), self.tokenizer, self.batch_size)
+        device = next(self.model.parameters()).device
+        return SentenceEmbedder(self.config.embedder, device, allow_pickle=self.config.allow_pickle)
+
+
+def check_rulers(config: LaserConfig) -> None:
+    """Raise now what a missing text or function would raise once the model is there."""
+    if config.scorer not in SCORERS:
+        load_function(config.scorer)
+    if config.text:
+        next(open_text(config.text), None)

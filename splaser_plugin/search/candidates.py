@@ -1,0 +1,106 @@
+"""Candidates: which matrices a search tries, to which ranks they are reduced, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from splaser_plugin.errors import MatrixError
+from splaser_plugin.scanning.records import MatrixScan, Scan
+from splaser_plugin.weights.matrices import Matrix, by_name
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A matrix to try, and the rank to reduce it to."""
+
+    matrix: Matrix
+    rank: int
+    edge: str
+    """Where the rank comes from: an edge, or the fraction of components that stays."""
+    threshold: float | None
+    """Of the edge; None for a fraction."""
+    snr: float | None
+    """At the scan's edge."""
+    predicted: float | None = None
+    """Change of the mean margin, in nats a token; None without a prediction."""
+    is_layer: bool = True
+    """Whether it is the whole weight of a linear layer of its model, which alone can be stored as two factors."""
+
+    @property
+    def parameters_removed(self) -> int:
+        """Parameters that two factors of this rank have fewer than the matrix; 0 where they have more.
+
+        Also 0 for what is stored whole: an expert's slice of a fused parameter, and an embedding (see
+        `splaser_plugin.weights.factored`).
+        """
+        if self.matrix.expert is not None or not self.is_layer:
+            return 0
+        rows, columns = self.matrix.shape
+        return max(0, rows * columns - self.rank * (rows + columns))
+
+
+def choose_candidates(scan: Scan, matrices: Sequence[Matrix], rungs: Sequence[str | float] = ()) -> list[Candidate]:
+    """The published order: lowest snr first, each matrix at its edge's rank, or at several from gentle to hard.
+
+    rungs: edges, and fractions of the components to keep (rounded, at least 1); the scan's edge if there are none.
+    Ranks at which nothing is removed are passed over, and so is all but the first rung of the same rank; where an
+    edge leaves nothing to keep, the largest component stays.
+    Raises MatrixError when no candidate is left.
+    """
+    named = by_name(matrices)
+    candidates = [
+        candidate
+        for found in scan.ranked("snr")
+        for candidate in _ladder(found, named[found.name], scan.edge, rungs or (scan.edge,))
+    ]
+    if candidates:
+        return candidates
+    count = len(scan.matrices)
+    if rungs:
+        raise MatrixError(f"--ranks keeps every singular value of all {count} matrices. Add a lower rank to it.")
+    raise MatrixError(
+        f"edge '{scan.edge}' calls every singular value of all {count} matrices signal: nothing to reduce. Try "
+        "another --edge."
+    )
+
+
+def by_prediction(candidates: Sequence[Candidate], predicted: Sequence[float]) -> list[Candidate]:
+    """The same candidates, each with its prediction, best first; among equals their order stays."""
+    told = [replace(each, predicted=value) for each, value in zip(candidates, predicted, strict=True)]
+    return sorted(told, key=lambda each: -(each.predicted or 0.0))
+
+
+def by_size(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that remove parameters: least predicted loss a parameter first, else the matrix that may lose the most.
+
+    A matrix's ranks stay in their order, from gentle to hard. A predicted gain counts as no loss, and among equals
+    what removes the most comes first. Raises MatrixError when none removes anything.
+    """
+    smaller = [each for each in candidates if each.parameters_removed]
+    if not smaller:
+        raise MatrixError(
+            f"none of the {len(candidates)} candidates has fewer parameters as two factors than as a matrix. Add a "
+            "lower rank to --ranks."
+        )
+    most: dict[Matrix, int] = {}
+    for each in smaller:
+        most[each.matrix] = max(most.get(each.matrix, 0), each.parameters_removed)
+    if smaller[0].predicted is None:
+        return sorted(smaller, key=lambda each: -most[each.matrix])
+
+    def loss(each: Candidate) -> float:
+        return max(0.0, -(each.predicted or 0.0)) / each.parameters_removed
+
+    return sorted(smaller, key=lambda each: (loss(each), -each.parameters_removed))
+
+
+def _ladder(found: MatrixScan, matrix: Matrix, edge: str, rungs: Sequence[str | float]) -> list[Candidate]:
+    """This matrix at every rung that removes something, the gentlest first."""
+    by_rank: dict[int, Candidate] = {}
+    for rung in rungs:
+        fit = found.edges[rung] if isinstance(rung, str) else None
+        rank = max(1, fit.rank if fit else round(float(rung) * min(matrix.shape)))
+        threshold = fit.threshold if fit else None
+        by_rank.setdefault(rank, Candidate(matrix, rank, str(rung), threshold, found.edges[edge].snr))
+    return [by_rank[rank] for rank in sorted(by_rank, reverse=True) if rank < min(matrix.shape)]

@@ -1,0 +1,252 @@
+"""A model's weight matrices, read and changed one at a time, wherever the parameters live."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from splaser_plugin.distributed import broadcast, is_main, is_sharded
+from splaser_plugin.errors import MatrixError, ModelError, RankError
+from splaser_plugin.spectra.spectrum import truncate
+from splaser_plugin.weights.factored import FactoredLinear, Factors, as_stored, factorize, is_factorable
+from splaser_plugin.weights.matrices import Matrix, Skipped, model_matrices, named_parameters
+
+SAMPLED_VALUES = 16
+
+
+class Weights:
+    """Reads and writes the matrices of one model in place, so that whoever holds its parameters keeps them.
+
+    Raises ModelError when the weights can't be read and changed where they are: quantised, offloaded, on the
+    meta device, or of an encoder-decoder model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        _check(model)
+        self.model = model
+        self.parameters: dict[str, nn.Parameter] = named_parameters(model)
+        self._originals: dict[Matrix, Tensor] | None = None
+        self.factors: dict[Matrix, Factors] | None = None
+
+    def matrices(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[Matrix], list[Skipped]]:
+        """See `splaser_plugin.weights.matrices.model_matrices`. Raises ModelError as `check_dense` does too."""
+        self.check_dense()
+        return model_matrices(self.model, include=include, exclude=exclude)
+
+    def check_dense(self) -> None:
+        """Raise ModelError when the model has factored layers."""
+        if any(isinstance(module, FactoredLinear) for module in self.model.modules()):
+            raise ModelError(
+                f"{type(self.model).__name__} has factored layers, which can't be scanned or reduced again. Use the "
+                "dense model: splaser expand FOLDER -o DENSE, or splaser_plugin.expand(model)."
+            )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process holds only a part, so that reading a matrix takes all of them."""
+        return is_sharded(self.model)
+
+    def effective(self, name: str) -> Tensor:
+        """A whole parameter by name, as the model computes with it. Not to be written to."""
+        return _whole(self.parameters[name].detach())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weights."""
+        distinct = {id(parameter): parameter for parameter in self.parameters.values()}
+        return sum(parameter.numel() * parameter.element_size() for parameter in distinct.values())
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Tensor] | None:
+        """What a plain checkpoint of the model holds, for `save_pretrained`; None where that finds it by itself."""
+        if not self.is_sharded:
+            return None
+        whole: dict[int, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            if id(parameter) not in whole:
+                gathered = self.effective(name)
+                whole[id(parameter)] = gathered.cpu() if is_main() else torch.empty(0)
+        buffers = {name: each for name, each in self.model.state_dict().items() if name not in self.parameters}
+        return {**buffers, **{name: whole[id(parameter)] for name, parameter in self.parameters.items()}}
+
+    @torch.no_grad()
+    def identity(self) -> str:
+        """sha256 over the names, shapes and dtypes of all weights and 16 values of each, evenly spaced.
+
+        The values tell two fine-tunes of one architecture apart; reading all of them would take as long as a
+        scan.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.parameters):
+            whole = self.effective(name)
+            digest.update(f"{name} {tuple(whole.shape)} {whole.dtype}\n".encode())
+            places = torch.linspace(0, whole.numel() - 1, SAMPLED_VALUES, dtype=torch.float64).long()
+            digest.update(whole.flatten()[places.to(whole.device)].double().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def read(self, matrix: Matrix) -> Tensor:
+        """The whole matrix, (rows, columns), in its own dtype on its own device. Not to be written to."""
+        return matrix.view(self.effective(matrix.parameter))
+
+    @torch.no_grad()
+    def write(self, matrix: Matrix, values: Tensor) -> None:
+        """Set the matrix to `values`, (rows, columns), in place. Every process ends with the same bits."""
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        parameter = self.parameters[matrix.parameter].detach()
+        if not isinstance(parameter, DTensor):
+            matrix.view(parameter).copy_(broadcast(values))
+            return
+        whole = _whole(parameter)
+        matrix.view(whole).copy_(values)
+        placed = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        parameter.to_local().copy_(placed.to_local())
+
+    @torch.no_grad()
+    def reduce(self, matrix: Matrix, rank: int) -> None:
+        """Replace the matrix by its best approximation of that rank, in its own dtype and place.
+
+        After `keep_factors` it is the product of two factors, wherever those take less room.
+        Source: Eckart & Young 1936. Raises RankError when the rank is not within 1 and the shorter side.
+        """
+        factors = None
+        try:
+            if self.factors is not None and is_factorable(self.model, matrix, rank):
+                factors = self._factorize(matrix, rank)
+                reduced = as_stored(factors.product(), matrix)
+            else:
+                reduced = truncate(self.read(matrix), rank)
+        except RankError as error:
+            raise RankError(f"{matrix.name}: {error}") from error
+        self.write(matrix, reduced)
+        self._set_factors(matrix, factors)
+
+    def keep_factors(self) -> None:
+        """From now on reduce to factors in the model's dtype, and keep them in `factors`, for a smaller model.
+
+        Raises ModelError when the model is sharded over processes.
+        """
+        if self.is_sharded:
+            raise ModelError(
+                f"{type(self.model).__name__} is sharded over processes, so its matrices can't be kept as factors. "
+                "Use --save dense, or run splaser laser on the saved model in one process."
+            )
+        self.factors = self.factors or {}
+
+    def _factorize(self, matrix: Matrix, rank: int) -> Factors:
+        """Every process gets the same bits."""
+        factors = factorize(as_stored(self.read(matrix), matrix), rank)
+        return Factors(broadcast(factors.left), broadcast(factors.right))
+
+    def _set_factors(self, matrix: Matrix, factors: Factors | None) -> None:
+        if self.factors is not None:
+            self.factors.pop(matrix, None)
+            if factors is not None:
+                self.factors[matrix] = factors
+
+    @contextmanager
+    def trying(self, matrix: Matrix) -> Iterator[Attempt]:
+        """Change one matrix inside; unless `keep()` was called it is put back bit for bit, whatever happens."""
+        attempt = Attempt(self, matrix)
+        try:
+            yield attempt
+        finally:
+            attempt.close()
+
+    def remember_originals(self) -> None:
+        """From now on keep the first state of every matrix whose change is kept, for `originals`."""
+        if self._originals is None:
+            self._originals = {}
+
+    @contextmanager
+    def originals(self) -> Iterator[None]:
+        """Inside, the matrices are as they were at first, the one being tried among them."""
+        if self._originals is None:
+            raise MatrixError("the original weights were not kept. Call remember_originals() before the first change.")
+        changed = {}
+        try:
+            for matrix, original in self._originals.items():
+                changed[matrix] = self.hold(matrix)
+                self.put_back(matrix, original)
+            yield
+        finally:
+            for matrix, values in changed.items():
+                self.put_back(matrix, values)
+
+    def hold(self, matrix: Matrix) -> Tensor:
+        """A copy of what this process stores of the matrix."""
+        return self._stored(matrix).clone()
+
+    @torch.no_grad()
+    def put_back(self, matrix: Matrix, held: Tensor) -> None:
+        """Undo every change since `hold`, bit for bit."""
+        self._stored(matrix).copy_(held)
+
+    def _stored(self, matrix: Matrix) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        parameter = self.parameters[matrix.parameter].detach()
+        return parameter.to_local() if isinstance(parameter, DTensor) else matrix.view(parameter)
+
+
+class Attempt:
+    """An undecided change of one matrix."""
+
+    def __init__(self, weights: Weights, matrix: Matrix) -> None:
+        self._weights = weights
+        self._matrix = matrix
+        self._held: Tensor | None = weights.hold(matrix)
+        self._factors = (weights.factors or {}).get(matrix)
+        self._remembered = weights._originals is not None and matrix not in weights._originals
+        if weights._originals is not None:
+            weights._originals.setdefault(matrix, self._held)
+
+    def reduce(self, rank: int) -> None:
+        """See `Weights.reduce`. A second call starts from the undecided state of the first."""
+        self._weights.reduce(self._matrix, rank)
+
+    def keep(self) -> None:
+        """Make the change final."""
+        self._held = None
+
+    def close(self) -> None:
+        if self._held is None:
+            return
+        self._weights.put_back(self._matrix, self._held)
+        self._weights._set_factors(self._matrix, self._factors)
+        if self._remembered and self._weights._originals is not None:
+            del self._weights._originals[self._matrix]
+        self._held = None
+
+
+def model_name(model: nn.Module) -> str:
+    """Where the model came from, as far as it knows: a folder or hub id, else its class."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+
+
+def _check(model: nn.Module) -> None:
+    kind = type(model).__name__
+    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
+        raise ModelError(
+            f"{kind} has quantised weights, which can't be scanned or reduced. Load it in bfloat16 or float32."
+        )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ModelError(f"{kind} is an encoder-decoder model; only causal language models can be lasered.")
+    places = set(map(str, getattr(model, "hf_device_map", {}).values()))
+    is_offloaded = "disk" in places or ("cpu" in places and len(places) > 1)
+    if is_offloaded or any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(
+            f"{kind} has weights that are offloaded or on the meta device, so they can't be changed in place. "
+            "Load the whole model onto one kind of device."
+        )
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -1,0 +1,178 @@
+"""A causal language model and its tokenizer from a folder, a GGUF file or a hub id."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import nn
+
+from splaser_plugin.checkpoints.folder import looks_like_path, resolve_model
+from splaser_plugin.checkpoints.header import shown
+from splaser_plugin.checkpoints.trust import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    check_adapter_folder,
+    check_model_folder,
+    has_only_pickles,
+)
+from splaser_plugin.distributed import best_device
+from splaser_plugin.errors import CheckpointError, ConfigError, ModelError, first_line_of
+from splaser_plugin.weights.factored import CONFIG_KEY
+from splaser_plugin.weights.factored_folder import load as load_factored
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, or a device by its torch name. Raises ConfigError when there is no such device here."""
+    if name == "auto":
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: not usable here ({first_line_of(error)}). Try --device cpu.") from error
+    return device
+
+
+def load_model(
+    name: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    adapter: str | Path = "",
+    allow_pickle: bool = False,
+) -> tuple[Any, Any]:
+    """A model in evaluation mode on its device, and its tokenizer.
+
+    name: a folder that transformers can load, a .gguf file, or a hub id. dtype: `auto` keeps the checkpoint's.
+    adapter: folder of a PEFT adapter to merge into it; empty for none. allow_pickle: load weights that torch has
+    pickled, if there are no others; they are unpickled as weights only. Code that comes with a model never runs.
+    Raises CheckpointError when there is nothing to load there or it is damaged, ModelError when it is no causal
+    language model.
+    """
+    place = pick_device(device)
+    source, options = _source(name, allow_pickle)
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    model, tokenizer = _load(name, source, wanted, options)
+    if "gguf_file" in options:
+        _forget_gguf(model)
+    if adapter:
+        model = _merge(model, Path(adapter).expanduser(), allow_pickle)
+    return model.to(place).eval(), tokenizer
+
+
+def check_source(name: str | Path, *, allow_pickle: bool = False) -> None:
+    """Raise CheckpointError when there is nothing there that `load_model` loads."""
+    _source(name, allow_pickle)
+
+
+def _load(name: str | Path, source: str, dtype: str | torch.dtype, options: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    is_gguf = "gguf_file" in options
+    files: dict[str, Any] = {"trust_remote_code": False, **({"gguf_file": options["gguf_file"]} if is_gguf else {})}
+    try:
+        config = AutoConfig.from_pretrained(source, **files)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelError(f"{name} is an encoder-decoder model; only causal language models can be lasered.")
+        if getattr(config, "quantization_config", None) and not is_gguf:
+            raise ModelError(
+                f"{name} has quantised weights, which can't be reduced. Give the model in bfloat16 or float32."
+            )
+        tokenizer = AutoTokenizer.from_pretrained(source, **files)
+        if hasattr(config, CONFIG_KEY):
+            return load_factored(source, dtype=dtype), tokenizer
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+        )
+    except _library_errors() as error:
+        raise CheckpointError(
+            f"{name}: can't be loaded as a causal language model ({first_line_of(error)}) "
+            "Give a folder saved by save_pretrained, a .gguf file, or a hub id that can be reached."
+        ) from error
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(
+            f"{name}: it has no weights for {shown(missing[0])}, as for {len(missing)} in all, so that they would be "
+            "random. Its config.json asks for another model than its weights are."
+        )
+    return model, tokenizer
+
+
+def _source(name: str | Path, allow_pickle: bool) -> tuple[str, dict[str, Any]]:
+    """Where transformers is to load from, and how, once what is there was checked."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"{name}: there is no such file. Check the path.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{name}: this folder has no config.json. Give a folder saved by save_pretrained.")
+        if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+            raise CheckpointError(f"{name}: this folder has no weights (*.safetensors). Save the model there first.")
+    elif path.exists() or looks_like_path(str(name)):
+        raise CheckpointError(f"{name}: there is no such model folder. Check the path.")
+    else:
+        path = resolve_model(str(name), allow_pickle=allow_pickle)
+    check_model_folder(path, allow_pickle=allow_pickle)
+    return str(path), {"use_safetensors": not has_only_pickles(path), "weights_only": True}
+
+
+def _merge(model: Any, folder: Path, allow_pickle: bool) -> Any:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"--adapter {folder}: there is no {ADAPTER_CONFIG}. Give a folder that PEFT saved.")
+    tensors = check_adapter_folder(folder, allow_pickle=allow_pickle)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys that are missing, which ends in an error below
+            adapted = PeftModel.from_pretrained(model, str(folder))
+        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        merged = adapted.merge_and_unload()
+    except _library_errors() as error:
+        raise CheckpointError(
+            f"--adapter {folder}: can't be merged into this model ({first_line_of(error)}). "
+            "Give the base model that the adapter was trained on."
+        ) from error
+    if tensors is not None:
+        _check_adapted(folder, {tensor.name for tensor in tensors}, set(expected))
+    return merged
+
+
+def _check_adapted(folder: Path, stored: set[str], expected: set[str]) -> None:
+    absent, homeless = expected - stored, {name for name in stored - expected if ".lora_" in name}
+    if absent or homeless:
+        what = f"{shown(min(absent))} is missing" if absent else f"{shown(min(homeless))} has no place in this model"
+        raise CheckpointError(
+            f"{folder / ADAPTER}: tensor {what}. Give the base model that the adapter was trained on."
+        )
+
+
+def _library_errors() -> tuple[type[Exception], ...]:
+    """What transformers, gguf and PEFT raise for damaged files: they check little of them before use."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    of_wrong_values = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError)
+    return (OSError, EOFError, RuntimeError, ImportError, UnpicklingError, struct.error, *of_wrong_values)
+
+
+def _forget_gguf(model: Any) -> None:
+    """The weights are plain floats by now; with the quantisation's traces transformers refuses to save them."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model, "quantization_method"):
+        model.quantization_method = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest input in tokens, or None where the configuration gives none."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None

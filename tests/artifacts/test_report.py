@@ -1,0 +1,305 @@
+"""What a report says, and that nothing of strangers' texts is more than text. Its looks: test_report_browser.py."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splaser_plugin.artifacts.report import render, report, visible
+from splaser_plugin.artifacts.results import run_from_results
+from splaser_plugin.errors import OutputError, RecipeError
+from splaser_plugin.integrations.configs.axolotl import axolotl_yaml
+from splaser_plugin.integrations.configs.plan import Plan
+from splaser_plugin.scanning.records import Scan, matrix_scan, write_json
+from splaser_plugin.scanning.selection import choose
+from splaser_plugin.weights.matrices import Matrix
+from tests.report_data import made_up_results, made_up_scan, replaced
+
+SCAN = made_up_scan(4)
+RESULTS = made_up_results(SCAN)
+
+
+class Page(HTMLParser):
+    """A page as a browser's parser reads it: its tags, and its text but that of scripts and style."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self._inside = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.text += data
+
+    @property
+    def data(self):
+        """What the charts are drawn from."""
+        return json.loads(self.scripts[0])
+
+
+def squeezed(text):
+    return " ".join(text.split())
+
+
+def test_a_report_answers_in_the_order_of_the_questions():
+    text = squeezed(Page(render(SCAN, run_from_results(RESULTS))).text)
+    told = [
+        "1 of 4 candidates kept",
+        "better than the best before it, on all 20 pairs",
+        "after 10 pairs a bound said that it can't be accepted any more",
+        "the screen's score fell by 0.2500",
+        "Yes: better on 8 pairs that the search never saw.",
+        "28 of 28 answers changed",
+        "An edge splits the singular values",
+        "LoRA on these and nothing else",
+        "lora_target_modules",
+    ]
+    places = [text.index(each) for each in told]
+    assert places == sorted(places)
+
+
+def test_the_interval_of_a_candidate_is_that_of_its_differences_to_the_best_before_it():
+    run = run_from_results(RESULTS)
+    kept, restored, stopped, screened = run.attempts
+    gained = RESULTS["final"]["score"] - RESULTS["baseline"]["score"]
+    assert kept.change == pytest.approx(gained)
+    assert restored.change == pytest.approx(-gained)
+    assert stopped.change == 0
+    assert stopped.interval == (0, 0)
+    assert kept.interval[0] < kept.change < kept.interval[1]
+    assert screened.change is None and screened.interval is None
+
+
+def test_what_changed_most_comes_first_and_what_did_not_change_is_left_out():
+    stored = json.loads(json.dumps(RESULTS))
+    stored["final"]["answers"][3] = stored["baseline"]["answers"][3]
+    run = run_from_results(stored)
+    changes = [abs(each.change) for each in run.exchanges]
+    assert changes == sorted(changes, reverse=True)
+    assert len(changes) == 27
+    assert "Question 3?" not in [each.prompt for each in run.exchanges]
+    assert run.exchanges[0].before[: run.exchanges[0].shared].endswith(" is ")
+    assert Page(render(SCAN, run)).tags.count("article") == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"verdict": "worse"}, "No: worse on 8 pairs that the search never saw."),
+        ({"verdict": "no difference that 8 pairs can show"}, "No difference that 8 pairs can show."),
+        ({"verdict": None, "split": "none, as asked for"}, "That can't be said: no pairs were held out."),
+    ],
+)
+def test_the_verdict_in_words(change, told):
+    run = run_from_results({**RESULTS, "held_out": {**RESULTS["held_out"], **change}})
+    assert told in squeezed(Page(render(SCAN, run)).text)
+
+
+def test_a_run_on_windows_of_text_by_the_harmless_rule_is_told_in_its_own_words():
+    stored = json.loads(json.dumps(RESULTS))
+    stored |= {"unit": "windows", "compared_with": "base", "parameters_removed": 12345, "texts": {"search": []}}
+    stored["held_out"]["split"] = "8 windows; 20 to search on"
+    stored["held_out"]["loss_verdict"] = "loses less than the tolerance of 0.02"
+    stored["candidates"][1] |= {"verdict": "guarded", "guard_loss": 1.05}
+    for part in (stored["baseline"], stored["final"], stored["held_out"]["base"], stored["held_out"]["result"]):
+        part["answers"] = []
+    failed = {"verdict": "failed", "reason": "only nan came out", "score": None, "per_pair": [], "pairs_scored": []}
+    stored["candidates"].append({**stored["candidates"][0], **failed})
+    run = run_from_results(stored)
+    text = squeezed(Page(render(SCAN, run)).text)
+    for told in (
+        "20 windows searched on",
+        "Stored as factors, the kept matrices have 12,345 parameters fewer.",
+        "against the base model, on the same windows",
+        "by its test not worse than the base by the tolerance, on all 20 windows",
+        "the guard measured 1.0500, over its limit",
+        "it can't be scored: only nan came out",
+        "better on 8 windows that the search never saw. Loses less than the tolerance of 0.02.",
+    ):
+        assert told in text
+    assert "pair" not in text.split("The answers, before and after")[0]
+    stopped = run.attempts[2]
+    gained = np.subtract(stored["final"]["per_pair"], stored["baseline"]["per_pair"])[:10]
+    assert stopped.change == pytest.approx(gained.mean())
+
+
+def test_a_run_that_kept_and_generated_nothing_says_so():
+    silent = {**RESULTS["baseline"], "answers": []}
+    held_out = {**RESULTS["held_out"], "verdict": None}
+    changes = {"baseline": silent, "final": silent, "candidates": RESULTS["candidates"][1:], "held_out": held_out}
+    text = squeezed(Page(render(SCAN, run_from_results({**RESULTS, **changes}))).text)
+    assert "None of 3 candidates was kept" in text
+    assert "This run generated no answers" in text
+
+
+def test_the_training_targets_are_those_of_emit():
+    page = Page(render(SCAN, scan_name="scan.json"))
+    selection = choose(SCAN, top=16, source="scan.json")
+    assert axolotl_yaml(Plan(selection=selection, mode="lora")) in page.text
+    assert "splaser emit llamafactory scan.json -o llamafactory.yml" in page.text
+
+
+def test_a_model_without_a_configuration_gets_the_reason_instead():
+    matrix = Matrix("layers.0.experts.up_proj[0]", "layers.0.experts.up_proj", "experts.up_proj", 0, (3, 2), expert=0)
+    scan = Scan("m", "0", "mp", (matrix_scan(matrix, np.array([2.0, 1.0])),), ())
+    assert "No configuration: layers.0.experts.up_proj[0] is one expert" in squeezed(Page(render(scan)).text)
+
+
+def test_the_charts_have_every_number_of_the_scan_at_every_edge():
+    data = Page(render(SCAN)).data
+    for matrix, drawn in zip(SCAN.matrices, data["matrices"], strict=True):
+        assert drawn["name"] == matrix.name
+        assert data["types"][drawn["type"]] == matrix.type
+        assert drawn["spectrum"] == pytest.approx(list(matrix.spectrum), rel=1e-3)
+        for edge, (sigma, threshold, rank, snr, reason) in zip(data["edges"], drawn["edges"], strict=True):
+            fit = matrix.edges[edge]
+            assert (rank, reason) == (fit.rank, fit.reason)
+            assert [sigma, threshold] == pytest.approx([fit.sigma, fit.threshold], rel=1e-3)
+            assert snr == pytest.approx(fit.snr, rel=1e-3) or snr is fit.snr is None
+
+
+def test_thousands_of_experts_are_drawn_from_fewer_values_each():
+    scan = Scan("m", "0", "mp", SCAN.matrices * 900, ())
+    page = render(scan)
+    assert len(scan.matrices) > 10_000
+    assert len(page) < 12e6
+    assert {len(each["spectrum"]) for each in Page(page).data["matrices"]} == {18}
+
+
+EVIL = "</script><script>pwned=1</script><img src=x onerror=pwned=1>"
+
+
+@pytest.mark.parametrize(
+    "planted", [EVIL, "{{ 7 * 7 }}", "<b>bold</b> & \"quotes\" 'too'", "a\x1b[31mb\x00", "\u202eevil"]
+)
+def test_texts_from_strangers_are_text(planted):
+    scan = made_up_scan(2, model=f"somebody/{planted}")
+    stored = replaced(scan.to_dict(), "q_proj", f"q_proj{planted}")
+    results = replaced(made_up_results(scan), "Question", planted)
+    for word in ("old", "Yes", "pairs;", "model.layers"):
+        results = replaced(results, word, planted)
+    clean = Page(render(scan, run_from_results(made_up_results(scan))))
+    page = Page(render(Scan.from_dict(stored), run_from_results(results)))
+    assert page.tags == clean.tags
+    assert len(page.scripts) == 3
+    assert visible(planted) in page.text
+    assert f"q_proj{visible(planted)}" in page.data["matrices"][0]["name"]
+    assert not re.search(r"[\x00\x1b\u202e]", page.text + page.scripts[0])
+
+
+def test_every_scripts_own_characters_stay():
+    text = "Grüße, 你好, שלום, می‌خواهم, 👩‍👩‍👧\n\tline"
+    assert visible(text) == text
+    assert visible("\ud800") == "\\ud800"
+
+
+def test_nothing_is_loaded_and_no_other_script_is_allowed():
+    html = render(SCAN, run_from_results(RESULTS))
+    own = html.replace(Page(html).scripts[1], "")
+    assert not re.search(r"""(src|href)=["'](?!#|data:,)""", own)
+    assert "url(" not in own
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', html)[1]
+    assert policy.startswith("default-src 'none'")
+    assert "script-src 'sha256-" in policy
+
+
+def test_the_same_input_gives_the_same_bytes():
+    assert render(SCAN, run_from_results(RESULTS)) == render(SCAN, run_from_results(RESULTS))
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    SCAN.save(folder / "scan.json")
+    write_json(folder / "results.json", RESULTS)
+    return folder
+
+
+def test_a_folder_and_a_scan_alone_can_be_reported_on(run_folder, tmp_path):
+    page = report(run_folder, tmp_path / "run.html").read_text()
+    assert "What happened" in page
+    page = report(run_folder / "scan.json", tmp_path / "scan.html").read_text()
+    assert "What happened" not in page
+    (run_folder / "results.json").unlink()
+    assert "What happened" not in report(run_folder, tmp_path / "run.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "schema is 'list', expected 'splaser.results/1'"),
+        ('{"schema": "splaser.results/2"}', r"'splaser.results/2', expected 'splaser.results/1'.*splaser laser"),
+        (json.dumps({**RESULTS, "candidates": [{}]}), r"results.json: not whole \(KeyError\('per_pair'\)\)"),
+        (json.dumps({**RESULTS, "baseline": {"per_pair": [], "score": 0, "answers": []}}), "not whole"),
+        ("{", "not JSON"),
+    ],
+)
+def test_damaged_results_are_refused(run_folder, tmp_path, content, message):
+    (run_folder / "results.json").write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        report(run_folder, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+WRONG = [None, True, -1, 1.5, float("nan"), float("inf"), 1e308, 10**400, "", "</script>", [], {}, [[]]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_wrong_value_is_refused_or_shown_but_never_breaks_the_page(data):
+    small = made_up_scan(1)
+    content = {"scan": small.to_dict(), "results": made_up_results(small, pairs=12, held_out=2)}
+    part = data.draw(st.sampled_from(["scan", "results"]))
+    inside, is_first = content[part], True
+    while is_first or (isinstance(inside, dict | list) and inside and data.draw(st.integers(0, 9))):
+        key = data.draw(st.sampled_from(list(inside) if isinstance(inside, dict) else range(len(inside))))
+        parent, inside, is_first = inside, inside[key], False
+    parent[key] = data.draw(st.sampled_from(WRONG))
+    try:
+        scan, run = Scan.from_dict(content["scan"]), run_from_results(content["results"])
+    except RecipeError as error:
+        assert len(str(error)) < 600
+        return
+    page = Page(render(scan, run))
+    assert page.data["matrices"]
+    assert page.tags.count("script") == 3
+
+
+def test_what_is_no_run_is_refused_and_no_file_of_somebody_else_is_replaced(run_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError, match=r"empty: has no scan\.json\. Give the output folder"):
+        report(tmp_path / "empty", tmp_path / "report.html")
+    (tmp_path / "thesis.html").write_text("mine")
+    with pytest.raises(OutputError, match="was not written by splaser"):
+        report(run_folder, tmp_path / "thesis.html")
+    report(run_folder, tmp_path / "report.html")
+    assert report(run_folder, tmp_path / "report.html").is_file()
+
+
+def test_the_yaml_on_the_page_is_yaml():
+    page = Page(render(SCAN))
+    start = page.text.index("base_model:")
+    end = page.text.index("The same as splaser emit axolotl")
+    assert len(yaml.safe_load(page.text[start:end])["lora_target_modules"]) == 12

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from splaser_plugin import LaserCallback, LaserConfig
+from splaser_plugin.weights.adapted import MergedWeights
+from tests.conftest import tiny_llama
+
+trl = pytest.importorskip("trl")
+
+CONFIG = LaserConfig(embedder="self", max_new_tokens=6, candidates=4, edge="mp")
+QUIET = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+}
+
+
+def states(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same_on_disk(model, folder):
+    stored = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return all(torch.allclose(stored[name], value, rtol=0, atol=1e-6) for name, value in model.items())
+
+
+def test_sft_trainer(pairs, tokenizer, tmp_path):
+    rows = Dataset.from_list([{"text": f"{row['prompt']} {row['chosen']}"} for row in pairs])
+    callback = LaserCallback(when="after", pairs=pairs, config=CONFIG)
+    model = tiny_llama()
+    trl.SFTTrainer(
+        model,
+        args=trl.SFTConfig(output_dir=str(tmp_path), **QUIET),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=[callback],
+    ).train()
+    assert callback.result.search.kept
+    assert same_on_disk(states(model), tmp_path / "lasered")
+
+
+@pytest.mark.parametrize("adapter", [None, LoraConfig(r=4, target_modules=["q_proj", "up_proj"])], ids=["full", "lora"])
+def test_dpo_trainer_with_pairs_from_its_own_data(adapter, pairs, tiny_folder, tokenizer, tmp_path):
+    callback = LaserCallback(when="after", config=CONFIG)
+    trainer = trl.DPOTrainer(
+        str(tiny_folder),
+        args=trl.DPOConfig(output_dir=str(tmp_path), **QUIET),
+        train_dataset=Dataset.from_list(pairs * 2),
+        eval_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+        peft_config=adapter,
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert [pair.prompt for pair in callback.result.pairs] == [row["prompt"] for row in pairs]
+    assert [pair.chosen for pair in callback.result.pairs] == [row["chosen"] for row in pairs]
+    assert callback.result.search.kept
+    assert trainer.state.log_history[-1]["laser/matrices_kept"] == len(callback.result.search.kept)
+    model = trainer.model
+    now = states(model) if adapter is None else MergedWeights(model).state_dict()
+    assert same_on_disk(now, tmp_path / "lasered")

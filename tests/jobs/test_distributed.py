@@ -1,0 +1,120 @@
+"""Two real processes on gloo against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "tests" / "distributed_runs.py")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+ONE = [sys.executable]
+
+
+def accelerate() -> list[str]:
+    """`accelerate launch`, whose only launcher of several local processes is called multi_gpu; they use the CPU."""
+    port = str(free_port())
+    flags = [
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    return [sys.executable, "-m", "accelerate.commands.launch", *flags, "--main_process_port", port]
+
+
+def torchrun() -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+
+
+def run(launcher: list[str], kind: str, folder: Path, model: Path) -> dict:
+    folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launcher, SCRIPT, kind, str(folder), str(model)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "recipe.json").read_text())
+
+
+def digests(folder: Path) -> set[str]:
+    return {path.read_text() for path in folder.glob("digest-*.txt")}
+
+
+def same_steps(one: dict, two: dict) -> bool:
+    assert one["steps"], "this run has to keep something to show anything"
+    assert one["weights"] == two["weights"]
+    assert one["scores"] == pytest.approx(two["scores"], abs=1e-5)
+    return one["steps"] == two["steps"]
+
+
+def test_a_model_sharded_over_two_processes_gives_the_recipe_and_the_bits_of_one(tiny_folder, tmp_path):
+    one = run(ONE, "engine", tmp_path / "one", tiny_folder)
+    two = run(torchrun(), "engine", tmp_path / "two", tiny_folder)
+    assert same_steps(one, two)
+    assert len(list((tmp_path / "two").glob("digest-*.txt"))) == 2
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "saved").state_dict()
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "saved").state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_stopped_in_two_processes_goes_on_and_ends_as_an_unbroken_one(tiny_folder, tmp_path):
+    one = run(ONE, "engine", tmp_path / "one", tiny_folder)
+    two = run(torchrun(), "resumed", tmp_path / "two", tiny_folder)
+    assert (tmp_path / "two" / "left.txt").read_text() == "7"  # what it depends on, the scan, five measurements
+    assert same_steps(one, two)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert (tmp_path / "two" / "out" / "results.json").is_file()
+
+
+def test_the_callback_on_a_sharded_model_gives_the_recipe_of_one_process(tiny_folder, tmp_path):
+    one = run(ONE, "sharded-trainer", tmp_path / "one", tiny_folder)
+    two = run(torchrun(), "sharded-trainer", tmp_path / "two", tiny_folder)
+    assert same_steps(one, two)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert (tmp_path / "two" / "run" / "lasered" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["ddp-before"])
+def test_ddp_under_accelerate_launch_gives_the_recipe_of_one_process(kind, tiny_folder, tmp_path):
+    one = run(ONE, kind, tmp_path / "one", tiny_folder)
+    two = run(accelerate(), kind, tmp_path / "two", tiny_folder)
+    assert same_steps(one, two)
+    assert len(list((tmp_path / "two").glob("digest-*.txt"))) == 2
+    assert len(digests(tmp_path / "two")) == 1
+
+
+def test_two_processes_order_by_the_same_gradient_as_one_and_refuse_it_on_a_sharded_model(tiny_folder, tmp_path):
+    one = run(ONE, "gradient", tmp_path / "one", tiny_folder)
+    two = run(torchrun(), "gradient", tmp_path / "two", tiny_folder)
+    assert same_steps(one, two)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    orders = [json.loads((tmp_path / each / "results.json").read_text())["candidates"] for each in ("one", "two")]
+    assert [(each["name"], each["rank"]) for each in orders[0]] == [(each["name"], each["rank"]) for each in orders[1]]
+    predicted = [[each["predicted"] for each in order] for order in orders]
+    assert predicted[0] == pytest.approx(predicted[1], abs=1e-4)
+    refused = [path.read_text() for path in (tmp_path / "two").glob("refused-*.txt")]
+    assert len(refused) == 2
+    assert all("--rank-by gradient needs whole gradients, and this model is sharded" in each for each in refused)

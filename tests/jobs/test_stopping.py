@@ -1,0 +1,85 @@
+"""Ctrl-C and SIGTERM: one line with the command that goes on, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+
+from splaser_plugin.cli.app import Commands
+from tests.cli.test_cli import FLAGS
+
+SPLASER = [sys.executable, "-c", "from splaser_plugin.cli.app import main; main()"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(*arguments, cwd):
+    command = [*SPLASER, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_laser_says_how_to_go_on_and_ends_as_an_unbroken_one(tiny_folder, pairs_file, tmp_path, how):
+    arguments = ["laser", str(tiny_folder), "--pairs", pairs_file, "-o", "out", *FLAGS, "--max-new-tokens", "48"]
+    process = start(*arguments, cwd=tmp_path)
+    for line in process.stderr:
+        if "baseline score" in line:
+            process.send_signal(how)
+            break
+    told = process.stderr.read()
+    assert process.wait(timeout=60) == 130
+    again = shlex.join(["splaser", *arguments])
+    assert told.endswith(f"stopped. What is finished is kept; go on with: {again}\n")
+    assert "Traceback" not in told
+    assert (tmp_path / "out" / "journal.jsonl").read_text().count("\n") >= 2
+    assert {file.name for file in tmp_path.iterdir()} <= {"out", "pairs.jsonl"}
+    for where in ("out", "unbroken"):
+        rest = start(*[where if each == "out" else each for each in arguments], cwd=tmp_path)
+        told = rest.communicate(timeout=120)[1]
+        assert rest.returncode == 0, told
+    found, unbroken = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("out", "unbroken"))
+    for results in (found, unbroken):
+        for trial in results["candidates"]:
+            del trial["elapsed_s"]
+    assert found == unbroken
+    recipes = [(tmp_path / name / "recipe.json").read_bytes() for name in ("out", "unbroken")]
+    assert recipes[0] == recipes[1]
+
+
+@pytest.mark.parametrize(
+    ("rank", "processes", "said"),
+    [
+        ("0", "1", "stopped. Start again with: splaser wait 'a\\x1b[31m b'\n"),
+        ("0", "2", "stopped. Start again with, under the launcher of this run: splaser wait 'a\\x1b[31m b'\n"),
+        ("1", "2", ""),
+    ],
+)
+def test_a_stopped_command_without_a_journal_says_to_start_again(rank, processes, said, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    app = typer.Typer(cls=Commands)
+
+    @app.command()
+    def wait(text: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    @app.command()
+    def other() -> None: ...
+
+    monkeypatch.setattr(sys, "argv", ["splaser", "wait", "a\x1b[31m b"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            app()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == said

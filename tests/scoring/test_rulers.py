@@ -1,0 +1,370 @@
+"""Scorers by name, the guard, and what is told of a text or a function that can't be used."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from splaser_plugin import LaserConfig, laser
+from splaser_plugin.config.stages import MeasureConfig
+from splaser_plugin.data.pairs import pairs_from_rows
+from splaser_plugin.data.windows import BLOCK_CHARS, open_text, read_windows
+from splaser_plugin.errors import ConfigError, ScorerError, TextError
+from splaser_plugin.scoring.own_scorer import CallableScorer, load_function
+from splaser_plugin.scoring.perplexity import PerplexityScorer, perplexity
+from splaser_plugin.scoring.scorers import Material, Rulers
+from splaser_plugin.scoring.scores import Scores
+from splaser_plugin.search.guard import Guard
+from splaser_plugin.search.search import Judge, search
+from splaser_plugin.search.verdict import LEAST, split_windows
+from splaser_plugin.weights.in_memory import Weights
+from tests.conftest import ROOT, tiny_llama
+from tests.jobs.test_jobs import QUICK
+from tests.search.test_held_out import Told
+from tests.search.test_search import Planted, candidates, verdicts
+
+__all__ = ["candidates"]
+
+PAIRS = ROOT / "examples" / "data" / "pairs.jsonl"
+PROSE = "\n".join(
+    f"{number}. A text about the {thing} of the {place}, which nobody has read to its end."
+    for number, (thing, place) in enumerate([(t, p) for t in ("roofs", "rivers", "songs") for p in ("north", "isles")])
+)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "prose.txt"
+    path.write_text(PROSE * 6, encoding="utf-8")
+    return str(path)
+
+
+def test_windows_are_the_text_from_its_beginning_and_do_not_overlap(text, tokenizer):
+    ids = tokenizer(PROSE * 6, add_special_tokens=False)["input_ids"]
+    windows = read_windows(text, tokenizer, window=16, count=10_000)
+    assert [token for window in windows for token in window] == ids[: len(ids) // 16 * 16]
+    assert read_windows(text, tokenizer, window=16, count=5) == windows[:5]
+
+
+def words(part, **_):
+    return {"input_ids": part.split(" ")}
+
+
+@pytest.mark.parametrize("line", ["one line of many words\r\n", "all in a single line "])
+def test_of_a_long_file_only_as_much_is_read_as_the_windows_need(tmp_path, line):
+    text = "\ufeff" + line * (10 * BLOCK_CHARS // len(line))
+    (tmp_path / "long.txt").write_bytes(text.encode())
+    plain = text[1:].replace("\r\n", "\n")
+    parts = list(open_text(str(tmp_path / "long.txt")))
+    assert "".join(parts) == plain
+    assert max(map(len, parts)) <= 2 * BLOCK_CHARS
+    assert "\n" not in line or all(part.endswith("\n") for part in parts)
+    seen = []
+
+    def counted(part, **_):
+        seen.append(len(part))
+        return words(part)
+
+    windows = read_windows(str(tmp_path / "long.txt"), counted, window=16, count=9)
+    assert len(seen) == 1
+    assert [token for window in windows for token in window] == plain.split(" ")[: 9 * 16]
+
+
+def test_a_long_file_that_stops_being_utf_8_is_refused_where_it_does(tmp_path):
+    (tmp_path / "long.txt").write_bytes(b"word\n" * BLOCK_CHARS + b"\xe9")
+    with pytest.raises(TextError, match=f"not UTF-8 \\(at byte {5 * BLOCK_CHARS:,}\\)"):
+        list(open_text(str(tmp_path / "long.txt")))
+
+
+def test_a_data_set_is_read_row_by_row_from_its_test_split(tmp_path, tokenizer):
+    for split, words in (("train", "wrong"), ("test", "right")):
+        rows = [{"text": f"{words} {number}"} for number in range(40)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert next(iter(open_text(str(tmp_path)))) == "right 0\n"
+    windows = read_windows(str(tmp_path), tokenizer, window=8, count=4)
+    assert "right" in tokenizer.decode(windows[0]) and "wrong" not in "".join(tokenizer.batch_decode(windows))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_perplexity_is_transformers_own_loss_one_window_at_a_time(tiny_model, text, tokenizer, batch_size):
+    windows = read_windows(text, tokenizer, window=16, count=9)
+    scorer = PerplexityScorer(tiny_model, windows, batch_size=batch_size)
+    losses = [tiny_model(input_ids=torch.tensor([w]), labels=torch.tensor([w])).loss.item() for w in windows]
+    scores = scorer.score(range(9))
+    assert scores.values == pytest.approx([-loss for loss in losses], abs=1e-4)
+    assert perplexity(scores) == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
+    assert scorer.score([7, 2]).values == pytest.approx([-losses[7], -losses[2]], abs=1e-4)
+
+
+def test_a_perplexity_that_is_too_large_for_a_number_is_none():
+    assert perplexity(Scores((0, 1), (-900.0, -900.0))) is None
+    assert perplexity(Scores((0, 1), (-700.0, -700.0))) == pytest.approx(np.exp(700.0))
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (b"short", {}, r"--text .*: 1 tokens make 0 windows of 16, expected at least 2.*smaller --window"),
+        (b"caf\xe9 " * 50, {}, r"not UTF-8 \(at byte 3\)"),
+        (b"word " * 500, {"context": 8}, r"--window 16: longer than the model's context of 8 tokens"),
+    ],
+)
+def test_a_text_that_can_not_be_used_is_refused(tmp_path, tokenizer, content, options, message):
+    (tmp_path / "prose.txt").write_bytes(content)
+    with pytest.raises(TextError, match=message):
+        read_windows(str(tmp_path / "prose.txt"), tokenizer, window=16, count=9, **options)
+
+
+def test_a_text_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(TextError, match=r"nothing\.txt: there is no such file"):
+        open_text("nothing.txt")
+    (tmp_path / "rows.jsonl").write_text('{"prose": "no such column"}\n')
+    with pytest.raises(TextError, match="its columns are prose, expected text in 'text'"):
+        list(open_text(str(tmp_path)))
+    with pytest.raises(TextError, match=r"no file of that name, and it can't be read as a data set"):
+        list(open_text("nobody/has-this-data-set"))
+
+
+def test_windows_are_split_by_their_content():
+    windows = [[number, number + 1] for number in range(100)]
+    split = split_windows(windows, 0.3, seed=1)
+    assert len(split.held_out) == 30
+    assert sorted([*split.search, *split.held_out]) == windows
+    assert set(map(tuple, split_windows(windows[::-1], 0.3, seed=1).held_out)) == set(map(tuple, split.held_out))
+    assert split_windows(windows, 0.3, seed=2).held_out != split.held_out
+    assert split_windows(windows, 0).search == tuple(windows)
+    few = split_windows(windows[:10], 0.3)
+    assert (len(few.search), few.held_out) == (10, ())
+    assert f"3 held out, and each part needs {LEAST}" in few.reason
+
+
+def test_a_laser_run_by_perplexity_needs_no_pairs_and_has_its_verdict_on_other_windows(text, tiny_folder):
+    options = {**QUICK, "embedder": "./not-needed"}
+    config = LaserConfig(**options, scorer="perplexity", text=text, window=16, samples=24)
+    result = laser(tiny_folder, config=config)
+    stored = result.results()
+    assert (stored["scorer"], stored["unit"]) == ("perplexity", "windows")
+    assert len(result.search.baseline.items) + len(result.held_out.base.items) == 24
+    assert len(result.held_out.base.items) == 7
+    assert stored["held_out"]["pairs"] == 7
+    assert stored["held_out"]["split"] == "7 windows; 17 to search on"
+    assert "on 7 windows" in result.held_out.summary
+    assert stored["generated_tokens"] == 0
+    assert result.search.kept and result.search.final.mean > result.search.baseline.mean
+
+
+def shorter_is_better(model, tokenizer, pairs):
+    """A scorer of one's own: reads the model, so that it changes with it."""
+    weight = model.model.layers[0].self_attn.q_proj.weight.detach()
+    return [weight.abs().mean() / len(pair.prompt) for pair in pairs]
+
+
+def test_a_function_of_ones_own_is_called_with_the_pairs_asked_for(tiny_model, tokenizer, pairs):
+    usable = pairs_from_rows(pairs).pairs
+    scorer = Rulers(tiny_model, tokenizer, MeasureConfig()).make(
+        "tests.scoring.test_rulers.shorter_is_better", Material(usable)
+    )
+    whole = scorer.score(range(4))
+    assert whole.values == tuple(map(float, shorter_is_better(tiny_model, tokenizer, usable)))
+    assert scorer.score([2, 0]).values == (whole.values[2], whole.values[0])
+
+
+def test_a_function_is_found_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "my_own_ruler.py").write_text("def score(model, tokenizer, pairs):\n    return [1.0] * len(pairs)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert load_function("my_own_ruler.score")(None, None, [1, 2]) == [1.0, 1.0]
+
+
+def test_a_laser_run_by_a_function_of_ones_own(tiny_folder, pairs):
+    config = LaserConfig(**QUICK, scorer="tests.scoring.test_rulers.shorter_is_better", include=("layers.0",))
+    result = laser(tiny_folder, pairs, config=config)
+    assert result.search.baseline.answers == ()
+    assert result.results()["scorer"] == "tests.scoring.test_rulers.shorter_is_better"
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0], "own: returned 1 scores for 4 pairs"),
+        (["good", 1, 2, 3], r"own: expected one number a pair, got \['good'"),
+        (None, "own: expected one number a pair, got None"),
+    ],
+)
+def test_what_a_function_returns_is_checked(tiny_model, tokenizer, pairs, returned, message):
+    usable = pairs_from_rows(pairs).pairs
+    scorer = CallableScorer(lambda model, tokenizer, pairs: returned, tiny_model, tokenizer, usable, "own")
+    with pytest.raises(ScorerError, match=message):
+        scorer.score(range(4))
+
+
+def own_search(tiny_model, tokenizer, pairs, candidates, third):
+    """A search by a function of one's own that is 1 at first, and `third()` of the second candidate."""
+    calls = []
+
+    def function(model, tokenizer, pairs):
+        calls.append(1)
+        return third(pairs) if len(calls) == 3 else [float(len(calls))] * len(pairs)
+
+    scorer = CallableScorer(function, tiny_model, tokenizer, pairs_from_rows(pairs).pairs, "own")
+    return search(Weights(tiny_model), candidates[:3], Judge(scorer))
+
+
+@pytest.mark.parametrize(
+    ("third", "reason"),
+    [
+        (lambda pairs: 1 / 0, "--scorer own: it raised ZeroDivisionError: division by zero."),
+        (lambda pairs: [float("nan")] * len(pairs), "--scorer own: nan for the pair 'What is the capital of France?'"),
+    ],
+)
+def test_a_candidate_that_breaks_a_function_of_ones_own_fails_alone(
+    tiny_model, tokenizer, pairs, candidates, third, reason
+):
+    found = own_search(tiny_model, tokenizer, pairs, candidates, third)
+    assert verdicts(found) == ["kept", "failed", "kept"]
+    assert found.trials[1].judgement.reason.startswith(reason)
+
+
+def test_a_function_that_returns_too_few_scores_or_runs_out_of_memory_ends_the_search(
+    tiny_model, tokenizer, pairs, candidates
+):
+    with pytest.raises(ScorerError, match="returned 1 scores for 4 pairs"):
+        own_search(tiny_model, tokenizer, pairs, candidates, lambda pairs: [1.0])
+
+    def out_of_memory(pairs):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        own_search(tiny_model, tokenizer, pairs, candidates, out_of_memory)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_such_module.score", r"the module no_such_module can't be imported .*run in its folder"),
+        ("json.no_such_function", "json has no function 'no_such_function'"),
+    ],
+)
+def test_a_function_that_is_not_there_is_refused_before_the_model_is_loaded(path, message):
+    with pytest.raises(ScorerError, match=message):
+        laser("./no-model", PAIRS, config=LaserConfig(scorer=path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scorer": "semantics"}, "--scorer: got 'semantics', expected one of semantic, margin, perplexity, or"),
+        ({"scorer": "perplexity"}, "--scorer perplexity needs a text: give --text FILE"),
+        ({"screen": "margin", "accept": "harmless"}, "--screen margin with --accept harmless: the screen drops"),
+        ({"screen": "margin", "objective": "compress"}, "--screen margin with --objective compress: the screen drops"),
+        ({"screen": "margin", "scorer": "margin"}, "--screen margin: it is the scorer itself"),
+        ({"tolerance": 0.0, "accept": "harmless"}, "--tolerance 0 with --accept harmless: no test can tell"),
+        ({"scorer": "perplexity", "text": "t", "held_out": "h"}, "--held-out with --scorer perplexity: what is held"),
+        ({"held_out": "h", "held_out_fraction": 0.5}, "--held-out and --held-out-fraction: got both"),
+        ({"guard": "perplexity:1.02"}, "--guard perplexity needs a text: give --text FILE"),
+        ({"guard": "perplexity"}, "--guard: got 'perplexity', expected perplexity:RATIO"),
+        ({"guard": "perplexity:0.9", "text": "x"}, "--guard: got 'perplexity:0.9'.*at least 1"),
+        ({"guard": "margin:-1"}, "--guard: got 'margin:-1'.*fall of at least 0"),
+        ({"guard": "margin:nan"}, "--guard: got 'margin:nan'"),
+        ({"guard": "speed:2"}, "--guard: got 'speed:2'"),
+        ({"objective": "compress", "accept": "improve"}, "--accept improve with --objective compress"),
+        ({"objective": "small"}, "--objective: got 'small', expected one of quality, compress"),
+        ({"tolerance": -0.1}, "--tolerance: got -0.1, expected at least 0"),
+        ({"tolerance": float("inf")}, "--tolerance: got inf, expected a finite number"),
+        ({"window": 1}, "--window: got 1, expected at least 2"),
+    ],
+)
+def test_options_that_can_not_be_meant_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        LaserConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({}, ()),
+        ({"tolerance": 0.5, "alpha": 0.01, "text": "t", "window": 9}, ("--tolerance", "--alpha", "--text", "--window")),
+        ({"accept": "confident", "alpha": 0.01}, ()),
+        ({"accept": "confident", "tolerance": 0.5}, ("--tolerance",)),
+        ({"objective": "compress", "alpha": 0.01, "tolerance": 0.5}, ()),
+        ({"guard": "perplexity:1.02", "text": "t", "window": 9}, ()),
+        ({"scorer": "margin", "embedder": "self"}, ("--embedder",)),
+        ({"scorer": "margin", "guard": "semantic:0.1", "embedder": "self"}, ()),
+    ],
+)
+def test_flags_that_a_run_does_not_use_are_known(options, flags):
+    assert LaserConfig(**options).without_effect == flags
+
+
+def test_a_run_says_which_flags_have_no_effect(tiny_folder, pairs):
+    told = Told()
+    options = {**QUICK, "candidates": 1, "scorer": "margin", "embedder": LaserConfig().embedder}
+    laser(tiny_folder, pairs, config=LaserConfig(**options, tolerance=0.5), progress=told)
+    assert ("has no effect", "--tolerance, with the other options of this run") in told.facts
+
+
+def test_without_pairs_only_perplexity_can_be_searched_by():
+    with pytest.raises(ConfigError, match="--pairs: none were given; only --scorer perplexity goes without"):
+        laser("./no-model", config=LaserConfig())
+
+
+def test_auto_acceptance_follows_the_objective():
+    assert LaserConfig().acceptance == "improve"
+    assert LaserConfig(objective="compress").acceptance == "harmless"
+    assert LaserConfig(accept="confident").acceptance == "confident"
+
+
+def guarded_search(candidates, gains, losses, limit, name):
+    """A search in which each change has a planted gain of the score and a planted fall of the guard's score."""
+    model = tiny_llama()
+    names = [candidate.matrix.name for candidate in candidates]
+    scorer = Planted(model, dict(zip(names, gains, strict=True)), size=32)
+    watched = Planted(model, dict(zip(names, [-loss for loss in losses], strict=True)), size=8)
+    watched.name = name
+    return search(Weights(model), candidates, Judge(scorer, guard=Guard(watched, limit)))
+
+
+def test_the_guard_refuses_what_loses_more_than_its_limit_against_the_base(candidates):
+    found = guarded_search(candidates, [0.1, 0.1, -0.1, 0.1, 0.1], [0.2, 0.15, 0.0, 0.05, 0.04], 0.25, "margin")
+    assert verdicts(found) == ["kept", "guarded", "restored", "kept", "guarded"]
+    losses = [trial.judgement.guard_loss for trial in found.trials]
+    assert losses[2] is None
+    assert [loss for loss in losses if loss is not None] == pytest.approx([0.2, 0.35, 0.25, 0.29])
+    assert found.final.mean == pytest.approx(0.2)
+
+
+def test_a_guard_of_perplexity_measures_the_ratio(candidates):
+    losses = [np.log(1.01), np.log(1.03), 0.0, 0.0, 0.0]
+    found = guarded_search(candidates, [0.1] * 5, losses, 1.02, "perplexity")
+    assert verdicts(found) == ["kept", "guarded", "kept", "kept", "kept"]
+    assert found.trials[1].judgement.guard_loss == pytest.approx(1.01 * 1.03)
+
+
+def test_a_guard_refuses_a_ratio_of_perplexities_that_is_too_large_for_a_number(candidates):
+    found = guarded_search(candidates, [0.1] * 5, [0.0, 900.0, 0.0, 0.0, 0.0], 1.02, "perplexity")
+    assert verdicts(found) == ["kept", "guarded", "kept", "kept", "kept"]
+    judgement = found.trials[1].judgement
+    assert judgement.guard_loss is None
+    assert judgement.reason == "the ratio of perplexities is too large for a number"
+
+
+def test_many_small_losses_do_not_pass_the_guard_one_by_one(candidates):
+    found = guarded_search(candidates, [0.1] * 5, [0.011] * 5, 0.03, "margin")
+    assert verdicts(found) == ["kept", "kept", "guarded", "guarded", "guarded"]
+
+
+def test_margin_and_semantic_share_a_run_with_a_guard_of_perplexity(text, tiny_folder, pairs):
+    options = {**QUICK, "text": text, "window": 16}
+    free = laser(tiny_folder, pairs, config=LaserConfig(**options))
+    config = LaserConfig(**options, screen="margin", guard="perplexity:1.0001")
+    result = laser(tiny_folder, pairs, config=config)
+    told = [(each["verdict"], each["guard_loss"]) for each in result.results()["candidates"]]
+    assert "guarded" in [verdict for verdict, _ in told]
+    assert all((loss > 1.0001) == (verdict == "guarded") for verdict, loss in told if loss is not None)
+    assert all((loss is None) == (verdict not in ("kept", "guarded")) for verdict, loss in told)
+    assert len(result.search.kept) < len(free.search.kept)

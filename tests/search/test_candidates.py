@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splaser_plugin import LaserConfig, jobs, laser
+from splaser_plugin.artifacts.recipe import Recipe, Step, carry_out
+from splaser_plugin.config.stages import EDGES, parse_ranks
+from splaser_plugin.data.pairs import pairs_from_rows
+from splaser_plugin.errors import ConfigError, MatrixError
+from splaser_plugin.generation.prompts import Prompter
+from splaser_plugin.generation.teacher_forcing import forced_means
+from splaser_plugin.jobs.laser import apply_recipe
+from splaser_plugin.progress import Progress
+from splaser_plugin.scanning.scan import scan_model
+from splaser_plugin.scoring.margin import MarginScorer
+from splaser_plugin.scoring.scores import Scores
+from splaser_plugin.search.candidates import Candidate, by_prediction, by_size, choose_candidates
+from splaser_plugin.search.prediction import sensitivities
+from splaser_plugin.search.search import Judge, Trial, search
+from splaser_plugin.weights.in_memory import Weights
+from tests.conftest import tiny_llama
+
+RUNGS = st.lists(st.sampled_from([*EDGES, *(place / 20 for place in range(1, 20))]), min_size=1, unique=True)
+
+
+@pytest.fixture(scope="module")
+def scanned():
+    weights = Weights(tiny_llama())
+    return scan_model(weights), weights.matrices()[0]
+
+
+@given(RUNGS, st.sampled_from([",", ", ", " ,"]))
+def test_a_ladder_is_read_as_it_was_written(rungs, comma):
+    text = comma.join(map(str, rungs))
+    assert parse_ranks(text) == tuple(rungs)
+    assert LaserConfig(ranks=text).ranks == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("iqr,mpp", r"--ranks: 'mpp' in 'iqr,mpp' is neither an edge \(iqr, mp, gavish-donoho\) nor a fraction"),
+        ("0.5,1.5", "'1.5' in '0.5,1.5' is neither"),
+        ("0", "'0' in '0' is neither"),
+        ("1", "'1' in '1' is neither"),
+        ("nan", "'nan' in 'nan' is neither"),
+        ("iqr,,mp", "'' in 'iqr,,mp' is neither"),
+        ("0.5,mp,0.50", "'0.50' stands twice in '0.5,mp,0.50'"),
+    ],
+)
+def test_a_ladder_that_makes_no_sense_is_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        LaserConfig(ranks=text)
+
+
+def test_without_a_ladder_each_matrix_has_its_edges_rank():
+    assert parse_ranks("") == parse_ranks(" ") == ()
+    with pytest.raises(ConfigError, match="--rank-by: got 'luck', expected one of snr, gradient"):
+        LaserConfig(rank_by="luck")
+
+
+@settings(deadline=None)
+@given(rungs=RUNGS)
+def test_each_matrix_comes_from_gentle_to_hard_and_matrices_by_snr(scanned, rungs):
+    scan, matrices = scanned
+    chosen = choose_candidates(scan, matrices, rungs)
+    places = {found.name: place for place, found in enumerate(scan.ranked("snr"))}
+    keys = [(places[each.matrix.name], -each.rank) for each in chosen]
+    assert keys == sorted(keys)
+    assert len(set(keys)) == len(keys), "no rank of a matrix twice"
+    assert all(1 <= each.rank < min(each.matrix.shape) for each in chosen)
+    by_name = {found.name: found for found in scan.matrices}
+    for each in chosen:
+        edges = by_name[each.matrix.name].edges
+        if each.edge in EDGES:
+            assert (each.rank, each.threshold) == (max(1, edges[each.edge].rank), edges[each.edge].threshold)
+        else:
+            assert each.rank == max(1, round(float(each.edge) * min(each.matrix.shape)))
+            assert each.threshold is None
+        assert each.snr == edges[scan.edge].snr
+        assert each.predicted is None
+
+
+def test_a_ladder_of_the_scans_edge_alone_is_the_published_order(scanned):
+    scan, matrices = scanned
+    assert choose_candidates(scan, matrices, ["iqr"]) == choose_candidates(scan, matrices)
+
+
+def test_a_ladder_that_removes_nothing_is_refused():
+    model = tiny_llama()
+    weights = Weights(model)
+    for matrix in weights.matrices()[0]:
+        weights.write(matrix, torch.eye(*matrix.shape))
+    with pytest.raises(MatrixError, match=r"--ranks keeps every singular value of all 14 matrices.*lower rank"):
+        choose_candidates(scan_model(weights), weights.matrices()[0], ["iqr"])
+
+
+@settings(deadline=None)
+@given(rungs=RUNGS, seed=st.integers(0, 99))
+def test_predicted_candidates_come_best_first(scanned, rungs, seed):
+    plain = choose_candidates(*scanned, rungs)
+    values = torch.randint(-3, 3, (len(plain),), generator=torch.Generator().manual_seed(seed)).double().tolist()
+    ordered = by_prediction(plain, values)
+    told = {(each.matrix, each.rank): value for each, value in zip(plain, values, strict=True)}
+    assert [each.predicted for each in ordered] == sorted(values, reverse=True)
+    assert all(each.predicted == told[each.matrix, each.rank] for each in ordered)
+    places = {(each.matrix, each.rank): place for place, each in enumerate(plain)}
+    keys = [(-told[each.matrix, each.rank], places[each.matrix, each.rank]) for each in ordered]
+    assert keys == sorted(keys), "equals stay in the published order"
+
+
+class Wanted:
+    """A ruler that likes a model better the more of the wanted (name, rank) are true of it, and worse with others."""
+
+    name, size = "wanted", 2
+
+    def __init__(self, weights, wanted):
+        self.weights = weights
+        self.before = {matrix: weights.hold(matrix) for matrix in weights.matrices()[0]}
+        self.wanted = wanted
+
+    def score(self, items, like=None):
+        value = 0.0
+        for matrix, before in self.before.items():
+            if not torch.equal(self.weights.read(matrix), before):
+                rank = int(torch.linalg.matrix_rank(self.weights.read(matrix).double(), rtol=1e-5))
+                value += 32 - rank if (matrix.name, rank) in self.wanted else -100
+        return Scores(tuple(items), tuple(value for _ in items))
+
+
+def tried(candidates, wanted, limit=None):
+    """(place of the matrix, rank, kept) of each trial, and what is needed to look further."""
+    model = tiny_llama()
+    weights = Weights(model)
+    matrices = weights.matrices()[0]
+    chosen = [
+        Candidate(matrices[place], rank, str(rank), None, None, predicted) for place, rank, predicted in candidates
+    ]
+    ruler = Wanted(weights, {(matrices[place].name, rank) for place, rank in wanted})
+    found = search(weights, chosen, Judge(ruler), limit=limit)
+    return [(matrices.index(each.candidate.matrix), each.candidate.rank, each.kept) for each in found.trials], found
+
+
+def test_a_harder_rank_is_tried_only_after_the_gentler_one_was_kept():
+    candidates = [(place, rank, None) for place in (0, 4) for rank in (16, 8, 4)]
+    trials, _ = tried(candidates, {(0, 16), (0, 8), (4, 4)})
+    assert trials == [(0, 16, True), (0, 8, True), (0, 4, False), (4, 16, False)]
+
+
+def test_with_predictions_nothing_gentler_than_what_was_kept_is_tried_and_nothing_else_is_left_out():
+    candidates = [(0, 8, 0.5), (4, 4, 0.4), (0, 16, 0.3), (0, 4, 0.2), (4, 16, 0.1), (4, 8, 0.0)]
+    trials, _ = tried(candidates, {(0, 8), (0, 4), (4, 8)})
+    assert trials == [(0, 8, True), (4, 4, False), (0, 4, True), (4, 16, False), (4, 8, True)]
+
+
+def test_no_more_candidates_are_tried_than_allowed_and_those_passed_over_are_not_counted():
+    candidates = [(place, rank, None) for place in (0, 4, 7) for rank in (16, 8)]
+    trials, _ = tried(candidates, {(0, 16), (0, 8), (7, 16)}, limit=4)
+    assert trials == [(0, 16, True), (0, 8, True), (4, 16, False), (7, 16, True)]
+
+
+def test_a_matrix_that_was_reduced_twice_is_rebuilt_bit_for_bit(tmp_path):
+    trials, found = tried([(0, 16, None), (4, 20, None), (0, 8, None)], {(0, 16), (4, 20), (0, 8)})
+    assert [kept for _, _, kept in trials] == [True] * 3
+    original = Weights(tiny_llama())
+    steps = tuple(
+        Step(each.matrix.name, each.rank, each.edge, each.threshold, each.matrix.shape) for each in found.kept
+    )
+    Recipe("tiny", original.identity(), "float32", steps, {}, {}, {}).save(tmp_path / "recipe.json")
+    again, expected = tiny_llama(), tiny_llama()
+    carry_out(Recipe.load(tmp_path / "recipe.json"), Weights(again))
+    by_hand = Weights(expected)
+    for place, rank in ((0, 16), (4, 20), (0, 8)):
+        by_hand.reduce(by_hand.matrices()[0][place], rank)
+    for mine, theirs in zip(again.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_planted_harmful_component_is_predicted_best(tokenizer, pairs):
+    """One matrix of low rank gets one more, small component, along which the margin falls most steeply."""
+    model = tiny_llama()
+    weights = Weights(model)
+    scorer = MarginScorer(model, Prompter(tokenizer, "chatml", 512), pairs_from_rows(pairs).pairs, batch_size=4)
+    matrix = next(each for each in weights.matrices()[0] if each.name == "model.layers.1.mlp.up_proj")
+    weights.reduce(matrix, 16)
+    left, values, right = torch.linalg.svd(weights.read(matrix), full_matrices=False)
+    healthy = scorer.score(range(4)).mean
+    margin = torch.zeros(())
+    for prompt, (chosen, rejected) in zip(scorer.prompts, scorer.answers, strict=True):
+        margin = margin + forced_means(model, [prompt], [chosen]) - forced_means(model, [prompt], [rejected])
+    (gradient,) = torch.autograd.grad(margin.sum(), weights.parameters[matrix.parameter])
+    outside = torch.eye(64) - left[:, :16] @ left[:, :16].mT, torch.eye(32) - right[:16].mT @ right[:16]
+    up, _, down = torch.linalg.svd(outside[0] @ gradient @ outside[1])
+    weights.write(matrix, weights.read(matrix) - 0.9 * values[15] * torch.outer(up[:, 0], down[0]))
+    assert scorer.score(range(4)).mean < healthy - 0.02
+    scan = scan_model(weights)
+    chosen = choose_candidates(scan, weights.matrices()[0], [0.5])
+    found = sensitivities(weights, scorer, weights.matrices()[0])
+    best = by_prediction(chosen, [found[each.matrix].predicted(each.rank) for each in chosen])[0]
+    assert best.matrix == matrix
+    assert best.predicted > 0
+
+
+QUICK = {"embedder": "self", "max_new_tokens": 4, "candidates": 7, "device": "cpu", "held_out_fraction": 0}
+
+
+@pytest.mark.parametrize("rank_by", ["snr", "gradient"])
+def test_a_run_with_a_ladder_says_what_was_predicted_and_can_be_rebuilt(rank_by, tiny_folder, pairs, tmp_path):
+    config = LaserConfig(**QUICK, rank_by=rank_by, ranks="mp,0.75,0.4")
+    result = laser(tiny_folder, pairs, config=config)
+    told = result.results()["candidates"]
+    assert len(told) == 7
+    assert {each["edge"] for each in told} <= {"mp", "0.75", "0.4"}
+    predicted = [each["predicted"] for each in told]
+    if rank_by == "snr":
+        assert predicted == [None] * 7
+    else:
+        assert predicted == sorted(predicted, reverse=True)
+    assert result.recipe.settings["ranks"] == "mp,0.75,0.4"
+    result.recipe.save(tmp_path / "recipe.json")
+    rebuilt, _ = apply_recipe(tmp_path / "recipe.json", tiny_folder, device="cpu")
+    assert any(step.threshold is None for step in result.recipe.steps), "this run has to keep a fraction"
+    card = (result.save(tmp_path / "saved") / "README.md").read_text()
+    assert "| edge or share kept | threshold |" in card
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(rebuilt.state_dict()[name], value), name
+
+
+def test_a_gradient_without_pairs_is_refused(tiny_folder, tmp_path):
+    (tmp_path / "text.txt").write_text("Some text. " * 200)
+    config = LaserConfig(scorer="perplexity", text=str(tmp_path / "text.txt"), rank_by="gradient")
+    with pytest.raises(ConfigError, match=r"none were given.*--rank-by gradient doesn't"):
+        laser(tiny_folder, None, config=config)
+
+
+class StopsAfterTwo(Progress):
+    seen = 0
+
+    def event(self, event):
+        self.seen += isinstance(event, Trial)
+        if self.seen == 2:
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_run_goes_on_in_the_predicted_order(tiny_folder, pairs, tmp_path, monkeypatch):
+    config = LaserConfig(**QUICK, rank_by="gradient", ranks="mp,0.4")
+    whole = laser(tiny_folder, pairs, config=config)
+    with pytest.raises(KeyboardInterrupt):
+        laser(tiny_folder, pairs, config=config, output=tmp_path / "out", progress=StopsAfterTwo())
+    monkeypatch.setattr(jobs, "sensitivities", None)  # what was predicted once is not predicted again
+    resumed = laser(tiny_folder, pairs, config=config, output=tmp_path / "out")
+    assert [each.candidate for each in resumed.search.trials] == [each.candidate for each in whole.search.trials]
+    assert resumed.recipe == whole.recipe
+
+
+def test_compressing_tries_the_matrices_that_may_lose_the_most_first(scanned):
+    scan, matrices = scanned
+    candidates = choose_candidates(scan, matrices, (0.9, 0.4, 0.2))
+    ordered = by_size(candidates)
+    assert set(ordered) == {each for each in candidates if each.parameters_removed}
+    most = {
+        each.matrix: max(other.parameters_removed for other in ordered if other.matrix == each.matrix)
+        for each in ordered
+    }
+    assert [most[each.matrix] for each in ordered] == sorted((most[each.matrix] for each in ordered), reverse=True)
+    for matrix in most:
+        ranks = [each.rank for each in ordered if each.matrix == matrix]
+        assert ranks == sorted(ranks, reverse=True)
+
+
+def test_with_predictions_the_least_loss_a_parameter_comes_first(scanned):
+    scan, matrices = scanned
+    candidates = choose_candidates(scan, matrices, (0.4, 0.2))
+    predicted = torch.randn(len(candidates), generator=torch.Generator().manual_seed(0)).tolist()
+    ordered = by_size(by_prediction(candidates, predicted))
+    losses = [max(0.0, -each.predicted) / each.parameters_removed for each in ordered]
+    assert losses == sorted(losses)
+    harmless = [each.parameters_removed for each in ordered if each.predicted >= 0]
+    assert len(harmless) > 2
+    assert harmless == [each.parameters_removed for each in ordered[: len(harmless)]] == sorted(harmless, reverse=True)
+
+
+def test_compressing_is_refused_where_no_rank_is_low_enough(scanned):
+    scan, matrices = scanned
+    with pytest.raises(MatrixError, match=r"none of the 14 candidates has fewer parameters .*lower rank to --ranks"):
+        by_size(choose_candidates(scan, matrices, (0.9,)))
+
+
+def test_what_is_stored_whole_counts_as_no_parameters_removed(tokenizer, pairs, tmp_path):
+    options = {
+        "device": "cpu",
+        "candidates": 6,
+        "include": ("embed_tokens", "o_proj"),
+        "ranks": "0.1",
+        "scorer": "margin",
+        "tolerance": 100.0,
+    }
+    config = LaserConfig.from_dict({**options, "accept": "harmless", "save": "factored"})
+    result = laser(
+        tiny_llama(tie_word_embeddings=False), pairs, config=config, tokenizer=tokenizer, output=tmp_path / "out"
+    )
+    kept = {each.matrix.name: each.parameters_removed for each in result.search.kept}
+    assert kept["model.embed_tokens"] == 0
+    before, after = result.parameters
+    assert before - after == result.search.parameters_removed == sum(kept.values()) > 0
+    only = LaserConfig.from_dict({**options, "include": ("embed_tokens",), "objective": "compress"})
+    with pytest.raises(MatrixError, match="none of the 1 candidates has fewer parameters as two factors"):
+        laser(tiny_llama(tie_word_embeddings=False), pairs, config=only, tokenizer=tokenizer)

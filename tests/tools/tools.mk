@@ -1,0 +1,10 @@
+# Runs in the real tools; needs $(BIN) and `models` of the main Makefile, which includes this file.
+TOOLS := .integrations
+
+.PHONY: test-integrations
+
+$(TOOLS)/%/.installed: tests/tools/%.txt tests/tools/build.sh pyproject.toml
+	PYTHON=$(PYTHON) tests/tools/build.sh $* $(@D)
+
+test-integrations: models $(TOOLS)/llamafactory/.installed $(TOOLS)/axolotl/.installed
+	SPLASER_INTEGRATIONS=$(CURDIR)/$(TOOLS) $(BIN)/python -m pytest tests/tools
