@@ -36,7 +36,7 @@ NOT_WITH_UNFROZEN = (
     "lora_embedding_kernel",
 )
 SPECTRUM, SPLASER = "SpectrumPlugin", "SPLaserPlugin"
-PLUGIN = f"splaser_plugin.integrations.configs.axolotl.{SPLASER}"
+PLUGIN = f"splaser_plugin.integrations.axolotl.{SPLASER}"
 LASER = ("before", "after")
 
 STAND_INS: dict[str, dict[str, Any]] = {

@@ -97,7 +97,7 @@ def render(scan: Scan, run: Run | None = None, *, scan_name: str = "scan.json") 
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("splaser_plugin"),
+        loader=PackageLoader("splaser_plugin.artifacts"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

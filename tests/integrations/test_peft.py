@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from splaser_plugin.errors import MatrixError, RankError
-from splaser_plugin.integrations.peft import adapted_modules, adapter_config, lora_config, rank_patterns
+from splaser_plugin.integrations.configs.adapter import adapter_config, rank_patterns
+from splaser_plugin.integrations.peft import adapted_modules, lora_config
 from splaser_plugin.scanning.scan import Scan
 from splaser_plugin.scanning.selection import choose
 from splaser_plugin.weights.matrices import model_matrices

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import splaser_plugin
-from splaser_plugin import LaserConfig, laser, recipe, run_scan
+from splaser_plugin import LaserConfig, laser, run_scan
+from splaser_plugin.artifacts import recipe
 from splaser_plugin.artifacts.recipe import Recipe, Step
 from splaser_plugin.errors import (
     CheckpointError,

@@ -5,13 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splaser_plugin import LaserConfig, jobs, laser
+from splaser_plugin import LaserConfig, laser
 from splaser_plugin.artifacts.recipe import Recipe, Step, carry_out
 from splaser_plugin.config.stages import EDGES, parse_ranks
 from splaser_plugin.data.pairs import pairs_from_rows
 from splaser_plugin.errors import ConfigError, MatrixError
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.generation.teacher_forcing import forced_means
+from splaser_plugin.jobs import laser as jobs
 from splaser_plugin.jobs.laser import apply_recipe
 from splaser_plugin.progress import Progress
 from splaser_plugin.scanning.scan import scan_model

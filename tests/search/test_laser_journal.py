@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from splaser_plugin import LaserConfig, jobs, laser
+from splaser_plugin import LaserConfig, laser
 from splaser_plugin.errors import OutputError, ScoreError
 from splaser_plugin.files.output import check_output, check_space
+from splaser_plugin.jobs import laser as jobs
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.weights.loading import load_model
