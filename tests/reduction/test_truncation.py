@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splaser_plugin.errors import RankError, SpectrumError
+from splaser_plugin.reduction.truncation import decompose
+from splaser_plugin.spectra.spectrum import factors, singular_values, truncate
+
+
+def moments(size, seed, condition=1e3):
+    """A positive definite matrix of float64 whose eigenvalues span the condition number."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors, _ = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
+    return vectors * torch.logspace(0, -np.log10(condition), size, dtype=torch.float64) @ vectors.mT
+
+
+def root(matrix):
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.sqrt() @ vectors.mT
+
+
+def best_by_brute_force(weight, rows, columns, rank):
+    """Truncated SVD of the weighed matrix, brought back with inverse square roots."""
+    left, right = root(rows), root(columns)
+    u, s, v = torch.linalg.svd(left @ weight @ right, full_matrices=False)
+    kept = u[:, :rank] * s[:rank] @ v[:rank]
+    return torch.linalg.inv(left) @ kept @ torch.linalg.inv(right), float(s[rank:].square().sum()) / 2
+
+
+def cost_of(change, rows, columns):
+    return float(torch.trace(change.mT @ rows @ change @ columns)) / 2
+
+
+def random_weight(shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(24, 10), (10, 24), (12, 12)])
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_the_truncation_is_the_optimum_and_costs_what_is_predicted(shape, rank):
+    weight = random_weight(shape)
+    rows, columns = moments(shape[0], 1), moments(shape[1], 2)
+    found = decompose(weight, rows, columns)
+    best, cost = best_by_brute_force(weight, rows, columns, rank)
+    truncated = found.truncated(weight, rank)
+    assert torch.allclose(truncated, best, rtol=0, atol=1e-8 * float(best.abs().max()))
+    assert found.costs[rank] == pytest.approx(cost, rel=1e-8)
+    assert cost_of(truncated - weight, rows, columns) == pytest.approx(cost, rel=1e-8)
+    assert torch.linalg.matrix_rank(truncated, rtol=1e-9) == rank
+
+
+def test_costs_fall_from_losing_everything_to_nothing():
+    weight = random_weight((9, 7))
+    rows, columns = moments(9, 1), moments(7, 2)
+    costs = decompose(weight, rows, columns).costs
+    assert costs.shape == (8,)
+    assert costs[0] == pytest.approx(cost_of(weight, rows, columns))
+    assert costs[-1] == 0
+    assert (np.diff(costs) < 0).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 9), st.integers(2, 9), st.integers(0, 99))
+def test_no_random_matrix_of_the_rank_costs_less(rows_count, columns_count, seed):
+    weight = random_weight((rows_count, columns_count), seed)
+    rows, columns = moments(rows_count, seed + 1), moments(columns_count, seed + 2)
+    found = decompose(weight, rows, columns)
+    rank = 1 + seed % min(rows_count, columns_count)
+    left, right = found.factors(weight, rank)
+    for step in (1e-1, 1e-3):
+        moved = (left + step * random_weight(left.shape, seed)) @ (right + step * random_weight(right.shape, seed + 1))
+        assert cost_of(moved - weight, rows, columns) >= found.costs[rank] - 1e-12
+
+
+def test_a_planted_low_rank_comes_back_without_loss():
+    planted = random_weight((20, 3)) @ random_weight((3, 30), 1)
+    found = decompose(planted, moments(20, 2), moments(30, 3))
+    assert found.costs[3] < 1e-12 * found.costs[0]
+    assert torch.allclose(found.truncated(planted, 3), planted, atol=1e-9)
+
+
+def test_directions_that_no_input_has_go_first():
+    weight = random_weight((8, 6))
+    columns = torch.diag(torch.tensor([1.0, 1.0, 1.0, 1e-9, 1e-9, 1e-9], dtype=torch.float64))
+    found = decompose(weight, None, columns)
+    assert torch.allclose(found.truncated(weight, 3)[:, :3], weight[:, :3], atol=1e-6)
+    assert found.costs[3] < 1e-7
+
+
+@pytest.mark.parametrize("shape", [(24, 10), (10, 24), (8, 8)])
+def test_a_matrix_stored_the_other_way_round_gives_the_same(shape):
+    weight = random_weight(shape)
+    rows, columns = moments(shape[0], 1), moments(shape[1], 2)
+    one, other = decompose(weight, rows, columns), decompose(weight.mT.contiguous(), columns, rows)
+    assert other.costs == pytest.approx(one.costs, rel=1e-9, abs=1e-12)
+    assert torch.allclose(one.truncated(weight, 4), other.truncated(weight.mT.contiguous(), 4).mT, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_with_nothing_weighed_it_is_the_plain_truncation_bit_for_bit(dtype):
+    weight = random_weight((30, 20)).to(dtype)
+    found = decompose(weight, None, None)
+    assert torch.equal(found.truncated(weight, 7), truncate(weight, 7))
+    for one, other in zip(found.factors(weight, 7), factors(weight, 7), strict=True):
+        assert torch.equal(one, other)
+    assert found.costs[7] == pytest.approx((singular_values(weight)[7:] ** 2).sum() / 2)
+
+
+def test_identities_weigh_like_nothing():
+    weight = random_weight((14, 9))
+    weighed = decompose(weight, torch.eye(14, dtype=torch.float64), torch.eye(9, dtype=torch.float64))
+    assert weighed.costs == pytest.approx(decompose(weight, None, None).costs, abs=1e-12)
+    assert torch.allclose(weighed.truncated(weight, 4), truncate(weight, 4), atol=1e-9)
+
+
+def test_one_side_alone_is_whitened_truncation():
+    weight, columns = random_weight((14, 9)), moments(9, 3)
+    best, cost = best_by_brute_force(weight, torch.eye(14, dtype=torch.float64), columns, 4)
+    found = decompose(weight, None, columns)
+    assert torch.allclose(found.truncated(weight, 4), best, atol=1e-9)
+    assert found.costs[4] == pytest.approx(cost)
+
+
+@pytest.mark.parametrize("rank", [3, 17])
+def test_factors_multiply_to_the_truncation_near_full_rank_too(rank):
+    weight = random_weight((20, 18))
+    found = decompose(weight, moments(20, 1, 1e6), moments(18, 2, 1e6))
+    left, right = found.factors(weight, rank)
+    assert left.shape == (20, rank) and right.shape == (rank, 18)
+    assert torch.allclose(left @ right, found.truncated(weight, rank), atol=1e-8)
+
+
+def test_float32_weights_are_cut_as_exactly_as_they_are_stored():
+    weight = random_weight((40, 30)).float()
+    rows, columns = moments(40, 1, 1e5), moments(30, 2, 1e5)
+    _, cost = best_by_brute_force(weight.double(), rows, columns, 12)
+    found = decompose(weight, rows.float(), columns.float())
+    assert found.truncated(weight, 12).dtype == torch.float32
+    assert cost_of(found.truncated(weight, 12).double() - weight.double(), rows, columns) == pytest.approx(
+        cost, rel=1e-3
+    )
+
+
+def test_the_full_rank_is_a_copy():
+    weight = random_weight((6, 5)).bfloat16()
+    copy = decompose(weight, moments(6, 1), moments(5, 2)).truncated(weight, 5)
+    assert torch.equal(copy, weight) and copy.data_ptr() != weight.data_ptr()
+
+
+@pytest.mark.parametrize("rank", [0, 6])
+def test_a_rank_out_of_range_is_refused(rank):
+    weight = random_weight((6, 5))
+    found = decompose(weight, moments(6, 1), moments(5, 2))
+    with pytest.raises(RankError, match=rf"rank {rank}, but a weight of shape \(6, 5\) allows 1 to 5"):
+        found.truncated(weight, rank)
+
+
+def test_moments_that_are_not_those_of_the_weight_are_refused():
+    with pytest.raises(SpectrumError, match=r"moments of shape \(5, 5\) for side 0 of a weight of shape \(6, 5\)"):
+        decompose(random_weight((6, 5)), moments(5, 1), None)
+
+
+def test_moments_of_too_few_tokens_are_refused():
+    x = random_weight((2, 5))
+    with pytest.raises(SpectrumError, match=r"not positive definite\. Shrink them"):
+        decompose(random_weight((6, 5)), None, x.mT @ x)
+
+
+def test_a_weight_with_nan_is_refused():
+    weight = random_weight((6, 5))
+    weight[2, 3] = float("nan")
+    with pytest.raises(SpectrumError, match="hold inf or nan"):
+        decompose(weight, None, moments(5, 1))
