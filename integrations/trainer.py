@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.data.pairs import PairSet
+from splaser_plugin.data.split import Split
 from splaser_plugin.distributed import is_main
 from splaser_plugin.errors import ConfigError, ModelError, PairsError
 from splaser_plugin.files.output import check_output
@@ -28,7 +29,6 @@ from splaser_plugin.scanning.selection import choose
 from splaser_plugin.scoring.embedding import SentenceEmbedder
 from splaser_plugin.scoring.scorers import Rulers, check_rulers
 from splaser_plugin.search.prediction import check_predictable
-from splaser_plugin.search.verdict import Split
 from splaser_plugin.weights.in_memory import Weights, model_name
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from splaser_plugin.errors import printable
 
 if TYPE_CHECKING:
     from splaser_plugin.search.candidates import Candidate
-    from splaser_plugin.search.search import Judgement, Trial
+    from splaser_plugin.search.judge import Judgement
+    from splaser_plugin.search.search import Trial
 
 HEAD = ("", "matrix", "rank", "score", "change", "")
 LEAST_NAME = 16

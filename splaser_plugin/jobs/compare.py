@@ -14,6 +14,7 @@ import numpy as np
 from splaser_plugin.checkpoints.folder import resolve_model, stored_bytes
 from splaser_plugin.config.stages import CompareConfig
 from splaser_plugin.data.pairs import PairSet, PairSource, read_pairs_from
+from splaser_plugin.data.split import LEAST
 from splaser_plugin.data.windows import open_text
 from splaser_plugin.errors import ConfigError, PairsError
 from splaser_plugin.progress import SILENT, Progress, counting
@@ -21,8 +22,8 @@ from splaser_plugin.scanning.records import write_json
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.perplexity import exp, perplexity
 from splaser_plugin.scoring.scorers import Material, Rulers
-from splaser_plugin.scoring.scores import Scores, SemanticScorer
-from splaser_plugin.search.verdict import LEAST
+from splaser_plugin.scoring.scores import Scores
+from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.statistics import can_reach, paired_bootstrap
 from splaser_plugin.weights.loading import check_source, load_model
 

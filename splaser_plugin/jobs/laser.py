@@ -16,6 +16,7 @@ from splaser_plugin.artifacts.recipe import Recipe, Step, carry_out, versions
 from splaser_plugin.checkpoints.folder import stored_bytes
 from splaser_plugin.config.stages import SCORERS, LaserConfig, parse_ranks
 from splaser_plugin.data.pairs import PairSet, PairSource, pairs_sha256, read_pairs_from
+from splaser_plugin.data.split import Split, split_by_prompt, split_by_set, split_windows
 from splaser_plugin.distributed import in_main, my_part
 from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.files.output import check_output, check_space, size
@@ -30,10 +31,11 @@ from splaser_plugin.search.acceptance import Acceptance, Confident, Harmless, Im
 from splaser_plugin.search.candidates import Candidate, by_prediction, by_size, choose_candidates
 from splaser_plugin.search.guard import Guard
 from splaser_plugin.search.journal import BASE, Journal, LaserJournal, RecordedScorer
+from splaser_plugin.search.judge import Judge
 from splaser_plugin.search.prediction import check_predictable, sensitivities
 from splaser_plugin.search.racing import Race
-from splaser_plugin.search.search import Judge, search
-from splaser_plugin.search.verdict import Split, compare, split_by_prompt, split_by_set, split_windows
+from splaser_plugin.search.search import search
+from splaser_plugin.search.verdict import compare
 from splaser_plugin.weights.factored import is_layer
 from splaser_plugin.weights.in_memory import Weights, model_name
 from splaser_plugin.weights.loading import load_model

@@ -16,12 +16,13 @@ from splaser_plugin.artifacts.results import RESULTS_SCHEMA, run_from_results
 from splaser_plugin.config.run_file import run_file
 from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.data.pairs import ROWS, Pair, PairSet
+from splaser_plugin.data.split import Split
 from splaser_plugin.distributed import in_main
 from splaser_plugin.files.output import check_output, held, whole_folder
 from splaser_plugin.scanning.scan import Scan, write_json
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.search import SearchResult, Trial
-from splaser_plugin.search.verdict import HeldOut, Split
+from splaser_plugin.search.verdict import HeldOut
 from splaser_plugin.weights.factored_folder import parameter_counts, save_model
 from splaser_plugin.weights.in_memory import Weights
 

@@ -16,7 +16,8 @@ from splaser_plugin.scoring.embedding import Embedder, SelfEmbedder, SentenceEmb
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.own_scorer import CallableScorer, load_function
 from splaser_plugin.scoring.perplexity import PerplexityScorer
-from splaser_plugin.scoring.scores import Scorer, SemanticScorer
+from splaser_plugin.scoring.scores import Scorer
+from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import context_length
 

@@ -30,7 +30,8 @@ from splaser_plugin.jobs.laser import GRADIENT_PAIRS
 from splaser_plugin.scanning.scan import MatrixScan, matrix_scan
 from splaser_plugin.scoring.embedding import SentenceEmbedder
 from splaser_plugin.scoring.margin import MarginScorer
-from splaser_plugin.scoring.scores import Scorer, SemanticScorer
+from splaser_plugin.scoring.scores import Scorer
+from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.search.prediction import sensitivities
 from splaser_plugin.spectra.spectrum import singular_values
 from splaser_plugin.weights.in_memory import Weights

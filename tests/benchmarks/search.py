@@ -33,11 +33,13 @@ from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scanning.scan import scan_model
 from splaser_plugin.scoring.embedding import SentenceEmbedder
 from splaser_plugin.scoring.margin import MarginScorer
-from splaser_plugin.scoring.scores import Scores, SemanticScorer
+from splaser_plugin.scoring.scores import Scores
+from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.search.acceptance import Acceptance, Confident, Improve
 from splaser_plugin.search.candidates import Candidate, choose_candidates
+from splaser_plugin.search.judge import Judge
 from splaser_plugin.search.racing import Race
-from splaser_plugin.search.search import Judge, SearchResult, Trial, search
+from splaser_plugin.search.search import SearchResult, Trial, search
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import context_length, load_model
 

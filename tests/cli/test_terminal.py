@@ -12,7 +12,8 @@ from splaser_plugin.cli.terminal import Level, TerminalProgress
 from splaser_plugin.cli.trial_table import shortened
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.candidates import Candidate
-from splaser_plugin.search.search import Judgement, Trial
+from splaser_plugin.search.judge import Judgement
+from splaser_plugin.search.search import Trial
 from splaser_plugin.weights.matrices import Matrix
 
 SCORES = Scores((0, 4), (0.25, 0.5))

@@ -12,6 +12,7 @@ import torch
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.config.stages import MeasureConfig
 from splaser_plugin.data.pairs import pairs_from_rows
+from splaser_plugin.data.split import LEAST, split_windows
 from splaser_plugin.data.windows import BLOCK_CHARS, open_text, read_windows
 from splaser_plugin.errors import ConfigError, ScorerError, TextError
 from splaser_plugin.scoring.own_scorer import CallableScorer, load_function
@@ -19,8 +20,8 @@ from splaser_plugin.scoring.perplexity import PerplexityScorer, perplexity
 from splaser_plugin.scoring.scorers import Material, Rulers
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.guard import Guard
-from splaser_plugin.search.search import Judge, search
-from splaser_plugin.search.verdict import LEAST, split_windows
+from splaser_plugin.search.judge import Judge
+from splaser_plugin.search.search import search
 from splaser_plugin.weights.in_memory import Weights
 from tests.conftest import ROOT, tiny_llama
 from tests.jobs.test_jobs import QUICK

@@ -12,7 +12,8 @@ from splaser_plugin.errors import EmbedderError
 from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scoring.embedding import SelfEmbedder, SentenceEmbedder
-from splaser_plugin.scoring.scores import Scores, SemanticScorer
+from splaser_plugin.scoring.scores import Scores
+from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.weights.in_memory import Weights
 from tests.conftest import hub_snapshot
 

@@ -19,8 +19,9 @@ from splaser_plugin.scanning.scan import scan_model
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.candidates import Candidate, by_prediction, by_size, choose_candidates
+from splaser_plugin.search.judge import Judge
 from splaser_plugin.search.prediction import sensitivities
-from splaser_plugin.search.search import Judge, Trial, search
+from splaser_plugin.search.search import Trial, search
 from splaser_plugin.weights.in_memory import Weights
 from tests.conftest import tiny_llama
 

@@ -8,11 +8,12 @@ import torch
 
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.data.pairs import Pair, PairSet, pairs_from_rows
+from splaser_plugin.data.split import LEAST, split_by_prompt, split_by_set
 from splaser_plugin.errors import ConfigError, PairsError
 from splaser_plugin.jobs.laser import read_pairs
 from splaser_plugin.progress import Progress
 from splaser_plugin.scoring.scores import Scores
-from splaser_plugin.search.verdict import LEAST, compare, split_by_prompt, split_by_set
+from splaser_plugin.search.verdict import compare
 from tests.conftest import ROOT, tiny_llama
 from tests.jobs.test_jobs import QUICK, states
 

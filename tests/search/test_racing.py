@@ -8,8 +8,8 @@ from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.acceptance import Improve
+from splaser_plugin.search.judge import Judge
 from splaser_plugin.search.racing import Race
-from splaser_plugin.search.search import Judge
 
 
 class Column:

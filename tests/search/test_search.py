@@ -9,8 +9,9 @@ from splaser_plugin.scanning.scan import scan_model
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.acceptance import Confident, Harmless, Improve
 from splaser_plugin.search.candidates import Candidate, choose_candidates
+from splaser_plugin.search.judge import Judge
 from splaser_plugin.search.racing import Race
-from splaser_plugin.search.search import Judge, search
+from splaser_plugin.search.search import search
 from splaser_plugin.weights.in_memory import Weights
 from tests.conftest import tiny_llama
 
