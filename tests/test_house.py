@@ -1,0 +1,133 @@
+"""What holds for the tree as a whole: where things may lie, what may import what, how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+from importlinter import api
+from setuptools import find_packages
+
+import splaser_plugin
+from tests.conftest import ROOT
+
+LINT = "from importlinter.cli import lint_imports_command as lint; lint()"
+LINES = 400
+"""A file that has as many is two things."""
+TOO_LONG = {"splaser_plugin/artifacts/templates/report.js", "splaser_plugin/cli/app.py"}
+SOURCES = sorted(
+    path
+    for folder in ("splaser_plugin", "integrations")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".js")
+)
+PACKAGES = sorted(path.parent for path in SOURCES if path.name == "__init__.py")
+FOR_WHOLE_RUNS = {"benchmarks", "data", "fuzz", "tools"}
+"""Folders of tests/ that aren't a package's."""
+
+
+def told(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def house_of(path: Path) -> str:
+    """The package's name as it is installed."""
+    parts = path.relative_to(ROOT).parts
+    return ".".join(parts if parts[0] == "splaser_plugin" else ("splaser_plugin", *parts))
+
+
+@pytest.fixture
+def rooms(tmp_path):
+    """A copy of the tree as it is installed, as `make rooms` lays it."""
+    folder = tmp_path / "rooms"
+    leave_out = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "splaser_plugin", folder / "splaser_plugin", ignore=leave_out)
+    shutil.copytree(ROOT / "integrations", folder / "splaser_plugin" / "integrations", ignore=leave_out)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def lint(rooms: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LINT, "--no-cache", "--no-logo"]
+    return subprocess.run(command, cwd=rooms, capture_output=True, text=True, check=False)
+
+
+def test_imports_point_one_way(rooms):
+    result = lint(rooms)
+    assert result.returncode == 0, result.stdout
+    assert "0 broken" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported"),
+    [
+        ("spectra/spectrum.py", "scanning.scan"),
+        ("search/search.py", "jobs.laser"),
+        ("progress.py", "search.candidates"),
+        ("integrations/configs/plan.py", "artifacts.report"),
+        ("artifacts/report.py", "integrations.peft"),
+        ("cli/emit.py", "integrations.peft"),
+        ("scoring/scores.py", "scanning.records"),
+    ],
+)
+def test_an_import_that_points_up_or_aside_is_refused_by_lint(rooms, importer, imported):
+    path = rooms / "splaser_plugin" / importer
+    added = f"\n\ndef _later() -> None:\n    import splaser_plugin.{imported}  # noqa: F401\n"
+    path.write_text(path.read_text(encoding="utf-8") + added, encoding="utf-8")
+    result = lint(rooms)
+    assert result.returncode == 1, result.stdout
+    name = importer.removesuffix(".py").replace("/", ".")
+    assert re.search(rf"splaser_plugin\.{name} ->\s+splaser_plugin\.{imported}", result.stdout), result.stdout
+
+
+def test_every_adapter_has_its_place_in_the_contract():
+    [contract, *_] = api.read_configuration(str(ROOT / "pyproject.toml"))["contracts_options"]
+    named = {name.strip() for layer in contract["layers"] for name in re.split("[|:]", layer)}
+    modules = {path.stem for path in (ROOT / "integrations").glob("*.py")} - {"__init__"} | {"configs"}
+    assert {f"integrations.{module}" for module in modules} == {
+        name for name in named if name.startswith("integrations.")
+    }
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=told)
+def test_a_package_says_in_one_paragraph_what_is_in_it(package):
+    docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8")))
+    assert docstring
+    assert docstring.split("\n\n")[0].rstrip().endswith(".")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=told)
+def test_a_file_stays_short(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert (lines >= LINES) == (told(path) in TOO_LONG), f"{lines} lines"
+
+
+def test_every_package_is_installed():
+    found = {"splaser_plugin", "splaser_plugin.integrations", "splaser_plugin.example_data"}
+    found |= {f"splaser_plugin.{name}" for name in find_packages(str(ROOT / "splaser_plugin"))}
+    found |= {f"splaser_plugin.integrations.{name}" for name in find_packages(str(ROOT / "integrations"))}
+    listed = re.search(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r'"(.*?)"', listed[1])) == found
+    assert {house_of(package) for package in PACKAGES} == found - {"splaser_plugin.example_data"}
+
+
+def test_the_tests_lie_in_folders_of_the_packages_names():
+    packages = {path.name for path in PACKAGES if path.name != "splaser_plugin"}
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders - FOR_WHOLE_RUNS <= packages
+
+
+def test_there_is_one_version_number():
+    assert metadata("splaser-plugin")["Version"] == splaser_plugin.__version__
+    stated = [
+        told(path)
+        for path in [ROOT / "pyproject.toml", *SOURCES]
+        if re.search(rf'version\w* = "{re.escape(splaser_plugin.__version__)}"', path.read_text(encoding="utf-8"))
+    ]
+    assert stated == ["splaser_plugin/__init__.py"]
