@@ -28,7 +28,7 @@ fix: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check: lint types models
+check: lint types docs models
 	$(PYTEST) $(PARALLEL) -m "not browser and not real and not slow"
 
 test: lint types models

@@ -131,3 +131,9 @@ def test_there_is_one_version_number():
         if re.search(rf'version\w* = "{re.escape(splaser_plugin.__version__)}"', path.read_text(encoding="utf-8"))
     ]
     assert stated == ["splaser_plugin/__init__.py"]
+
+
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    names = re.findall(r"^::: splaser_plugin\.(\w+)$", page, re.MULTILINE)
+    assert sorted([*names, "__version__"]) == sorted(splaser_plugin.__all__)
