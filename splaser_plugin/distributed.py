@@ -60,6 +60,13 @@ def broadcast(values: Tensor) -> Tensor:
     return values
 
 
+def add_up(values: Tensor) -> Tensor:
+    """The sum of all processes' values, in place, in every process."""
+    if process_count() > 1:
+        dist.all_reduce(values)
+    return values
+
+
 def my_part(items: Sequence[_Item]) -> list[_Item]:
     """The items that this process works on."""
     return list(items[process_index() :: process_count()])

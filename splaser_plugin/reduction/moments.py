@@ -1,0 +1,244 @@
+"""Statistics of what each weight matrix is for: what it reads, and how much the model's predictions hang on its output.
+
+For y = W x: C = E[x x'] over the tokens that reach the matrix, and G = the sum over those tokens of g g', divided by
+the number of predictions, with g the gradient of the summed losses with respect to y. The labels are drawn from the
+model's own predictions, so that G is the Fisher information and has nothing to do with how well the model predicts.
+A truncation needs no more of them than two squares of the matrix's short side: the moments on that side, and the
+weight weighed by those of the other, W' G W or W C W'. Those are what is added up, from W' g and from W x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from splaser_plugin.distributed import add_up, gather, my_part
+from splaser_plugin.errors import ModelError
+from splaser_plugin.generation.generator import evaluating
+from splaser_plugin.generation.teacher_forcing import forced_logits
+from splaser_plugin.progress import SILENT, Advance, Progress
+from splaser_plugin.reduction.calibration import Row
+from splaser_plugin.reduction.products import watching
+from splaser_plugin.weights.in_memory import Weights
+from splaser_plugin.weights.matrices import Matrix, Skipped
+
+GROUP_BYTES = 2**31
+"""Most memory for the sums of the matrices that share a pass over the rows."""
+OUTLIER = 10.0
+"""A token whose inputs, or output gradients, have a mean square above that many times the row's median is scaled
+down to it: what a model does at its attention sink says nothing of the other tokens."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of one matrix W, its short side being its columns (read W' where they aren't), in float32 on the model's device.
+
+    Normalised so that 1/2 tr(dW' G dW C) is in nats a prediction.
+    """
+
+    short: Tensor
+    """Second moments on the short side, (short, short): C or G."""
+    gram: Tensor
+    """W' M W for the second moments M on the long side, (short, short)."""
+    long_mean: float
+    """Mean of M's diagonal."""
+    short_is_inputs: bool
+    """Whether the short side are the inputs, so that `short` is C and M is G, or the other way round."""
+    tokens: int
+    """How many tokens reached the matrix."""
+
+
+def measure(
+    weights: Weights,
+    matrices: Sequence[Matrix],
+    rows: Sequence[Row],
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    group_bytes: int = GROUP_BYTES,
+    progress: Progress = SILENT,
+) -> Iterator[tuple[Matrix, Moments | Skipped]]:
+    """Measure the moments of each matrix on the rows.
+
+    Memory beside the model and one row's activations: two squares of the short side in float32 for each matrix of a
+    group, at most `group_bytes` together (but at least one matrix). Each group takes a pass over the rows. Rows go
+    one at a time, so nothing is padded. Several processes share the rows, and all get the same numbers.
+
+    Args:
+        weights: The model's, dense; under LoRA adapters the merged weights are what is measured.
+        matrices: Which of them.
+        rows: Token ids, each no longer than the model's context.
+        samples: Labels drawn for each prediction, with one backward pass each.
+        seed: Of the labels.
+        group_bytes: See above.
+        progress: Told of each row of each group.
+
+    Yields:
+        Every matrix, in their order, with its moments; or with the reason why it has none: no token reached it, or
+        the model multiplies by it in a way that can't be followed.
+
+    Raises:
+        ModelError: The model is sharded over processes, or computes inf or nan on a row.
+    """
+    if weights.is_sharded:
+        raise ModelError(
+            "the statistics of a reduction need whole matrices and gradients, and this model is sharded over "
+            "processes. Use --reduce svd, or run splaser on the saved model."
+        )
+    groups = _groups(matrices, group_bytes)
+    predictions = samples * sum(row.predictions for row in rows)
+    with progress.phase("statistics", len(groups) * len(my_part(rows))) as advance:
+        for group in groups:
+            sums = _add_up(weights, group, rows, samples, seed, advance)
+            for matrix in group:
+                yield matrix, sums[matrix].moments(predictions)
+
+
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One label for each prediction, as likely as the model holds it to be.
+
+    Args:
+        logits: (predictions, vocabulary).
+        generator: On the CPU, so that every device draws alike.
+
+    Returns:
+        (predictions,) int64.
+    """
+    likelihood = logits.detach().float().softmax(-1).cumsum(-1)
+    uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device) * likelihood[:, -1:]
+    return torch.searchsorted(likelihood, uniform, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+
+
+def _groups(matrices: Sequence[Matrix], group_bytes: int) -> list[list[Matrix]]:
+    groups: list[list[Matrix]] = []
+    room = 0
+    for matrix in matrices:
+        needed = 8 * min(matrix.shape) ** 2
+        if not groups or needed > room:
+            groups.append([])
+            room = group_bytes
+        groups[-1].append(matrix)
+        room -= needed
+    return groups
+
+
+class _Sums:
+    """What is added up for one matrix."""
+
+    def __init__(self, weights: Weights, matrix: Matrix) -> None:
+        self._weights = weights
+        self._matrix = matrix
+        self._upright = matrix.shape[0] >= matrix.shape[1]
+        short, device = min(matrix.shape), weights.parameters[matrix.parameter].device
+        self.short = torch.zeros(short, short, device=device)
+        self.gram = torch.zeros(short, short, device=device)
+        self.counts = _Counts()
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor | None, gradients: Tensor, columns_are_inputs: bool) -> None:
+        """A product's inputs (tokens, inputs), None where they were added, and output gradients (tokens, outputs)."""
+        short_is_inputs = self._upright == columns_are_inputs
+        self.counts.short_is_inputs = short_is_inputs
+        if inputs is not None:
+            self.counts.tokens += len(inputs)
+            self._add_side(_bounded(inputs.float()), is_short=short_is_inputs)
+        self._add_side(_bounded(gradients.float()), is_short=not short_is_inputs)
+
+    def _add_side(self, values: Tensor, *, is_short: bool) -> None:
+        if is_short:
+            self.short.addmm_(values.mT, values)
+            return
+        self.counts.long_trace += float(values.square().sum())
+        weight = self._weights.read(self._matrix).float()
+        values = values @ (weight if self._upright else weight.mT)
+        self.gram.addmm_(values.mT, values)
+
+    def moments(self, predictions: int) -> Moments | Skipped:
+        if not self.counts.tokens:
+            return Skipped(self._matrix.name, self._why_unseen())
+        of_inputs, of_gradients = 1 / self.counts.tokens, 1 / predictions
+        if not self.counts.short_is_inputs:
+            of_inputs, of_gradients = of_gradients, of_inputs
+        return Moments(
+            self.short * of_inputs,
+            self.gram * of_gradients,
+            self.counts.long_trace * of_gradients / max(self._matrix.shape),
+            self.counts.short_is_inputs,
+            self.counts.tokens,
+        )
+
+    def _why_unseen(self) -> str:
+        if self._matrix.expert is not None:
+            return "no calibration token was routed to this expert"
+        return "the model never multiplies by this matrix as it is, so what it reads isn't known"
+
+
+@dataclass
+class _Counts:
+    tokens: int = 0
+    long_trace: float = 0.0
+    short_is_inputs: bool = True
+
+    def add(self, other: _Counts) -> None:
+        if other.tokens:
+            self.tokens += other.tokens
+            self.long_trace += other.long_trace
+            self.short_is_inputs = other.short_is_inputs
+
+
+def _bounded(values: Tensor) -> Tensor:
+    """Outliers among the tokens scaled down, see OUTLIER. values: (tokens, size)."""
+    squares = values.square().sum(1)
+    present = squares[squares > 0]
+    if len(present) == 0:
+        return values
+    limit = OUTLIER * present.median()
+    return values * (limit / squares.clamp(min=limit)).sqrt()[:, None]
+
+
+def _add_up(
+    weights: Weights, group: Sequence[Matrix], rows: Sequence[Row], samples: int, seed: int, advance: Advance
+) -> dict[Matrix, _Sums]:
+    sums = {matrix: _Sums(weights, matrix) for matrix in group}
+    inputs_are_new = True
+
+    def see(matrix: Matrix, inputs: Tensor, gradients: Tensor, columns_are_inputs: bool) -> None:
+        sums[matrix].add(inputs if inputs_are_new else None, gradients, columns_are_inputs)
+
+    def add_up_mine() -> list[list[_Counts]]:
+        nonlocal inputs_are_new
+        with watching(weights, group, see), evaluating(weights.model):
+            for place in my_part(range(len(rows))):
+                logits = _predict(weights.model, rows[place])
+                generator = torch.Generator().manual_seed(seed + place)
+                for sample in range(samples):
+                    inputs_are_new = sample == 0
+                    loss = functional.cross_entropy(logits, draw(logits, generator), reduction="sum")
+                    if loss.requires_grad:  # not where no token reaches a matrix of this group
+                        loss.backward(retain_graph=sample + 1 < samples)
+                advance(1)
+        return [[each.counts for each in sums.values()]]
+
+    counts = gather(add_up_mine)
+    for place, each in enumerate(sums.values()):
+        add_up(each.short)
+        add_up(each.gram)
+        each.counts = _Counts()
+        for process in counts:
+            each.counts.add(process[place])
+        if not (torch.isfinite(each.short).all() and torch.isfinite(each.gram).all()):
+            raise ModelError(
+                f"{group[place].name} reads or gets inf or nan in the calibration rows: the model can't be reduced by "
+                "what it computes. Load it in float32 or bfloat16, or use --reduce svd."
+            )
+    return sums
+
+
+def _predict(model: torch.nn.Module, row: Row) -> Tensor:
+    """Logits of the row's predictions, (predictions, vocabulary), float32."""
+    asked, said = row.tokens[: row.first + 1], row.tokens[row.first + 1 :]
+    return forced_logits(model, [asked], [(*said, 0)])[0].float()

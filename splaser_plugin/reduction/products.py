@@ -1,0 +1,128 @@
+"""What each weight matrix of a model is multiplied by, and the gradient of what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from splaser_plugin.weights.in_memory import Weights
+from splaser_plugin.weights.matrices import Matrix
+
+See = Callable[[Matrix, Tensor, Tensor, bool], None]
+"""Called in the backward pass with a matrix, its inputs (tokens, inputs), the gradient of its outputs
+(tokens, outputs), and whether the matrix's columns, as it is stored, are the inputs."""
+
+_BY_ROWS_OF_OUTPUTS = {functional.linear: (0, "input", 1, "weight")}
+_BY_ROWS_OF_INPUTS: dict[Any, tuple[int, str, int, str]] = {
+    torch.matmul: (0, "input", 1, "other"),
+    torch.Tensor.matmul: (0, "self", 1, "other"),
+    torch.Tensor.__matmul__: (0, "self", 1, "other"),
+    torch.mm: (0, "input", 1, "mat2"),
+    torch.Tensor.mm: (0, "self", 1, "mat2"),
+    torch.bmm: (0, "input", 1, "mat2"),
+    torch.Tensor.bmm: (0, "self", 1, "mat2"),
+    torch.addmm: (1, "mat1", 2, "mat2"),
+    torch.Tensor.addmm: (1, "mat1", 2, "mat2"),
+}
+"""Functions that multiply by a weight, to the places and names of the inputs and of the weight."""
+
+
+class _Products(TorchFunctionMode):
+    """Tells of each product with one of the matrices: those of `torch.nn.functional.linear`, matmul and their like.
+
+    A weight is known by its address, so that a linear layer, a Conv1D, the layer inside PEFT's and an expert's slice
+    of a fused parameter are all found in the same way.
+    """
+
+    def __init__(self, weights: Weights, matrices: Sequence[Matrix], see: See) -> None:
+        super().__init__()
+        self._see = see
+        self._at: dict[int, list[tuple[Matrix, Tensor]]] = {}
+        for matrix in matrices:
+            stored = matrix.view(weights.parameters[matrix.parameter].detach())
+            self._at.setdefault(stored.data_ptr(), []).append((matrix, stored))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        outputs = func(*args, **kwargs)
+        columns_are_inputs = func in _BY_ROWS_OF_OUTPUTS
+        places = _BY_ROWS_OF_OUTPUTS.get(func) or _BY_ROWS_OF_INPUTS.get(func)
+        if places is None:
+            return outputs
+        inputs = args[places[0]] if len(args) > places[0] else kwargs.get(places[1])
+        weight = args[places[2]] if len(args) > places[2] else kwargs.get(places[3])
+        if not (isinstance(inputs, Tensor) and isinstance(weight, Tensor)):
+            return outputs
+        slices: list[tuple[Tensor, Tensor, int | None]] = [(weight, inputs, None)]
+        if weight.ndim == 3 and inputs.ndim == 3:
+            slices = [(weight[place], inputs[place], place) for place in range(len(weight))]
+        seen = [(*found, part, place) for each, part, place in slices if (found := self._find(each))]
+        if not seen:
+            return outputs
+        if not outputs.requires_grad:  # nothing that is watched comes before it
+            outputs = outputs.requires_grad_().clone()
+
+        def told(gradient: Tensor) -> None:
+            for matrix, as_stored, part, place in seen:
+                mine = gradient if place is None else gradient[place]
+                self._see(matrix, _flat(part.detach()), _flat(mine), columns_are_inputs == as_stored)
+
+        outputs.register_hook(told)
+        return outputs
+
+    def _find(self, weight: Tensor) -> tuple[Matrix, bool] | None:
+        """Which matrix that is, and whether its rows are the weight's rows."""
+        for matrix, stored in self._at.get(weight.data_ptr(), ()) if weight.ndim == 2 else ():
+            if weight.shape == stored.shape and weight.stride() == stored.stride():
+                return matrix, True
+            if weight.mT.shape == stored.shape and weight.mT.stride() == stored.stride():
+                return matrix, False
+        return None
+
+
+def _flat(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1])
+
+
+@contextmanager
+def watching(weights: Weights, matrices: Sequence[Matrix], see: See) -> Iterator[None]:
+    """Inside, a forward and a backward pass of the model tell of every product with one of the matrices.
+
+    No parameter gets a gradient, and the backward pass goes only as deep as the first of the matrices. Fused experts
+    are computed one after the other meanwhile. All is afterwards as before.
+    """
+    before = [(each, each.requires_grad) for each in weights.model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        with one_expert_at_a_time(weights.model), torch.enable_grad(), _Products(weights, matrices, see):
+            yield
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
+    """Inside, transformers' fused experts are a loop over slices of their parameters."""
+    configs: dict[int, Any] = {
+        id(each): each for module in model.modules() if _switchable(each := getattr(module, "config", None))
+    }
+    before = [(each, each._experts_implementation) for each in configs.values()]
+    try:
+        for config, _ in before:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for config, was in before:
+            config._experts_implementation = was
+
+
+def _switchable(config: Any) -> bool:
+    return getattr(config, "_experts_implementation", None) is not None

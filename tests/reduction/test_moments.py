@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from splaser_plugin.errors import ModelError
+from splaser_plugin.reduction import moments
+from splaser_plugin.reduction.calibration import Row, answer_rows, first_tokens, window_rows
+from splaser_plugin.reduction.moments import Moments, draw, measure
+from splaser_plugin.weights.in_memory import Weights
+from splaser_plugin.weights.matrices import Skipped
+from tests.conftest import tiny_llama
+from tests.reduction.models import tiny_fused, tiny_gpt2
+
+ROWS = [Row(tuple(range(5, 30))), Row(tuple(range(90, 130)), 12), Row((3, 1, 4, 1, 5, 9, 2, 6))]
+
+
+def labels_of(row, sample=0):
+    generator = torch.Generator().manual_seed(1000 * sample + row.tokens[0])
+    return torch.randint(512, (row.predictions,), generator=generator)
+
+
+@pytest.fixture
+def fixed_labels(monkeypatch):
+    """Labels are given in place of drawn: sample by sample, row by row."""
+    queue = []
+
+    def use(rows, samples=1, passes=1):
+        queue.extend([labels_of(row, sample) for row in rows for sample in range(samples)] * passes)
+
+    monkeypatch.setattr(moments, "draw", lambda logits, generator: queue.pop(0))
+    return use
+
+
+def bounded(values):
+    squares = values.square().sum(1)
+    limit = moments.OUTLIER * squares[squares > 0].median()
+    scales = [min(1.0, float(limit / square)) ** 0.5 if square else 1.0 for square in squares]
+    return values * torch.tensor(scales, dtype=values.dtype)[:, None]
+
+
+def measured_slowly(model, rows, samples=1):
+    """C and G of every linear layer, from each token's own input and gradient, in float64."""
+    layers = {name: each for name, each in model.named_modules() if isinstance(each, (nn.Linear, Conv1D))}
+    inputs = {name: [] for name in layers}
+    gradients = {name: [] for name in layers}
+    for row in rows:
+        for sample in range(samples):
+            outputs = {}
+            handles = []
+            for name, layer in layers.items():
+
+                def keep(module, given, output, name=name, sample=sample, outputs=outputs):
+                    output.retain_grad()
+                    outputs[name] = output
+                    if sample == 0:
+                        inputs[name].append(bounded(given[0][0].detach().double()))
+
+                handles.append(layer.register_forward_hook(keep))
+            logits = model(input_ids=torch.tensor([row.tokens])).logits[0, row.first :]
+            functional.cross_entropy(logits, labels_of(row, sample), reduction="sum").backward()
+            for name, output in outputs.items():
+                gradients[name].append(bounded(output.grad[0].double()))
+            for handle in handles:
+                handle.remove()
+    predictions = samples * sum(row.predictions for row in rows)
+    found = {}
+    for name in layers:
+        x, g = torch.cat(inputs[name]), torch.cat(gradients[name])
+        found[name] = x.mT @ x / len(x), g.mT @ g / predictions
+    return found
+
+
+def check(found: Moments, weight, inputs, outputs):
+    """weight: (outputs, inputs)"""
+    short, long_side = (inputs, outputs) if found.short_is_inputs else (outputs, inputs)
+    upright = weight if found.short_is_inputs else weight.mT
+    gram = upright.mT @ long_side @ upright
+    for got, expected in ((found.short, short), (found.gram, gram)):
+        assert torch.allclose(got.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    assert found.long_mean == pytest.approx(float(long_side.diagonal().mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("model_of", [lambda: tiny_llama(vocabulary=512), tiny_gpt2])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_they_are_those_of_each_token_taken_by_itself(model_of, samples, fixed_labels):
+    model = model_of()
+    weights = Weights(model)
+    matrices = weights.matrices()[0]
+    fixed_labels(ROWS, samples)
+    found = dict(measure(weights, matrices, ROWS, samples=samples))
+    expected = measured_slowly(model, ROWS, samples)
+    assert list(found) == matrices
+    for matrix in matrices:
+        inputs, outputs = expected[matrix.name]
+        weight = weights.read(matrix).double()
+        check(found[matrix], weight.mT if matrix.transposed else weight, inputs, outputs)
+        assert found[matrix].tokens == sum(len(row.tokens) for row in ROWS)
+
+
+def test_groups_that_take_turns_give_the_numbers_of_one(fixed_labels):
+    weights = Weights(tiny_llama(vocabulary=512))
+    matrices = weights.matrices()[0]
+    fixed_labels(ROWS)
+    together = dict(measure(weights, matrices, ROWS))
+    groups = moments._groups(matrices, 3 * 8 * 32 * 32)
+    assert len(groups) > 3 and [matrix for group in groups for matrix in group] == matrices
+    fixed_labels(ROWS, passes=len(groups))
+    apart = dict(measure(weights, matrices, ROWS, group_bytes=3 * 8 * 32 * 32))
+    for matrix in matrices:
+        assert torch.allclose(apart[matrix].short, together[matrix].short, rtol=1e-4, atol=1e-7)
+        assert torch.allclose(apart[matrix].gram, together[matrix].gram, rtol=1e-4, atol=1e-7)
+
+
+def test_a_stack_of_experts_has_the_moments_of_experts_apart(fixed_labels):
+    """Mixtral computed by hand, every expert by itself: inputs of the tokens routed to it, gradients of its outputs."""
+    model = tiny_fused("mixtral")
+    weights = Weights(model)
+    matrices = weights.matrices(["experts.down_proj"])[0]
+    rows = ROWS[:1]
+    fixed_labels(rows)
+    found = dict(measure(weights, matrices, rows))
+    experts = model.model.layers[1].mlp.experts
+    seen, routed = {}, {}
+
+    def by_hand(module, given, output):
+        states, places, shares = given
+        total = torch.zeros_like(states)
+        for expert in range(experts.num_experts):
+            token, which = (places == expert).nonzero(as_tuple=True)
+            gate, up = (states[token] @ experts.gate_up_proj[expert].mT).chunk(2, dim=-1)
+            hidden = functional.silu(gate) * up
+            out = hidden @ experts.down_proj[expert].mT
+            out.retain_grad()
+            seen[expert], routed[expert] = hidden.detach(), out
+            total = total.index_add(0, token, out * shares[token, which, None])
+        return total
+
+    handle = experts.register_forward_hook(by_hand)
+    logits = model(input_ids=torch.tensor([rows[0].tokens])).logits[0]
+    functional.cross_entropy(logits, labels_of(rows[0]), reduction="sum").backward()
+    handle.remove()
+    for matrix in matrices:
+        if matrix.block != 1:
+            continue
+        got = found[matrix]
+        if isinstance(got, Skipped):
+            assert len(seen[matrix.expert]) == 0
+            assert got.reason == "no calibration token was routed to this expert"
+            continue
+        x, g = bounded(seen[matrix.expert].double()), bounded(routed[matrix.expert].grad.double())
+        assert got.tokens == len(x)
+        check(got, weights.read(matrix).double(), x.mT @ x / len(x), g.mT @ g / rows[0].predictions)
+
+
+def test_a_matrix_that_no_product_reads_is_told_with_the_reason(fixed_labels):
+    weights = Weights(tiny_llama(vocabulary=512))
+    matrices = weights.matrices()[0]
+    mlp = weights.model.model.layers[0].mlp
+    mlp.forward = lambda x: torch.einsum(  # a way to multiply that is not followed
+        "...i,oi->...o", functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight
+    )
+    fixed_labels(ROWS)
+    found = {matrix.name: each for matrix, each in measure(weights, matrices, ROWS)}
+    assert found.pop("model.layers.0.mlp.down_proj").reason.startswith("the model never multiplies by this matrix")
+    assert all(isinstance(each, Moments) for each in found.values())
+
+
+def test_labels_are_drawn_as_often_as_the_model_expects_them():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]]).expand(20_000, 4)
+    labels = draw(logits, torch.Generator().manual_seed(0))
+    shares = labels.bincount(minlength=4) / len(labels)
+    assert torch.allclose(shares, logits[0].softmax(-1), atol=0.015)
+    assert shares[3] == 0
+
+
+def test_the_same_run_twice_gives_the_same_bits():
+    weights = Weights(tiny_llama(vocabulary=512))
+    matrices = weights.matrices()[0]
+    for (_, one), (_, other) in zip(measure(weights, matrices, ROWS), measure(weights, matrices, ROWS), strict=True):
+        assert torch.equal(one.short, other.short) and torch.equal(one.gram, other.gram)
+
+
+def test_a_token_like_an_attention_sink_counts_no_more_than_ten_others():
+    values = torch.ones(20, 4)
+    values[0] *= 1000
+    limited = moments._bounded(values)
+    assert torch.equal(limited[1:], values[1:])
+    assert limited[0].square().sum() == pytest.approx(10 * 4)
+    nothing = torch.zeros(3, 4)
+    assert torch.equal(moments._bounded(nothing), nothing)
+
+
+def test_a_model_that_computes_nan_is_refused():
+    model = tiny_llama(vocabulary=512)
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.inf
+    weights = Weights(model)
+    with pytest.raises(ModelError, match="reads or gets inf or nan in the calibration rows"):
+        list(measure(weights, weights.matrices()[0], ROWS))
+
+
+def test_rows_of_pairs_count_the_answers_predictions_and_those_of_text_all():
+    (pair,) = answer_rows([[1, 2, 3]], [[4, 5]])
+    assert (pair.tokens, pair.first, pair.predictions) == ((1, 2, 3, 4, 5), 2, 3)
+    (window,) = window_rows([[7, 8, 9]])
+    assert (window.first, window.predictions) == (0, 3)
+    rows = window_rows([[1] * 10] * 5)
+    assert len(first_tokens(rows, 25)) == 3
+    assert len(first_tokens(rows, 1)) == 1
+    assert len(first_tokens(rows, 1000)) == 5

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from splaser_plugin.reduction.products import watching
+from splaser_plugin.weights.adapted import MergedWeights
+from splaser_plugin.weights.in_memory import Weights
+from tests.conftest import tiny_llama
+from tests.reduction.models import FUSED, tiny_fused, tiny_gpt2
+
+IDS = torch.arange(7, 47).reshape(2, 20) * 11 % 512
+
+
+def loss_of(model):
+    logits = model(input_ids=IDS, use_cache=False).logits
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum")
+
+
+def watched(weights, matrices):
+    """Sum over tokens of (outer product as the matrix is stored), and how many tokens there were, by name."""
+    sums, tokens = {}, {}
+
+    def see(matrix, inputs, gradients, columns_are_inputs):
+        outer = gradients.mT @ inputs if columns_are_inputs else inputs.mT @ gradients
+        sums[matrix.name] = sums.get(matrix.name, 0) + outer
+        tokens[matrix.name] = tokens.get(matrix.name, 0) + len(inputs)
+
+    with watching(weights, matrices, see):
+        loss_of(weights.model).backward()
+    return sums, tokens
+
+
+def check_against_gradients(weights, sums):
+    """The gradient of a weight is the sum over tokens of its output's gradient times its input."""
+    model = weights.model
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    with torch.enable_grad():
+        loss_of(model).backward()
+    for matrix in weights.matrices()[0]:
+        expected = matrix.view(weights.parameters[matrix.parameter].grad)
+        if matrix.name in sums:
+            assert torch.allclose(
+                sums[matrix.name], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()) + 1e-7
+            )
+        else:
+            assert expected.abs().max() == 0, f"{matrix.name} has a gradient and was not seen"
+
+
+@pytest.mark.parametrize("model_of", [tiny_llama, tiny_gpt2])
+def test_inputs_times_gradients_are_the_gradient_of_the_weight(model_of):
+    weights = Weights(model_of())
+    matrices = weights.matrices()[0]
+    sums, tokens = watched(weights, matrices)
+    assert set(sums) == {matrix.name for matrix in matrices}
+    assert set(tokens.values()) == {IDS.numel()}
+    check_against_gradients(weights, sums)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("kind", FUSED)
+def test_experts_see_the_tokens_routed_to_them(kind, implementation):
+    model = tiny_fused(kind)
+    if hasattr(model, "set_experts_implementation") and kind != "llama4":
+        model.set_experts_implementation(implementation)
+    weights = Weights(model)
+    matrices = weights.matrices()[0]
+    experts = [matrix for matrix in matrices if matrix.expert is not None]
+    assert experts
+    before = model.config._experts_implementation
+    sums, tokens = watched(weights, matrices)
+    assert model.config._experts_implementation == before
+    check_against_gradients(weights, sums)
+    if kind == "mixtral":
+        down = [tokens.get(each.name, 0) for each in experts if each.type.endswith("down_proj")]
+        assert sum(down) == 2 * 2 * IDS.numel(), "two experts a token in each of two blocks"
+
+
+def test_under_lora_the_base_layer_is_what_is_seen():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    model.eval()
+    weights = MergedWeights(model)
+    matrices = weights.matrices()[0]
+    merged = {matrix: weights.read(matrix).clone() for matrix in matrices}
+    sums, _ = watched(weights, matrices)
+    plain = Weights(tiny_llama())
+    for matrix in plain.matrices()[0]:
+        plain.write(matrix, merged[matrix])
+    check_against_gradients(plain, sums)
+
+
+def test_the_backward_pass_goes_no_deeper_than_the_first_matrix():
+    weights = Weights(tiny_llama())
+    last = [matrix for matrix in weights.matrices()[0] if matrix.block == 1]
+    seen = []
+    with watching(weights, last, lambda matrix, *_: seen.append(matrix.name)):
+        assert not weights.model.model.layers[0](torch.ones(1, 3, 32), position_embeddings=rotary(3)).requires_grad
+        loss_of(weights.model).backward()
+    assert len(seen) == len(last)
+
+
+def rotary(length):
+    return torch.ones(1, length, 8), torch.zeros(1, length, 8)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_everything_is_afterwards_as_before(fails):
+    model = tiny_fused("mixtral")
+    model.set_experts_implementation("grouped_mm")
+    for place, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(place % 2 == 0)
+        parameter.grad = torch.ones_like(parameter) if place % 3 == 0 else None
+    before = [(each.requires_grad, each.grad) for each in model.parameters()]
+    weights = Weights(model)
+
+    def see(*_):
+        if fails:
+            raise ZeroDivisionError
+
+    try:
+        with watching(weights, weights.matrices()[0], see):
+            loss_of(model).backward()
+    except ZeroDivisionError:
+        assert fails
+    for parameter, (requires_grad, gradient) in zip(model.parameters(), before, strict=True):
+        assert parameter.requires_grad is requires_grad
+        assert parameter.grad is gradient
+        assert gradient is None or bool((gradient == 1).all())
+    assert model.config._experts_implementation == "grouped_mm"
