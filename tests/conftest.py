@@ -1,8 +1,7 @@
-"""Models for the tests: tiny ones built here, and the real ones that `make models` prepares."""
+"""Fixtures of all tests: tiny models, and the real ones that `make models` prepares."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,45 +13,16 @@ import torch
 
 from splaser_plugin.cli.app import main
 from splaser_plugin.cli.demo import prepare_embedder, prepare_model
-
-ROOT = Path(__file__).parents[1]
+from splaser_plugin.search.candidates import Candidate
+from splaser_plugin.weights.in_memory import Weights
+from tests.builders import PROSE, ROOT, save_rows, tiny_llama
 
 torch.set_num_threads(1)  # the tiny models here are slower on two
 
 
-def tiny_llama(seed: int = 0, vocabulary: int = 49152, **changes):
-    """A two-block Llama that speaks SmolLM2's vocabulary."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings = {
-        "vocab_size": vocabulary,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-        "bos_token_id": 1,
-        "initializer_range": 0.3,
-    }
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
-
-
-def hub_snapshot(cache: Path, name: str) -> Path:
-    """Where the hub's cache has this model, by the layout it has; the folder itself is still to be made."""
-    commit = "a" * 40
-    repository = cache / f"models--{name.replace('/', '--')}"
-    for folder in ("snapshots", "refs"):
-        (repository / folder).mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    return repository / "snapshots" / commit
-
-
 @pytest.fixture
 def tiny_model():
+    """A two-block Llama."""
     return tiny_llama()
 
 
@@ -101,10 +71,23 @@ def pairs() -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def pairs_file(tmp_path, pairs):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+def pairs_file(tmp_path, pairs) -> str:
+    """A jsonl file of these pairs."""
+    return str(save_rows(tmp_path / "pairs.jsonl", pairs))
+
+
+@pytest.fixture
+def text(tmp_path) -> str:
+    """A file with a few hundred words of prose."""
+    path = tmp_path / "prose.txt"
+    path.write_text(PROSE, encoding="utf-8")
     return str(path)
+
+
+@pytest.fixture
+def candidates(tiny_model) -> list[Candidate]:
+    """The first five matrices of the tiny model, each to be reduced to rank 4."""
+    return [Candidate(matrix, 4, "iqr", 1.0, 0.5) for matrix in Weights(tiny_model).matrices()[0][:5]]
 
 
 @pytest.fixture

@@ -24,13 +24,9 @@ from splaser_plugin.errors import ModelError
 from splaser_plugin.jobs.laser import laser_weights, read_pairs
 from splaser_plugin.search.journal import RecordedScorer
 from splaser_plugin.weights.in_memory import Weights
+from tests.builders import THREE_PAIRS
 
 CONFIG = LaserConfig(embedder="self", max_new_tokens=6, candidates=5, edge="mp", batch_size=2)
-PAIRS = [
-    {"prompt": "What is the capital of France?", "chosen": "Paris.", "rejected": "Bananas."},
-    {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "Ask somebody else."},
-    {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "Go away."},
-]
 
 
 def digest(weights: Weights) -> str:
@@ -55,7 +51,7 @@ def engine(folder: Path, model_folder: str) -> None:
     if "WORLD_SIZE" in os.environ:
         shard(model)
     weights = Weights(model)
-    result = laser_weights(weights, tokenizer, read_pairs(PAIRS, CONFIG), config=CONFIG, name="tiny")
+    result = laser_weights(weights, tokenizer, read_pairs(THREE_PAIRS, CONFIG), config=CONFIG, name="tiny")
     finish(folder, weights, result)
     result.save(folder / "saved")
 
@@ -75,12 +71,12 @@ def resumed(folder: Path, model_folder: str) -> None:
 
     RecordedScorer.score = stopping
     with suppress(KeyboardInterrupt):
-        laser(model_folder, PAIRS, config=CONFIG, output=folder / "out")
+        laser(model_folder, THREE_PAIRS, config=CONFIG, output=folder / "out")
     RecordedScorer.score = measure
     if is_main():
         left = (folder / "out" / "journal.jsonl").read_text().splitlines()
         (folder / "left.txt").write_text(str(len(left)))
-    result = laser(model_folder, PAIRS, config=CONFIG, output=folder / "out")
+    result = laser(model_folder, THREE_PAIRS, config=CONFIG, output=folder / "out")
     finish(folder, result.weights, result)
 
 
@@ -94,13 +90,15 @@ def gradient(folder: Path, model_folder: str) -> None:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     weights = Weights(AutoModelForCausalLM.from_pretrained(model_folder))
-    finish(folder, weights, laser_weights(weights, tokenizer, read_pairs(PAIRS, config), config=config, name="tiny"))
+    finish(
+        folder, weights, laser_weights(weights, tokenizer, read_pairs(THREE_PAIRS, config), config=config, name="tiny")
+    )
     if process_count() == 1:
         return
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     shard(model)
     try:
-        laser_weights(Weights(model), tokenizer, read_pairs(PAIRS, config), config=config, name="tiny")
+        laser_weights(Weights(model), tokenizer, read_pairs(THREE_PAIRS, config), config=config, name="tiny")
     except ModelError as error:
         (folder / f"refused-{process_index()}.txt").write_text(str(error))
 
@@ -123,7 +121,7 @@ def trainer(folder: Path, model_folder: str, *, sharded: bool, when: str) -> Non
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     ids = tokenizer("The cat sat on the mat and looked out.")["input_ids"]
-    callback = LaserCallback(when=when, pairs=PAIRS, config=CONFIG)
+    callback = LaserCallback(when=when, pairs=THREE_PAIRS, config=CONFIG)
     if sharded and "WORLD_SIZE" in os.environ:
         shard(model)
     arguments = TrainingArguments(

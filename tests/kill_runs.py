@@ -21,7 +21,7 @@ import torch
 
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.weights.loading import load_model
-from tests.search.test_laser_journal import OPTIONS
+from tests.builders import TO_RESUME
 
 
 def start(model: Any, tokenizer: Any, pairs: str, output: Path) -> int:
@@ -30,7 +30,7 @@ def start(model: Any, tokenizer: Any, pairs: str, output: Path) -> int:
         return process
     status = 1
     try:
-        laser(model, pairs, tokenizer=tokenizer, config=LaserConfig(**OPTIONS), output=output)
+        laser(model, pairs, tokenizer=tokenizer, config=LaserConfig(**TO_RESUME), output=output)
         status = 0
     except BaseException:
         traceback.print_exc()

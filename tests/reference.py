@@ -50,3 +50,16 @@ def mp_median(beta: float) -> float:
 def truncate(weight: Tensor, rank: int) -> Tensor:
     U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
     return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+
+
+def one_token_at_a_time(model, prompter, pair, text):
+    """The slow way: a forward pass of one row for each token, no padding, no batch."""
+    ids = prompter.tokens(pair.messages)
+    log_probabilities = []
+    for token in prompter.tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if prompter.context is not None and len(ids) >= prompter.context:
+            break
+        logits = model(torch.tensor([ids])).logits[0, -1].double()
+        log_probabilities.append((logits[token] - logits.exp().sum().log()).item())
+        ids.append(token)
+    return sum(log_probabilities) / len(log_probabilities)

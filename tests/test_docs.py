@@ -25,11 +25,10 @@ import yaml
 from splaser_plugin.cli.app import app, main
 from splaser_plugin.cli.emit import app as emit
 from splaser_plugin.config.stages import LaserConfig
-from tests.conftest import ROOT
+from tests.builders import ROOT
+from tests.pages import BLOCK, PAGES, commands_of
 from tests.report_data import made_up_scan
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCKS = [(page, *found) for page in PAGES for found in BLOCK.findall(page.read_text(encoding="utf-8"))]
 SMALL = "--max-new-tokens 6 --candidates 3 --device cpu --samples 16"
 
@@ -67,11 +66,6 @@ def test_block(page, language, code, folders, minilm, monkeypatch, tmp_path):
         assert language in ("text", "json")
         if page.name != "guides.md":
             assert not shutil.which(code.split()[0]), "a command that no test runs"
-
-
-def commands_of(code):
-    """The words of each command of a block; a line that ends with a backslash goes on."""
-    return [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").strip().splitlines()]
 
 
 def run(words, minilm, monkeypatch, tmp_path):

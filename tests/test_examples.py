@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import ROOT
+from tests.builders import ROOT
 
 
 def run(script, *arguments):

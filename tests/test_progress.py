@@ -12,13 +12,9 @@ from splaser_plugin import LaserConfig, laser
 from splaser_plugin.config.stages import CompareConfig
 from splaser_plugin.jobs.compare import compare_models
 from splaser_plugin.progress import Progress
-from tests.conftest import ROOT
-from tests.jobs.test_jobs import QUICK
-from tests.scoring.test_rulers import text
+from tests.builders import EXAMPLE_PAIRS, QUICK
 
-__all__ = ["text"]
-
-PAIRS = [json.loads(line) for line in (ROOT / "examples" / "data" / "pairs.jsonl").read_text().splitlines()[:24]]
+PAIRS = [json.loads(line) for line in EXAMPLE_PAIRS.read_text().splitlines()[:24]]
 
 
 class Phases(Progress):
@@ -42,7 +38,7 @@ class Phases(Progress):
         ({"batch_size": 4, "screen": "margin", "guard": "perplexity:1.5"}, 17 + 17 + 24),
         ({"batch_size": 4, "scorer": "margin"}, 17),
         ({"batch_size": 4, "scorer": "perplexity"}, 17),
-        ({"scorer": "tests.scoring.test_rulers.shorter_is_better"}, 17),
+        ({"scorer": "tests.planted.shorter_is_better"}, 17),
     ],
 )
 def test_a_measurement_counts_its_items_as_they_are_done(text, tiny_folder, options, baseline):

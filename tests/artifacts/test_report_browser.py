@@ -15,44 +15,25 @@ import pytest
 from splaser_plugin.artifacts.report import report, write_report
 from splaser_plugin.artifacts.results import run_from_results
 from splaser_plugin.scanning.records import Scan, write_json
+from tests.artifacts.browser import CHROMIUM_FLAGS, CHROMIUM_NAMES, DRAWN, wait_for
 from tests.report_data import LARGE, made_up_results, made_up_scan, replaced
 
 pytestmark = pytest.mark.browser
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-gpu",
-]
 EVIL = "</script><script>pwned=1</script><img src=x onerror=pwned=1><b>%{x}</b>"
 SCAN = made_up_scan(6)
-DRAWN = "document.querySelectorAll('#heat-map .hm image, #heat-map .hm path').length > 0"
 
 
 @pytest.fixture(scope="module")
 def chromium():
     from playwright.sync_api import sync_playwright
 
-    path = next(filter(None, map(shutil.which, NAMES)), None)
+    path = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
     assert path, "the browser tests need Chromium: apt-get install chromium, or leave them out with -m 'not browser'"
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
         yield browser
         browser.close()
-
-
-def wait_for(page: Any, expression: str, arg: Any = None) -> None:
-    """Playwright's own waiting evaluates text inside the page, which the report's policy forbids."""
-    for _ in range(1000):
-        if page.evaluate(expression, arg):
-            return
-        page.wait_for_timeout(20)
-    pytest.fail(f"never came true: {expression}")
 
 
 @dataclass

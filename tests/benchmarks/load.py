@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.benchmarks.scan_memory import MEGABYTE, measure, write_experts
-from tests.conftest import ROOT, tiny_llama
+from tests.builders import ROOT, tiny_llama
 
 USABLE = 128
 

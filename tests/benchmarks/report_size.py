@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from splaser_plugin.artifacts.report import write_report
 from splaser_plugin.artifacts.results import run_from_results
-from tests.artifacts.test_report_browser import DRAWN, FLAGS, NAMES, wait_for
+from tests.artifacts.browser import CHROMIUM_FLAGS, CHROMIUM_NAMES, DRAWN, wait_for
 from tests.report_data import LARGE, made_up_results, made_up_scan
 
 
@@ -39,8 +39,8 @@ def main() -> None:
         started = time.perf_counter()
         write_report(page, scan, run)
         written_s = time.perf_counter() - started
-        chromium = next(filter(None, map(shutil.which, NAMES)))
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        chromium = next(filter(None, map(shutil.which, CHROMIUM_NAMES)))
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
         drawn = []
         for _ in range(given.opens):
             window = browser.new_page(viewport={"width": 1200, "height": 900})

@@ -24,6 +24,7 @@ from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint, r
 from splaser_plugin.checkpoints.folder import INDEX_NAME
 from splaser_plugin.checkpoints.header import DTYPES
 from splaser_plugin.errors import CheckpointError
+from tests.builders import save_sharded, save_single
 
 opened_files: list[str] = []
 
@@ -46,23 +47,6 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> 
 
 def as_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def save_sharded(folder: Path, shards: list[dict[str, torch.Tensor]]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    weight_map = {}
-    for number, tensors in enumerate(shards, 1):
-        shard_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        safetensors.torch.save_file(tensors, folder / shard_name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, shard_name))
-    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
-
-
-def save_single(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    return folder
 
 
 def read_all(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, int | None], torch.Tensor]]:

@@ -21,7 +21,7 @@ from splaser_plugin.checkpoints.folder import (
     resolve_model,
 )
 from splaser_plugin.errors import CheckpointError
-from tests.conftest import hub_snapshot
+from tests.builders import hub_snapshot
 
 NO_TENSORS = (2).to_bytes(8, "little") + b"{}"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

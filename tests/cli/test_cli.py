@@ -15,10 +15,7 @@ from splaser_plugin.errors import CheckpointError
 from splaser_plugin.jobs.laser import laser
 from splaser_plugin.scanning.scan import Scan
 from splaser_plugin.weights.loading import load_model
-from tests.conftest import ROOT, tiny_llama
-from tests.jobs.test_jobs import QUICK
-
-FLAGS = ["--embedder", "self", "--max-new-tokens", "6", "--candidates", "4", "--device", "cpu", "--edge", "mp"]
+from tests.builders import FLAGS, QUICK, ROOT, SPLASER, tiny_llama
 
 
 def test_a_switch_can_be_turned_off(splaser, tiny_folder, pairs_file, tmp_path):
@@ -211,10 +208,9 @@ def test_both_spellings_of_help_are_known(splaser, arguments):
 def test_the_real_models_go_through_scan_laser_and_apply(smollm2, minilm, tmp_path):
     """SmolLM2-135M and all-MiniLM-L6-v2, as the command line runs them."""
     pairs = ROOT / "examples" / "data" / "pairs.jsonl"
-    splaser = [sys.executable, "-c", "from splaser_plugin.cli.app import main; main()"]
 
     def run(*arguments):
-        command = [*splaser, *map(str, arguments)]
+        command = [*SPLASER, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
 
     narrow = ["--include", "layers.24.self_attn", "--include", "layers.7.self_attn"]

@@ -7,8 +7,7 @@ import yaml
 
 from splaser_plugin.config.run_file import run_file
 from splaser_plugin.config.stages import LaserConfig
-from tests.cli.test_cli import FLAGS
-from tests.conftest import ROOT
+from tests.builders import FLAGS, ROOT
 
 
 @pytest.fixture

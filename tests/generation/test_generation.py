@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from splaser_plugin.errors import ModelError, PairsError
 from splaser_plugin.generation.generator import CACHE, BatchSize, Generator, evaluating
 from splaser_plugin.generation.prompts import Prompter
-from tests.conftest import tiny_llama
+from tests.builders import tiny_llama
 
 
 def one_at_a_time(model, prompt, ends, limit):

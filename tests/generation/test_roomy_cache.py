@@ -7,7 +7,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForC
 from transformers.cache_utils import DynamicLayer
 
 from splaser_plugin.generation.kv_cache import LEAST_ROOM, RoomyLayer, roomy_cache
-from tests.conftest import tiny_llama
+from tests.builders import tiny_llama
 
 
 def test_it_holds_what_transformers_own_layer_holds_whatever_is_done_to_it():

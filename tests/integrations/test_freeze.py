@@ -7,7 +7,7 @@ from transformers import Trainer, TrainingArguments
 
 from splaser_plugin.errors import MatrixError, ModelError
 from splaser_plugin.integrations.freeze import FreezeCallback, check_trained, freeze_all_but
-from tests.conftest import tiny_llama
+from tests.builders import tiny_llama
 
 NAMES = ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"]
 

@@ -15,8 +15,7 @@ from splaser_plugin.integrations.peft import adapted_modules, lora_config
 from splaser_plugin.scanning.scan import Scan
 from splaser_plugin.scanning.selection import choose
 from splaser_plugin.weights.matrices import model_matrices
-from tests.conftest import tiny_llama
-from tests.scanning.test_selection import entry, fit, scan_of
+from tests.builders import entry, fit, scan_of, tiny_llama
 
 
 def small_llama(blocks: int = 12):

@@ -17,7 +17,7 @@ from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.errors import ConfigError, EmbedderError, ModelError, OutputError, PairsError, TextError
 from splaser_plugin.weights.adapted import MergedWeights
 from splaser_plugin.weights.in_memory import Weights
-from tests.conftest import ROOT, tiny_llama
+from tests.builders import ROOT, changed, states, tiny_llama
 
 CONFIG = LaserConfig(embedder="self", max_new_tokens=6, candidates=4, edge="mp")
 SENTENCES = ["The cat sat on the mat.", "Rain falls mainly in spring.", "Bread needs flour.", "Stars are far."]
@@ -71,14 +71,6 @@ class Logs(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **rest):
         self.seen.update(logs)
-
-
-def states(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def changed(before, after):
-    return {name for name in before if not torch.equal(before[name], after[name])}
 
 
 def steps_of(callback):

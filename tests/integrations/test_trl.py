@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from splaser_plugin import LaserCallback, LaserConfig
 from splaser_plugin.weights.adapted import MergedWeights
-from tests.conftest import tiny_llama
+from tests.builders import states, tiny_llama
 
 trl = pytest.importorskip("trl")
 
@@ -24,10 +24,6 @@ QUIET = {
     "disable_tqdm": True,
     "logging_steps": 1,
 }
-
-
-def states(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def same_on_disk(model, folder):

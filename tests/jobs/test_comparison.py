@@ -21,11 +21,8 @@ from splaser_plugin.errors import CheckpointError, ConfigError, PairsError, Text
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.jobs.compare import OTHER_TOKENS, UNBOUNDED, Comparison, Measured, compare_models
 from splaser_plugin.scoring.scores import Scores
-from tests.conftest import tiny_llama
-from tests.scoring.test_margin import one_token_at_a_time
-from tests.scoring.test_rulers import text
-
-__all__ = ["text"]
+from tests.builders import tiny_llama
+from tests.reference import one_token_at_a_time
 
 QUICK = {"max_new_tokens": 5, "window": 16, "samples": 9, "device": "cpu"}
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 
-from tests.cli.test_cli import FLAGS
+from tests.builders import FLAGS
 
 RUN = """
     import json, sys

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,38 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).parents[2]
+from tests.builders import ROOT, accelerate, torchrun
+
 SCRIPT = str(ROOT / "tests" / "distributed_runs.py")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 ONE = [sys.executable]
-
-
-def accelerate() -> list[str]:
-    """`accelerate launch`, whose only launcher of several local processes is called multi_gpu; they use the CPU."""
-    port = str(free_port())
-    flags = [
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    return [sys.executable, "-m", "accelerate.commands.launch", *flags, "--main_process_port", port]
-
-
-def torchrun() -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 
 
 def run(launcher: list[str], kind: str, folder: Path, model: Path) -> dict:

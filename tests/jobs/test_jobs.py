@@ -26,52 +26,37 @@ from splaser_plugin.errors import (
 from splaser_plugin.files.output import check_output, whole_folder
 from splaser_plugin.jobs.laser import apply_recipe
 from splaser_plugin.weights.loading import load_model
-from tests.conftest import tiny_llama
-
-QUICK = {"embedder": "self", "max_new_tokens": 6, "candidates": 6, "device": "cpu", "edge": "mp"}
+from tests.builders import QUICK, THREE_PAIRS, changed, states, tiny_llama
 
 
 @pytest.fixture(scope="module")
 def lasered(tiny_folder, tmp_path_factory):
     """A finished laser run of the tiny model, saved."""
-    rows = [
-        {"prompt": "What is the capital of France?", "chosen": "Paris.", "rejected": "Bananas."},
-        {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "Ask somebody else."},
-        {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "Go away."},
-    ]
-    result = laser(tiny_folder, rows, config=LaserConfig(**QUICK))
+    result = laser(tiny_folder, THREE_PAIRS, config=LaserConfig(**QUICK))
     return result, result.save(tmp_path_factory.mktemp("out") / "lasered")
-
-
-def states(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_saved_model_is_the_lasered_one_and_loads_with_its_tokenizer(lasered):
     result, out = lasered
     assert result.search.kept, "this run has to keep something to show anything"
     loaded = AutoModelForCausalLM.from_pretrained(out)
-    assert same(loaded.state_dict(), result.model.state_dict())
+    assert not changed(loaded.state_dict(), result.model.state_dict())
     assert AutoTokenizer.from_pretrained(out)("Hello")["input_ids"] == result.tokenizer("Hello")["input_ids"]
 
 
 def test_only_the_recipes_matrices_differ_from_the_base_and_have_its_rank(lasered, tiny_folder):
     result, _ = lasered
-    base, changed = states(AutoModelForCausalLM.from_pretrained(tiny_folder)), states(result.model)
+    base, reduced = states(AutoModelForCausalLM.from_pretrained(tiny_folder)), states(result.model)
     ranks = {step.name + ".weight": step.rank for step in result.recipe.steps}
-    assert {name for name in base if not torch.equal(base[name], changed[name])} == set(ranks)
+    assert changed(base, reduced) == set(ranks)
     for name, rank in ranks.items():
-        assert torch.linalg.matrix_rank(changed[name].double(), rtol=1e-5) == rank
+        assert torch.linalg.matrix_rank(reduced[name].double(), rtol=1e-5) == rank
 
 
 def test_applying_the_recipe_gives_the_same_bits(lasered, tiny_folder):
     result, out = lasered
     model, tokenizer = apply_recipe(out / "recipe.json", tiny_folder, device="cpu")
-    assert same(model.state_dict(), result.model.state_dict())
+    assert not changed(model.state_dict(), result.model.state_dict())
     assert tokenizer.chat_template == result.tokenizer.chat_template
 
 
@@ -148,7 +133,7 @@ def test_a_recipe_for_other_weights_is_refused_and_nothing_changes(lasered):
     before = states(other)
     with pytest.raises(RecipeError, match=r"the recipe was made for weights .* but this model's are .*base model"):
         apply_recipe(result.recipe, other)
-    assert same(states(other), before)
+    assert not changed(states(other), before)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_cli import FLAGS
+from tests.builders import FLAGS
 
 TOKEN = "hf_planted0123456789abcdefghijklmnopqr"
 

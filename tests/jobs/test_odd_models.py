@@ -15,8 +15,7 @@ from splaser_plugin.errors import ScoreError, SplaserError
 from splaser_plugin.scanning.scan import run_scan
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.weights.in_memory import Weights
-from tests.cli.test_cli import FLAGS
-from tests.conftest import tiny_llama
+from tests.builders import FLAGS, tiny_llama
 
 GENERATOR = torch.Generator().manual_seed(0)
 NOISE = torch.randn(16, 24, generator=GENERATOR)

@@ -14,9 +14,8 @@ import pytest
 import typer
 
 from splaser_plugin.cli.app import Commands
-from tests.cli.test_cli import FLAGS
+from tests.builders import FLAGS, SPLASER
 
-SPLASER = [sys.executable, "-c", "from splaser_plugin.cli.app import main; main()"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

@@ -18,8 +18,7 @@ from splaser_plugin.checkpoints.trust import check_adapter_folder
 from splaser_plugin.cli.demo import MODEL_WHEEL, _wheel
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.weights.loading import load_model
-from tests.cli.test_cli import FLAGS
-from tests.conftest import tiny_llama
+from tests.builders import FLAGS, tiny_llama
 
 UP = "model.layers.0.mlp.up_proj.weight"
 SHARD = "model-00001-of-00002.safetensors"

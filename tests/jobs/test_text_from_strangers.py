@@ -7,7 +7,6 @@ import json
 import math
 import re
 import subprocess
-import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from splaser_plugin.files.reading import read_json
 from splaser_plugin.files.typed import check_types
 from splaser_plugin.scanning.selection import choose
 from splaser_plugin.scanning.spectrum_format import load_scan
-from tests.cli.test_cli import FLAGS
+from tests.builders import FLAGS, SPLASER
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\u202etxt.exe\u2066\x9b31m\x00\x7f\r"
 # what a terminal may get: printable characters, line ends, and the colours that rich itself writes
@@ -57,8 +56,7 @@ def save_named(folder, name):
 
 def run(*arguments, cwd):
     """The command in a process of its own; its streams as bytes, so that nothing is made presentable on the way."""
-    code = "from splaser_plugin.cli.app import main; main()"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    command = [*SPLASER, *map(str, arguments)]
     ended = subprocess.run(command, cwd=cwd, capture_output=True, check=False)
     return ended.returncode, ended.stdout.decode(), ended.stderr.decode()
 

@@ -16,7 +16,7 @@ from splaser_plugin.scanning.spectrum_format import (
     published_name,
     save_published,
 )
-from tests.scanning.test_selection import blocks, entry, scan_of
+from tests.builders import blocks, entry, scan_of
 
 PLAIN = {
     "model.layers.0.mlp.down_proj": {"snr": 1.5, "type": "mlp.down_proj"},

@@ -5,7 +5,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 from contextlib import contextmanager
@@ -23,9 +22,7 @@ from splaser_plugin.progress import Progress
 from splaser_plugin.scanning.scan import Scan, run_scan, scan_checkpoint, scan_model
 from splaser_plugin.weights.in_memory import Weights
 from tests.benchmarks.scan_memory import measure, write_llama
-from tests.checkpoints.test_checkpoint import save_sharded, save_single
-from tests.conftest import tiny_llama
-from tests.jobs.test_distributed import accelerate, torchrun
+from tests.builders import SPLASER, accelerate, save_sharded, save_single, tiny_llama, torchrun
 from tests.reference import snr_and_rank, thresholds
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -70,16 +67,7 @@ def mixture(experts=5, rows=24, columns=40):
 
 
 def command(model, output, *options):
-    return [
-        sys.executable,
-        "-c",
-        "from splaser_plugin.cli.app import main; main()",
-        "scan",
-        model,
-        "-o",
-        output,
-        *options,
-    ]
+    return [*SPLASER, "scan", model, "-o", output, *options]
 
 
 def run_command(model, output, *options):

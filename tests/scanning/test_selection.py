@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splaser_plugin.errors import ConfigError, MatrixError, RankError
-from splaser_plugin.scanning.scan import MatrixScan, Scan
 from splaser_plugin.scanning.selection import (
     choose,
     is_embedding,
@@ -21,36 +20,8 @@ from splaser_plugin.scanning.selection import (
     trained_parameters,
 )
 from splaser_plugin.scanning.spectrum_format import published_from_dict
-from splaser_plugin.spectra.edges import EdgeFit
 from splaser_plugin.weights.matrices import Skipped
-
-SHAPES = {"self_attn.q_proj": (16, 16), "mlp.down_proj": (16, 24)}
-
-
-def fit(snr: float | None, *, scale: float = 1.0, threshold: float = 1.0, rank: int = 3) -> EdgeFit:
-    ratio = None if snr is None else snr * scale
-    return EdgeFit(sigma=1.0, threshold=threshold, rank=rank, snr=snr, snr_ratio=ratio, reason=None)
-
-
-def entry(name: str, snr: float | None, *, kind: str | None = None, shape=(16, 24), smallest: float = 0.5, **fits):
-    segments = name.split(".")
-    block = next((int(each) for each in segments if each.isdecimal()), None)
-    edges = {"iqr": fit(snr), "mp": fit(snr), "gavish-donoho": fit(snr)} | fits
-    kind = kind or (name if block is None else ".".join(segments[segments.index(str(block)) + 1 :]))
-    return MatrixScan(name, kind, block, shape, 4.0, smallest, edges, ())
-
-
-def scan_of(*matrices: MatrixScan, skipped: tuple[Skipped, ...] = ()) -> Scan:
-    return Scan("a/model", "", "iqr", matrices, skipped)
-
-
-def blocks(snrs: dict[str, list[float | None]]) -> list[MatrixScan]:
-    return [
-        entry(f"model.layers.{block}.{kind}", snr, shape=SHAPES.get(kind, (16, 24)))
-        for kind, values in snrs.items()
-        for block, snr in enumerate(values)
-    ]
-
+from tests.builders import SHAPES, blocks, entry, fit, scan_of
 
 SNR = st.one_of(st.none(), st.floats(min_value=0, max_value=100), st.sampled_from([1.0, 2.0]))
 

@@ -6,20 +6,8 @@ import torch
 from splaser_plugin.data.pairs import pairs_from_rows
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scoring.margin import MarginScorer
-from tests.conftest import tiny_llama
-
-
-def one_token_at_a_time(model, prompter, pair, text):
-    """The slow way: a forward pass of one row for each token, no padding, no batch."""
-    ids = prompter.tokens(pair.messages)
-    log_probabilities = []
-    for token in prompter.tokenizer(text, add_special_tokens=False)["input_ids"]:
-        if prompter.context is not None and len(ids) >= prompter.context:
-            break
-        logits = model(torch.tensor([ids])).logits[0, -1].double()
-        log_probabilities.append((logits[token] - logits.exp().sum().log()).item())
-        ids.append(token)
-    return sum(log_probabilities) / len(log_probabilities)
+from tests.builders import tiny_llama
+from tests.reference import one_token_at_a_time
 
 
 @pytest.fixture

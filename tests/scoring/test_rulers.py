@@ -23,29 +23,12 @@ from splaser_plugin.search.guard import Guard
 from splaser_plugin.search.judge import Judge
 from splaser_plugin.search.search import search
 from splaser_plugin.weights.in_memory import Weights
-from tests.conftest import ROOT, tiny_llama
-from tests.jobs.test_jobs import QUICK
-from tests.search.test_held_out import Told
-from tests.search.test_search import Planted, candidates, verdicts
-
-__all__ = ["candidates"]
-
-PAIRS = ROOT / "examples" / "data" / "pairs.jsonl"
-PROSE = "\n".join(
-    f"{number}. A text about the {thing} of the {place}, which nobody has read to its end."
-    for number, (thing, place) in enumerate([(t, p) for t in ("roofs", "rivers", "songs") for p in ("north", "isles")])
-)
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "prose.txt"
-    path.write_text(PROSE * 6, encoding="utf-8")
-    return str(path)
+from tests.builders import EXAMPLE_PAIRS, PROSE, QUICK, tiny_llama
+from tests.planted import Facts, Planted, shorter_is_better, verdicts
 
 
 def test_windows_are_the_text_from_its_beginning_and_do_not_overlap(text, tokenizer):
-    ids = tokenizer(PROSE * 6, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(PROSE, add_special_tokens=False)["input_ids"]
     windows = read_windows(text, tokenizer, window=16, count=10_000)
     assert [token for window in windows for token in window] == ids[: len(ids) // 16 * 16]
     assert read_windows(text, tokenizer, window=16, count=5) == windows[:5]
@@ -159,17 +142,9 @@ def test_a_laser_run_by_perplexity_needs_no_pairs_and_has_its_verdict_on_other_w
     assert result.search.kept and result.search.final.mean > result.search.baseline.mean
 
 
-def shorter_is_better(model, tokenizer, pairs):
-    """A scorer of one's own: reads the model, so that it changes with it."""
-    weight = model.model.layers[0].self_attn.q_proj.weight.detach()
-    return [weight.abs().mean() / len(pair.prompt) for pair in pairs]
-
-
 def test_a_function_of_ones_own_is_called_with_the_pairs_asked_for(tiny_model, tokenizer, pairs):
     usable = pairs_from_rows(pairs).pairs
-    scorer = Rulers(tiny_model, tokenizer, MeasureConfig()).make(
-        "tests.scoring.test_rulers.shorter_is_better", Material(usable)
-    )
+    scorer = Rulers(tiny_model, tokenizer, MeasureConfig()).make("tests.planted.shorter_is_better", Material(usable))
     whole = scorer.score(range(4))
     assert whole.values == tuple(map(float, shorter_is_better(tiny_model, tokenizer, usable)))
     assert scorer.score([2, 0]).values == (whole.values[2], whole.values[0])
@@ -183,10 +158,10 @@ def test_a_function_is_found_in_the_current_folder(tmp_path, monkeypatch):
 
 
 def test_a_laser_run_by_a_function_of_ones_own(tiny_folder, pairs):
-    config = LaserConfig(**QUICK, scorer="tests.scoring.test_rulers.shorter_is_better", include=("layers.0",))
+    config = LaserConfig(**QUICK, scorer="tests.planted.shorter_is_better", include=("layers.0",))
     result = laser(tiny_folder, pairs, config=config)
     assert result.search.baseline.answers == ()
-    assert result.results()["scorer"] == "tests.scoring.test_rulers.shorter_is_better"
+    assert result.results()["scorer"] == "tests.planted.shorter_is_better"
 
 
 @pytest.mark.parametrize(
@@ -253,7 +228,7 @@ def test_a_function_that_returns_too_few_scores_or_runs_out_of_memory_ends_the_s
 )
 def test_a_function_that_is_not_there_is_refused_before_the_model_is_loaded(path, message):
     with pytest.raises(ScorerError, match=message):
-        laser("./no-model", PAIRS, config=LaserConfig(scorer=path))
+        laser("./no-model", EXAMPLE_PAIRS, config=LaserConfig(scorer=path))
 
 
 @pytest.mark.parametrize(
@@ -303,7 +278,7 @@ def test_flags_that_a_run_does_not_use_are_known(options, flags):
 
 
 def test_a_run_says_which_flags_have_no_effect(tiny_folder, pairs):
-    told = Told()
+    told = Facts()
     options = {**QUICK, "candidates": 1, "scorer": "margin", "embedder": LaserConfig().embedder}
     laser(tiny_folder, pairs, config=LaserConfig(**options, tolerance=0.5), progress=told)
     assert ("has no effect", "--tolerance, with the other options of this run") in told.facts

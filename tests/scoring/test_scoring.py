@@ -15,7 +15,7 @@ from splaser_plugin.scoring.embedding import SelfEmbedder, SentenceEmbedder
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.weights.in_memory import Weights
-from tests.conftest import hub_snapshot
+from tests.builders import hub_snapshot
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from scipy import stats
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.acceptance import Confident, Harmless, Improve
 from splaser_plugin.search.racing import Race
-from tests.search.test_racing import Column, noise, whole
+from tests.planted import Column, noise, whole
 
 
 def test_the_published_rule_takes_any_strict_improvement():

@@ -23,7 +23,7 @@ from splaser_plugin.search.judge import Judge
 from splaser_plugin.search.prediction import sensitivities
 from splaser_plugin.search.search import Trial, search
 from splaser_plugin.weights.in_memory import Weights
-from tests.conftest import tiny_llama
+from tests.builders import tiny_llama
 
 RUNGS = st.lists(st.sampled_from([*EDGES, *(place / 20 for place in range(1, 20))]), min_size=1, unique=True)
 

@@ -11,14 +11,10 @@ from splaser_plugin.data.pairs import Pair, PairSet, pairs_from_rows
 from splaser_plugin.data.split import LEAST, split_by_prompt, split_by_set
 from splaser_plugin.errors import ConfigError, PairsError
 from splaser_plugin.jobs.laser import read_pairs
-from splaser_plugin.progress import Progress
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.verdict import compare
-from tests.conftest import ROOT, tiny_llama
-from tests.jobs.test_jobs import QUICK, states
-
-PAIRS = ROOT / "examples" / "data" / "pairs.jsonl"
-HELD_OUT = ROOT / "examples" / "data" / "held_out.jsonl"
+from tests.builders import EXAMPLE_HELD_OUT, EXAMPLE_PAIRS, QUICK, states, tiny_llama
+from tests.planted import Facts
 
 
 def pair_set(*prompts: str) -> PairSet:
@@ -86,15 +82,15 @@ def test_a_held_out_file_loses_the_prompts_that_are_searched_on():
 
 
 def test_the_configuration_says_how_pairs_are_split():
-    split = read_pairs(PAIRS, LaserConfig(samples=100))
+    split = read_pairs(EXAMPLE_PAIRS, LaserConfig(samples=100))
     assert len(split.search) + len(split.held_out) == 100 == len(split.pairs)
     assert len(split.held_out) == 30
-    assert read_pairs(PAIRS, LaserConfig(samples=100, seed=1)).held_out != split.held_out
-    assert read_pairs(PAIRS, LaserConfig(samples=100, held_out_fraction=0)).search == split.pairs.pairs
-    split = read_pairs(PAIRS, LaserConfig(samples=50, held_out=str(HELD_OUT)))
+    assert read_pairs(EXAMPLE_PAIRS, LaserConfig(samples=100, seed=1)).held_out != split.held_out
+    assert read_pairs(EXAMPLE_PAIRS, LaserConfig(samples=100, held_out_fraction=0)).search == split.pairs.pairs
+    split = read_pairs(EXAMPLE_PAIRS, LaserConfig(samples=50, held_out=str(EXAMPLE_HELD_OUT)))
     assert (len(split.search), len(split.held_out)) == (50, 50)
     with pytest.raises(PairsError, match=r"nothing\.jsonl"):
-        read_pairs(PAIRS, LaserConfig(held_out="nothing.jsonl"))
+        read_pairs(EXAMPLE_PAIRS, LaserConfig(held_out="nothing.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -150,21 +146,13 @@ def test_nothing_kept_is_no_difference_at_all():
     assert (verdict.difference, verdict.interval, verdict.equal) == (0.0, (0.0, 0.0), 3)
 
 
-class Told(Progress):
-    def __init__(self):
-        self.facts = []
-
-    def fact(self, label, value):
-        self.facts.append((label, value))
-
-
 CONFIG = LaserConfig(**QUICK, samples=30)
 
 
 def test_base_and_result_are_scored_on_pairs_the_search_never_saw(tokenizer):
-    model, told = tiny_llama(), Told()
+    model, told = tiny_llama(), Facts()
     base = tiny_llama()
-    result = laser(model, PAIRS, config=CONFIG, tokenizer=tokenizer, progress=told)
+    result = laser(model, EXAMPLE_PAIRS, config=CONFIG, tokenizer=tokenizer, progress=told)
     found = result.held_out
     assert result.search.kept, "this run has to keep something to show anything"
     assert len(found.base.items) == len(result.split.held_out) >= LEAST
@@ -194,7 +182,7 @@ def test_where_nothing_is_kept_no_answer_is_generated_for_the_verdict(tokenizer,
     monkeypatch.setattr("splaser_plugin.search.acceptance.Improve.accepts", lambda rule, scores, best: False)
     model = tiny_llama()
     before = states(model)
-    result = laser(model, PAIRS, config=CONFIG, tokenizer=tokenizer)
+    result = laser(model, EXAMPLE_PAIRS, config=CONFIG, tokenizer=tokenizer)
     assert all(torch.equal(before[name], value) for name, value in states(model).items())
     assert result.held_out.result is result.held_out.base
     assert result.results()["held_out"]["verdict"] == "no difference: nothing was kept"
@@ -202,7 +190,7 @@ def test_where_nothing_is_kept_no_answer_is_generated_for_the_verdict(tokenizer,
 
 
 def test_without_held_out_pairs_there_is_no_verdict_but_the_reason(tokenizer, pairs):
-    told = Told()
+    told = Facts()
     result = laser(tiny_llama(), pairs, config=LaserConfig(**QUICK), tokenizer=tokenizer, progress=told)
     assert result.held_out is None
     stored = result.results()["held_out"]
@@ -213,7 +201,7 @@ def test_without_held_out_pairs_there_is_no_verdict_but_the_reason(tokenizer, pa
 
 def test_the_confident_rule_keeps_a_part_of_what_has_a_higher_mean(tokenizer):
     rule = {"accept": "confident", "alpha": 0.5}
-    result = laser(tiny_llama(), PAIRS, config=LaserConfig(**QUICK, samples=30, **rule), tokenizer=tokenizer)
+    result = laser(tiny_llama(), EXAMPLE_PAIRS, config=LaserConfig(**QUICK, samples=30, **rule), tokenizer=tokenizer)
     best = result.search.baseline
     for trial in result.search.trials:
         if trial.kept:
@@ -256,9 +244,9 @@ def test_pairs_of_which_few_lose_much_are_not_said_to_lose_less_than_the_toleran
 
 
 def test_compressing_keeps_what_is_harmless_and_counts_the_parameters(tokenizer):
-    told = Told()
+    told = Facts()
     settings = LaserConfig(**QUICK, samples=30, objective="compress", tolerance=10.0)
-    result = laser(tiny_llama(), PAIRS, config=settings, tokenizer=tokenizer, progress=told)
+    result = laser(tiny_llama(), EXAMPLE_PAIRS, config=settings, tokenizer=tokenizer, progress=told)
     assert len(result.search.kept) == 6
     stored = result.results()
     assert stored["parameters_removed"] == sum(each["parameters_removed"] for each in stored["candidates"]) > 0

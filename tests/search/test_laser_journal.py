@@ -21,18 +21,7 @@ from splaser_plugin.jobs import laser as jobs
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.weights.loading import load_model
-from tests.conftest import ROOT, tiny_llama
-
-OPTIONS = {
-    "embedder": "self",
-    "max_new_tokens": 6,
-    "candidates": 6,
-    "device": "cpu",
-    "edge": "iqr",
-    "seed": 1,
-    "held_out_fraction": 0.5,
-    "screen": "margin",
-}
+from tests.builders import ROOT, TO_RESUME, tiny_llama
 
 
 class StoppedError(Exception):
@@ -68,7 +57,7 @@ def unbroken(tiny_folder, pairs_file, tmp_path_factory):
 
 
 def run(model, pairs, out, overwrite=False, **changes):
-    laser(model, pairs, config=LaserConfig(**{**OPTIONS, **changes}), output=out, overwrite=overwrite)
+    laser(model, pairs, config=LaserConfig(**{**TO_RESUME, **changes}), output=out, overwrite=overwrite)
     return out
 
 

@@ -16,7 +16,7 @@ from splaser_plugin.search import prediction
 from splaser_plugin.search.prediction import Sensitivity, sensitivities
 from splaser_plugin.spectra.spectrum import components
 from splaser_plugin.weights.in_memory import Weights
-from tests.conftest import tiny_llama
+from tests.builders import tiny_llama
 
 
 @pytest.fixture

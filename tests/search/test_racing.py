@@ -6,29 +6,10 @@ import pytest
 from splaser_plugin.data.pairs import Pair
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scoring.margin import MarginScorer
-from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.acceptance import Improve
 from splaser_plugin.search.judge import Judge
 from splaser_plugin.search.racing import Race
-
-
-class Column:
-    """A ruler that reads planted values, and counts what it was asked for."""
-
-    name = "column"
-
-    def __init__(self, values):
-        self.values = values
-        self.size = len(values)
-        self.asked = []
-
-    def score(self, items, like=None):
-        self.asked += items
-        return Scores(tuple(items), tuple(self.values[item] for item in items))
-
-
-def whole(values):
-    return Column(values).score(range(len(values)))
+from tests.planted import Column, noise, whole
 
 
 def test_the_same_weights_have_the_same_scores(tiny_model, tokenizer):
@@ -40,10 +21,6 @@ def test_the_same_weights_have_the_same_scores(tiny_model, tokenizer):
     judgement = judge.judge()
     assert judgement.verdict == "restored"
     assert judgement.scores == judge.best
-
-
-def noise(size, mean, seed=0):
-    return np.random.default_rng(seed).normal(mean, 0.1, size).tolist()
 
 
 @pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 33, 128, 300])

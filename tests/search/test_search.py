@@ -13,37 +13,8 @@ from splaser_plugin.search.judge import Judge
 from splaser_plugin.search.racing import Race
 from splaser_plugin.search.search import search
 from splaser_plugin.weights.in_memory import Weights
-from tests.conftest import tiny_llama
-
-
-class Planted:
-    """A ruler that knows how much each matrix, once changed, adds to the score; pairs differ by some noise."""
-
-    name = "planted"
-
-    def __init__(self, model, effects, *, size=2, noise=0.0):
-        self.before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        self.model = model
-        self.effects = effects
-        self.size = size
-        spread = torch.randn(len(effects), size, generator=torch.Generator().manual_seed(0)) * noise
-        self.noise = dict(zip(effects, (spread - spread.mean(1, keepdim=True)).tolist(), strict=True))
-        self.asked = 0
-
-    def changed(self):
-        names = [name for name, each in self.model.named_parameters() if not torch.equal(each, self.before[name])]
-        return [name.removesuffix(".weight") for name in names]
-
-    def score(self, items, like=None):
-        self.asked += len(items)
-        changed = [name for name in self.changed() if name in self.effects]
-        values = [sum(self.effects[name] + self.noise[name][item] for name in changed) for item in items]
-        return Scores(tuple(items), tuple(map(float, values)))
-
-
-@pytest.fixture
-def candidates(tiny_model):
-    return [Candidate(matrix, 4, "iqr", 1.0, 0.5) for matrix in Weights(tiny_model).matrices()[0][:5]]
+from tests.builders import tiny_llama
+from tests.planted import Planted, verdicts
 
 
 def test_keeps_exactly_what_makes_the_score_better(tiny_model, candidates):
@@ -58,10 +29,6 @@ def test_keeps_exactly_what_makes_the_score_better(tiny_model, candidates):
     for candidate, trial in zip(candidates, found.trials, strict=True):
         parameter = tiny_model.get_parameter(candidate.matrix.parameter)
         assert torch.equal(parameter, scorer.before[candidate.matrix.parameter]) is not trial.kept
-
-
-def verdicts(found):
-    return [trial.judgement.verdict for trial in found.trials]
 
 
 def planted_search(candidates, effects, *, acceptance=None, race=None, screen_effects=None, noise=0.1):

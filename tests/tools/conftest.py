@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from typer.testing import CliRunner
 
 from splaser_plugin.checkpoints.checkpoint import open_checkpoint
-from splaser_plugin.cli.emit import app
 from splaser_plugin.scanning.scan import Scan, scan_checkpoint
 from splaser_plugin.scanning.selection import choose
+from tests.tools.runs import ENVIRONMENTS, HERE, Run
 
-ENVIRONMENTS = os.environ.get("SPLASER_INTEGRATIONS")
 collect_ignore_glob = [] if ENVIRONMENTS else ["test_*.py"]
 
-HERE = Path(__file__).parent
 PAIRS = HERE.parents[1] / "examples" / "data" / "pairs.jsonl"
 BLOCKS = 3
-# enough for one of the matrices to be kept
-SHORT_LASER = {"samples": 6, "candidates": 6, "embedder": "self", "max_new_tokens": 12, "batch_size": 6}
 QUIET = {
     "AXOLOTL_DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
@@ -34,14 +26,6 @@ QUIET = {
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """One command of a tool."""
-
-    code: int
-    output: str
 
 
 @pytest.fixture(scope="session")
@@ -98,49 +82,3 @@ def run_in(folder) -> Callable[..., Run]:
         return Run(result.returncode, result.stdout)
 
     return run
-
-
-def emit(command: str) -> None:
-    result = CliRunner().invoke(app, command.split(), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-
-
-def tensors(folder: Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
-    with safe_open(folder / name, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-
-
-def trained_whole(before: Path, after: Path) -> set[str]:
-    """Modules whose weights a run has changed."""
-    old, new = tensors(before), tensors(after)
-    assert old.keys() == new.keys()
-    return {name.removesuffix(".weight") for name in old if not torch.equal(old[name], new[name].to(old[name].dtype))}
-
-
-def trained_adapters(folder: Path) -> set[str]:
-    """Modules that have an adapter, all of them trained: B starts at zero."""
-    saved = tensors(folder, "adapter_model.safetensors")
-    names = {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in saved}
-    for name, tensor in saved.items():
-        assert ".lora_" in name
-        assert tensor.abs().max() > 0, name
-    return names
-
-
-def check_lasered(folder: Path) -> list[str]:
-    """The matrices that were reduced in the run that wrote to `folder`: each has the rank its recipe says."""
-    recipe = json.loads((folder / "lasered" / "recipe.json").read_text())
-    saved = tensors(folder / "lasered")
-    for step in recipe["steps"]:
-        assert torch.linalg.matrix_rank(saved[f"{step['name']}.weight"], rtol=1e-5) == step["rank"]
-    return [step["name"] for step in recipe["steps"]]
-
-
-def last_lines(run: Run) -> str:
-    return "\n".join(run.output.splitlines()[-25:])
-
-
-def answer(run: Run) -> object:
-    """What a script of ours printed as its last line, as JSON."""
-    assert run.code == 0, last_lines(run)
-    return json.loads(run.output.splitlines()[-1])

@@ -9,10 +9,11 @@ import torch
 import yaml
 
 from splaser_plugin.scanning.spectrum_format import load_scan
-from tests.tools.conftest import (
+from tests.tools.runs import (
     HERE,
     SHORT_LASER,
     answer,
+    axolotl_on_cpu,
     check_lasered,
     emit,
     last_lines,
@@ -20,23 +21,6 @@ from tests.tools.conftest import (
     trained_adapters,
     trained_whole,
 )
-
-CPU = {
-    "bf16": False,
-    "fp16": False,
-    "tf32": False,
-    "max_steps": 3,
-    "micro_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "output_dir": "out",
-}
-
-
-def on_cpu(config: str, **changes: Any) -> str:
-    """The configuration with what a CPU needs; the name of the new file."""
-    values = yaml.safe_load(Path(config).read_text()) | CPU | changes
-    Path("cpu.yml").write_text(yaml.safe_dump(values, sort_keys=False))
-    return "cpu.yml"
 
 
 def train(run_in, config: str):
@@ -55,7 +39,7 @@ def test_an_emitted_configuration_is_valid_whole_and_trains_the_chosen_matrices(
 ):
     emit(f"axolotl scan.json --mode {mode} {rl} --top 1 --dataset pairs.jsonl -o c.yml")
     check_valid(run_in, "c.yml")
-    run = train(run_in, on_cpu("c.yml"))
+    run = train(run_in, axolotl_on_cpu("c.yml"))
     assert run.code == 0, last_lines(run)
     if mode == "unfrozen":
         assert trained_whole(small_smollm2, folder / "out") == set(chosen)
@@ -79,7 +63,7 @@ def test_the_examples_and_a_merged_file_are_valid_whole(folder, run_in):
 def test_the_plugin_scans_by_itself_and_trains_the_same(mode, rl, folder, chosen, run_in, small_smollm2):
     emit(f"axolotl scan.json --plugin --mode {mode} {rl} --top 1 --dataset pairs.jsonl -o c.yml")
     check_valid(run_in, "c.yml")
-    run = train(run_in, on_cpu("c.yml"))
+    run = train(run_in, axolotl_on_cpu("c.yml"))
     assert run.code == 0, last_lines(run)
     assert "splaser: training 7 of 21 matrices: top 1 of each module type by snr_ratio (edge iqr)" in run.output
     assert "splaser: exactly these 7 matrices are trained" in run.output
@@ -95,7 +79,7 @@ def test_the_plugin_lasers_the_model_after_training(mode, rl, folder, run_in, sm
     check_valid(run_in, "c.yml")
     section = yaml.safe_load(Path("c.yml").read_text())["splaser"]
     section["laser"] |= SHORT_LASER
-    run = train(run_in, on_cpu("c.yml", splaser=section))
+    run = train(run_in, axolotl_on_cpu("c.yml", splaser=section))
     assert run.code == 0, last_lines(run)
     reduced = check_lasered(folder / "out")
     assert reduced
@@ -107,7 +91,7 @@ def test_the_plugin_lasers_the_model_after_training(mode, rl, folder, run_in, sm
 def plugin_config(**section: Any) -> str:
     emit("axolotl scan.json --plugin --mode unfrozen --top 1 --dataset pairs.jsonl -o c.yml")
     values = yaml.safe_load(Path("c.yml").read_text())
-    return on_cpu("c.yml", splaser=values["splaser"] | section)
+    return axolotl_on_cpu("c.yml", splaser=values["splaser"] | section)
 
 
 def test_the_plugin_stops_the_run_on_a_key_it_does_not_know(folder, run_in):
@@ -195,7 +179,7 @@ def test_axolotls_own_spectrum_plugin_reads_what_is_emitted(folder, run_in, smal
         "spectrum_model_name": "small_model",
     }
     Path("c.yml").write_text(yaml.safe_dump(values | spectrum))
-    run = train(run_in, on_cpu("c.yml"))
+    run = train(run_in, axolotl_on_cpu("c.yml"))
     assert run.code == 0, last_lines(run)
     published = load_scan("model_snr_results/snr_results_small-model.json")
     highest = {each.type: each.name for each in published.ranked()}

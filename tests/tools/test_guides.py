@@ -6,11 +6,9 @@ import re
 import shlex
 
 from splaser_plugin.scanning.selection import choose
-from tests.conftest import ROOT
-from tests.test_docs import BLOCK, commands_of
-from tests.tools.conftest import emit, last_lines, trained_adapters, trained_whole
-from tests.tools.test_axolotl import on_cpu
-from tests.tools.test_llamafactory import CPU
+from tests.builders import ROOT
+from tests.pages import BLOCK, commands_of
+from tests.tools.runs import LLAMAFACTORY_ON_CPU, axolotl_on_cpu, emit, last_lines, trained_adapters, trained_whole
 
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", (ROOT / "docs" / "guides.md").read_text(), re.M | re.S))
 
@@ -28,7 +26,7 @@ def test_axolotls_commands_train_what_was_emitted(folder, run_in, small_scan):
     for words in commands("Axolotl", "sh"):
         emit(shlex.join(words[2:]))
     [[*train, config]] = commands("Axolotl", "text")
-    run = run_in("axolotl", *train, on_cpu(config), "--launcher", "python")
+    run = run_in("axolotl", *train, axolotl_on_cpu(config), "--launcher", "python")
     assert run.code == 0, last_lines(run)
     assert trained_adapters(folder / "out") == set(choose(small_scan, top=16).names)
 
@@ -37,7 +35,7 @@ def test_llamafactorys_commands_train_what_was_emitted(folder, run_in, small_sca
     for words in commands("LLaMA-Factory", "sh"):
         emit(shlex.join(words[2:]))
     for words in commands("LLaMA-Factory", "text"):
-        run = run_in("llamafactory", *words, *CPU)
+        run = run_in("llamafactory", *words, *LLAMAFACTORY_ON_CPU)
         assert run.code == 0, last_lines(run)
     assert trained_adapters(folder / "outputs" / "splaser") == set(choose(small_scan, top=16).names)
     assert trained_whole(small_smollm2, folder / "outputs" / "whole") == set(choose(small_scan, fraction=0.5).names)

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.tools.conftest import (
+from tests.tools.runs import (
     HERE,
+    LLAMAFACTORY_ON_CPU,
     SHORT_LASER,
     answer,
     check_lasered,
@@ -25,7 +26,6 @@ options = OmegaConf.merge(OmegaConf.load("c.yml"), OmegaConf.from_cli())
 laser = LaserCallback(when="after", pairs="pairs.jsonl", config=LaserConfig(**{SHORT_LASER}))
 run_exp(OmegaConf.to_container(options), callbacks=[laser])
 """
-CPU = ("bf16=false", "max_steps=3", "gradient_accumulation_steps=1", "save_strategy='no'")
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
@@ -35,7 +35,7 @@ def test_an_emitted_configuration_is_parsed_whole_and_trains_the_chosen_adapters
         f"llamafactory scan.json --mode {mode} --stage {stage} --top 1 --dataset pairs.jsonl --output-dir out -o c.yml"
     )
     assert answer(run_in("llamafactory", "python", str(HERE / "strict_llamafactory.py"), "c.yml")) == []
-    run = run_in("llamafactory", "llamafactory-cli", "train", "c.yml", *CPU)
+    run = run_in("llamafactory", "llamafactory-cli", "train", "c.yml", *LLAMAFACTORY_ON_CPU)
     assert run.code == 0, last_lines(run)
     assert trained_adapters(folder / "out") == set(chosen)
 
@@ -46,7 +46,7 @@ def test_the_runner_script_trains_the_chosen_matrices_whole(stage, folder, chose
         f"llamafactory scan.json --mode unfrozen --stage {stage} --top 1 --dataset pairs.jsonl "
         "--output-dir out -o run.py"
     )
-    run = run_in("llamafactory", "python", "run.py", *CPU)
+    run = run_in("llamafactory", "python", "run.py", *LLAMAFACTORY_ON_CPU)
     assert run.code == 0, last_lines(run)
     assert trained_whole(small_smollm2, folder / "out") == set(chosen)
 
@@ -68,7 +68,7 @@ def test_a_merged_file_of_ones_own_trains_the_chosen_adapters(folder, chosen, ru
     Path("own.yml").write_text(own)
     emit("llamafactory scan.json --top 1 --base own.yml -o merged.yml")
     assert "# mine" in Path("merged.yml").read_text()
-    run = run_in("llamafactory", "llamafactory-cli", "train", "merged.yml", *CPU)
+    run = run_in("llamafactory", "llamafactory-cli", "train", "merged.yml", *LLAMAFACTORY_ON_CPU)
     assert run.code == 0, last_lines(run)
     assert trained_adapters(folder / "out") == set(chosen)
 
@@ -76,7 +76,7 @@ def test_a_merged_file_of_ones_own_trains_the_chosen_adapters(folder, chosen, ru
 def test_the_callback_lasers_the_model_after_dpo(folder, run_in):
     emit("llamafactory scan.json --stage dpo --top 1 --dataset pairs.jsonl --output-dir out -o c.yml")
     Path("laser.py").write_text(LASER_SCRIPT)
-    run = run_in("llamafactory", "python", "laser.py", *CPU)
+    run = run_in("llamafactory", "python", "laser.py", *LLAMAFACTORY_ON_CPU)
     assert run.code == 0, last_lines(run)
     assert check_lasered(folder / "out")
 

@@ -25,7 +25,7 @@ from splaser_plugin.weights.factored import CONFIG_KEY, FactoredLinear, factoriz
 from splaser_plugin.weights.factored_folder import save_model
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import load_model
-from tests.conftest import tiny_llama
+from tests.builders import QUICK, THREE_PAIRS, tiny_llama
 from tests.reference import truncate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -345,18 +345,13 @@ def test_trainer_trains_saves_and_resumes(saved, tmp_path):
     assert resumed.state.global_step == 4
 
 
-QUICK = {"embedder": "self", "max_new_tokens": 6, "candidates": 6, "device": "cpu", "edge": "mp", "save": "factored"}
-ROWS = [
-    {"prompt": "What is the capital of France?", "chosen": "Paris.", "rejected": "Bananas."},
-    {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "Ask somebody else."},
-    {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "Go away."},
-]
+FACTORED = {**QUICK, "save": "factored"}
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def run(request, tiny_folder, tmp_path_factory):
     """A finished laser run that was saved factored."""
-    result = laser(tiny_folder, ROWS, config=LaserConfig(**QUICK, dtype=request.param))
+    result = laser(tiny_folder, THREE_PAIRS, config=LaserConfig(**FACTORED, dtype=request.param))
     return result, result.save(tmp_path_factory.mktemp("out") / "factored")
 
 
@@ -424,7 +419,7 @@ def test_expanding_gives_the_dense_folder(run, tmp_path, monkeypatch, capsys):
 
 def test_laser_prints_the_parameters_before_and_after(tiny_folder, tmp_path, monkeypatch, capsys):
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("\n".join(map(json.dumps, ROWS)))
+    pairs.write_text("\n".join(map(json.dumps, THREE_PAIRS)))
     options = shlex.split("--embedder self --max-new-tokens 6 --candidates 3 --edge mp --device cpu --save factored")
     call(monkeypatch, "laser", tiny_folder, "--pairs", pairs, "-o", tmp_path / "out", *options)
     printed = " ".join(capsys.readouterr().err.split())
@@ -447,7 +442,7 @@ def test_a_factored_model_is_loaded_for_comparison_and_refused_for_another_reduc
     with pytest.raises(ModelError, match=r"has factored layers.*splaser expand FOLDER -o DENSE"):
         run_scan(model)
     with pytest.raises(ModelError, match="has factored layers"):
-        laser(out, ROWS, config=LaserConfig(**QUICK))
+        laser(out, THREE_PAIRS, config=LaserConfig(**FACTORED))
     with pytest.raises(CheckpointError, match=r"stored as factors, which are not scanned.*splaser expand"):
         run_scan(str(out))
 
@@ -498,7 +493,7 @@ def test_a_trainer_refuses_a_factored_model_as_it_is_made(saved):
     from splaser_plugin import LaserCallback
 
     with pytest.raises(ModelError, match=r"has factored layers.*expand\(model\)"):
-        Trainer(load(saved[1]), callbacks=[LaserCallback(pairs=ROWS)])
+        Trainer(load(saved[1]), callbacks=[LaserCallback(pairs=THREE_PAIRS)])
 
 
 def test_a_trainer_refuses_factors_of_adapted_weights_before_it_trains(tmp_path, tokenizer):
@@ -511,7 +506,7 @@ def test_a_trainer_refuses_factors_of_adapted_weights_before_it_trains(tmp_path,
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[1, 2, 3]]})
-    callback = LaserCallback(pairs=ROWS, config=LaserConfig(**QUICK))
+    callback = LaserCallback(pairs=THREE_PAIRS, config=LaserConfig(**FACTORED))
     trainer = Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[callback])
     with pytest.raises(ModelError, match="has adapters, so its matrices can't be kept as factors"):
         trainer.train()
@@ -581,7 +576,7 @@ def without(name):
     return lambda state: {each: tensor for each, tensor in state.items() if each != name}
 
 
-def changed(name, change):
+def with_changed(name, change):
     return lambda state: {**state, name: change(state[name]).contiguous()}
 
 
@@ -591,9 +586,18 @@ def changed(name, change):
         (without(f"{QUERY}.right_factor"), f"tensor '{QUERY}.right_factor' is missing"),
         (without(f"{QUERY}.weight"), f"tensor '{QUERY}.weight' is missing"),
         (without("model.norm.weight"), "tensor 'model.norm.weight' is missing"),
-        (changed(f"{QUERY}.weight", lambda t: t[:, :3]), rf"safetensors: tensor '{QUERY}.weight' has shape \(32, 3\)"),
-        (changed(f"{QUERY}.right_factor", lambda t: t.T), rf"'{QUERY}.right_factor' has shape \(32, 5\), expected \(5"),
-        (changed(f"{QUERY}.weight", lambda t: t.long()), rf"tensor '{QUERY}.weight' is torch.int64, expected floating"),
+        (
+            with_changed(f"{QUERY}.weight", lambda t: t[:, :3]),
+            rf"safetensors: tensor '{QUERY}.weight' has shape \(32, 3\)",
+        ),
+        (
+            with_changed(f"{QUERY}.right_factor", lambda t: t.T),
+            rf"'{QUERY}.right_factor' has shape \(32, 5\), expected \(5",
+        ),
+        (
+            with_changed(f"{QUERY}.weight", lambda t: t.long()),
+            rf"tensor '{QUERY}.weight' is torch.int64, expected floating",
+        ),
         (lambda state: {**state, "model.extra": torch.zeros(3)}, "tensor 'model.extra' belongs to no layer"),
     ],
 )

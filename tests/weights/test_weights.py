@@ -7,7 +7,7 @@ import torch
 
 from splaser_plugin.errors import MatrixError, RankError
 from splaser_plugin.weights.in_memory import Weights
-from tests.conftest import tiny_llama
+from tests.builders import tiny_llama
 from tests.reference import truncate
 
 
