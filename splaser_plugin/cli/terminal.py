@@ -21,11 +21,11 @@ from rich.text import Text
 from splaser_plugin.cli.trial_table import shortened, trial_line, trial_table
 from splaser_plugin.errors import printable
 from splaser_plugin.progress import Advance, Progress, ignore
-from splaser_plugin.search.candidates import Candidate
-from splaser_plugin.search.search import Trial
 
 if TYPE_CHECKING:
     from splaser_plugin.jobs.compare import Figure
+    from splaser_plugin.search.candidates import Candidate
+    from splaser_plugin.search.search import Trial
 
 MARGIN = 17
 """Columns of the labels."""
@@ -93,6 +93,10 @@ class TerminalProgress(Progress):
                 self._print_trials()
 
     def event(self, event: object) -> None:
+        # Only a search has events; what it needs, transformers too, is not loaded for the other commands.
+        from splaser_plugin.search.candidates import Candidate
+        from splaser_plugin.search.search import Trial
+
         if isinstance(event, Candidate):
             self._trying = event
         elif isinstance(event, Trial):
