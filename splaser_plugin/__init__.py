@@ -15,7 +15,7 @@ _HOMES = {
     "Scan": "splaser_plugin.scanning.scan",
     "laser": "splaser_plugin.jobs.laser",
     "run_scan": "splaser_plugin.scanning.scan",
-    "apply_recipe": "splaser_plugin.jobs.laser",
+    "apply_recipe": "splaser_plugin.jobs.apply",
     "compare_models": "splaser_plugin.jobs.compare",
     "load_pairs": "splaser_plugin.data.pairs",
     "load": "splaser_plugin.weights.factored_folder",

@@ -257,11 +257,11 @@ def apply(
     path = check_output(output, overwrite=overwrite, inputs=(model, recipe))
     from splaser_plugin.artifacts.card import model_card
     from splaser_plugin.artifacts.recipe import Recipe
-    from splaser_plugin.jobs.laser import lasered_weights
+    from splaser_plugin.jobs.apply import lasered_weights
     from splaser_plugin.weights.factored_folder import save_model
 
     loaded = Recipe.load(recipe)
-    progress = _progress(quiet, verbose, "jobs.laser")
+    progress = _progress(quiet, verbose, "jobs.apply")
     with held(path):
         lasered, tokenizer = lasered_weights(loaded, model, device=device, allow_pickle=allow_pickle, progress=progress)
         check_space(path, lasered.size)

@@ -26,7 +26,7 @@ from splaser_plugin.cli.demo import prepare_embedder, prepare_model
 from splaser_plugin.data.pairs import load_pairs
 from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.prompts import Prompter
-from splaser_plugin.jobs.laser import GRADIENT_PAIRS
+from splaser_plugin.jobs.stages import GRADIENT_PAIRS
 from splaser_plugin.scanning.scan import MatrixScan, matrix_scan
 from splaser_plugin.scoring.embedding import SentenceEmbedder
 from splaser_plugin.scoring.margin import MarginScorer

@@ -24,7 +24,7 @@ from splaser_plugin.errors import (
     RecipeError,
 )
 from splaser_plugin.files.output import check_output, whole_folder
-from splaser_plugin.jobs.laser import apply_recipe
+from splaser_plugin.jobs.apply import apply_recipe
 from splaser_plugin.weights.loading import load_model
 from tests.builders import QUICK, THREE_PAIRS, changed, states, tiny_llama
 

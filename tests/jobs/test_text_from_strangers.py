@@ -240,7 +240,7 @@ def whole_recipe():
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_recipe_with_any_value_wrong_is_refused_or_applied(whole_recipe, tiny_model, tmp_path, data):
-    from splaser_plugin.jobs.laser import apply_recipe
+    from splaser_plugin.jobs.apply import apply_recipe
     from splaser_plugin.weights.in_memory import Weights
 
     file = tmp_path / "recipe.json"

@@ -13,7 +13,7 @@ from splaser_plugin.errors import ConfigError, MatrixError
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.generation.teacher_forcing import forced_means
 from splaser_plugin.jobs import laser as jobs
-from splaser_plugin.jobs.laser import apply_recipe
+from splaser_plugin.jobs.apply import apply_recipe
 from splaser_plugin.progress import Progress
 from splaser_plugin.scanning.scan import scan_model
 from splaser_plugin.scoring.margin import MarginScorer

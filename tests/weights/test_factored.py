@@ -17,8 +17,8 @@ from splaser_plugin import LaserConfig, expand, laser, load
 from splaser_plugin.cli.app import main
 from splaser_plugin.errors import CheckpointError, ModelError, OutputError
 from splaser_plugin.integrations.peft import merge_and_unload
+from splaser_plugin.jobs.apply import apply_recipe
 from splaser_plugin.jobs.expand import expand_folder
-from splaser_plugin.jobs.laser import apply_recipe
 from splaser_plugin.scanning.scan import run_scan
 from splaser_plugin.spectra import spectrum
 from splaser_plugin.weights.factored import CONFIG_KEY, FactoredLinear, factorize, is_factorable

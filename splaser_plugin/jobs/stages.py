@@ -1,0 +1,270 @@
+"""The stages of a laser run on weights that are loaded, in the order in which `laser_weights` goes through them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from splaser_plugin.artifacts.recipe import Recipe, Step, versions
+from splaser_plugin.config.stages import SCORERS, LaserConfig, parse_ranks
+from splaser_plugin.data.pairs import pairs_sha256
+from splaser_plugin.data.split import Split, split_windows
+from splaser_plugin.distributed import my_part
+from splaser_plugin.errors import ModelError
+from splaser_plugin.files.output import size
+from splaser_plugin.progress import SILENT, Progress, counting
+from splaser_plugin.scanning.scan import Scan, scan_model
+from splaser_plugin.scoring.margin import MarginScorer
+from splaser_plugin.scoring.own_scorer import code_of
+from splaser_plugin.scoring.scorers import Material, Rulers
+from splaser_plugin.scoring.scores import Scorer, Scores
+from splaser_plugin.search.acceptance import Acceptance, Confident, Harmless, Improve
+from splaser_plugin.search.candidates import Candidate, by_prediction, by_size, choose_candidates
+from splaser_plugin.search.guard import Guard
+from splaser_plugin.search.journal import BASE, Journal, RecordedScorer
+from splaser_plugin.search.judge import Judge
+from splaser_plugin.search.prediction import check_predictable, sensitivities
+from splaser_plugin.search.racing import Race
+from splaser_plugin.search.search import SearchResult, search
+from splaser_plugin.search.verdict import HeldOut, compare
+from splaser_plugin.weights.factored import is_layer
+from splaser_plugin.weights.in_memory import Weights
+from splaser_plugin.weights.matrices import Matrix, overview
+
+GRADIENT_PAIRS = 32
+"""Most pairs that a prediction is made from."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage of one run works on and with."""
+
+    weights: Weights
+    tokenizer: Any
+    name: str
+    """How the model is called."""
+    config: LaserConfig
+    matrices: tuple[Matrix, ...]
+    """Of the model, in its order: those that the run may reduce."""
+    journal: Journal
+    progress: Progress
+
+    @property
+    def dtype(self) -> str:
+        model: Any = self.weights.model
+        return str(model.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a run measures with, and on what."""
+
+    split: Split
+    searched: Material
+    apart: Material | None
+    """What is held out; None for nothing."""
+    scorer: Scorer
+    held_out: Scorer | None
+    screen: Scorer | None
+    guard: Guard | None
+    predictor: MarginScorer | None
+    """Of the margin whose gradient orders the candidates."""
+
+
+def begin(
+    weights: Weights,
+    tokenizer: Any,
+    *,
+    name: str,
+    config: LaserConfig,
+    journal: Journal | None = None,
+    progress: Progress = SILENT,
+) -> Run:
+    """A run on these weights, wherever they live, and the facts about it. Raises ModelError when they can't be used."""
+    if config.save == "factored":
+        weights.keep_factors()
+    if config.rank_by == "gradient":
+        check_predictable(weights)
+    matrices, _ = weights.matrices(config.include, config.exclude)
+    run = Run(weights, tokenizer, name, config, tuple(matrices), journal or Journal(), progress)
+    device = next(iter(weights.parameters.values())).device
+    progress.fact("model", f"{name}: {overview(matrices)}, {size(weights.size)} in all")
+    progress.fact("device", f"{device}, {run.dtype}")
+    for label, values in (("options", config.changes), ("versions", versions())):
+        progress.detail(label, ", ".join(f"{key} {value}" for key, value in values.items()))
+    if config.without_effect:
+        progress.fact("has no effect", f"{', '.join(config.without_effect)}, with the other options of this run")
+    return run
+
+
+def prepare_measures(run: Run, split: Split) -> Measures:
+    """The scorers of the run, which have tokenized and embedded what they measure on."""
+    config, journal, progress = run.config, run.journal, run.progress
+    rulers = Rulers(run.weights.model, run.tokenizer, config, run.weights)
+    split, searched, apart = _materials(split, rulers, config)
+    if split.pairs.pairs:
+        progress.fact("pairs", split.pairs.summary)
+    if searched.windows:
+        progress.fact("text", f"{config.text}: {len(searched.windows)} windows of {config.window} tokens to search on")
+    progress.fact("held out", split.reason)
+
+    def make(name: str, material: Material) -> Scorer:
+        return RecordedScorer(rulers.make(name, material), journal)
+
+    return Measures(
+        split=split,
+        searched=searched,
+        apart=apart,
+        scorer=make(config.scorer, searched),
+        held_out=make(config.scorer, apart) if apart else None,
+        screen=make("margin", searched) if config.screen == "margin" else None,
+        guard=Guard(make(config.guard_scorer, searched), config.guard_limit) if config.guard else None,
+        predictor=_predictor(run, rulers, split) if config.rank_by == "gradient" else None,
+    )
+
+
+def scan_weights(run: Run, measures: Measures) -> Scan:
+    """The scan of the weights. From here on the journal holds what the results depend on."""
+    config, split = run.config, measures.split
+    identity = run.weights.identity()
+    windows = [measures.searched.windows, measures.apart and measures.apart.windows]
+    left = run.journal.begin(
+        {
+            "weights": identity,
+            "pairs": pairs_sha256(split.search),
+            "held_out": pairs_sha256(split.held_out),
+            "scorer": code_of(config.scorer) if config.scorer not in SCORERS else "",
+            "text": hashlib.sha256(repr(windows).encode()).hexdigest(),
+            "settings": config.to_dict(),
+            "versions": versions(),
+        }
+    )
+    if left:
+        run.progress.fact("going on", f"{left} measurements were left by a run that was stopped; none is made again")
+
+    def scanned() -> Scan:
+        return scan_model(run.weights, config=config, name=run.name, identity=identity, progress=run.progress)
+
+    return run.journal.once("scan", (), scanned, Scan.to_dict, Scan.from_dict)
+
+
+def order_candidates(run: Run, measures: Measures, scan: Scan) -> list[Candidate]:
+    """The candidates, in the order in which they are tried. Raises MatrixError when there is none."""
+    chosen = choose_candidates(scan, run.matrices, parse_ranks(run.config.ranks))
+    candidates = [replace(each, is_layer=is_layer(run.weights.model, each.matrix)) for each in chosen]
+    predictor = measures.predictor
+    if predictor is not None:
+        run.progress.fact("ranked by", f"predicted margin, from a gradient over {predictor.size} pairs")
+
+        def predicted() -> list[float]:
+            return _predictions(run, predictor, candidates)
+
+        candidates = by_prediction(candidates, run.journal.once("predictions", (), predicted, list, list))
+    return by_size(candidates) if run.config.objective == "compress" else candidates
+
+
+def search_and_compare(
+    run: Run, measures: Measures, candidates: Sequence[Candidate]
+) -> tuple[SearchResult, HeldOut | None]:
+    """The search, and what its result and the base model say on what is held out; None where nothing is."""
+    config, journal, progress = run.config, run.journal, run.progress
+    judge = _judge(run, measures, min(config.candidates, len(candidates)))
+    journal.subject = f"{BASE}, held out"
+    base = _measure(measures.held_out, "held-out base", progress)
+    journal.subject = BASE
+    found = search(run.weights, candidates, judge, limit=config.candidates, journal=journal, progress=progress)
+    journal.subject = "result, held out"
+    result = _measure(measures.held_out, "held-out result", progress, like=base) if found.kept else base
+    verdict = None
+    if base and result:
+        tolerance = config.tolerance if config.acceptance == "harmless" else None
+        verdict = compare(base, result, seed=config.seed, unit=config.unit, tolerance=tolerance)
+    progress.result("kept", f"{len(found.kept)} of {len(found.trials)} candidates")
+    score = f"{found.baseline.mean:+.4f} before, {found.final.mean:+.4f} after"
+    progress.result("score", f"{score}, on the {config.unit} searched on")
+    if verdict is not None:
+        progress.result("held out", verdict.summary)
+        progress.result("verdict", "; ".join(filter(None, (verdict.verdict, verdict.loss_verdict))))
+    return found, verdict
+
+
+def make_recipe(run: Run, scan: Scan, found: SearchResult) -> Recipe:
+    """How to get from the base model to the result again."""
+    return Recipe(
+        model=run.name,
+        weights=scan.weights,
+        dtype=run.dtype,
+        steps=tuple(
+            Step(each.matrix.name, each.rank, each.edge, each.threshold, each.matrix.shape) for each in found.kept
+        ),
+        scores={"baseline": found.baseline.mean, "final": found.final.mean},
+        settings=run.config.to_dict(),
+        versions=versions(),
+    )
+
+
+def _materials(split: Split, rulers: Rulers, config: LaserConfig) -> tuple[Split, Material, Material | None]:
+    """What is searched on and, if anything, held out; the split's reason is that of the windows where they decide."""
+    if config.scorer != "perplexity":
+        windows = rulers.windows() if config.guard_scorer == "perplexity" else []
+        return split, Material(split.search, windows), Material(split.held_out) if split.held_out else None
+    parts = split_windows(rulers.windows(), config.held_out_fraction, config.seed)
+    apart = Material((), parts.held_out) if parts.held_out else None
+    return replace(split, reason=parts.reason), Material(split.search, parts.search), apart
+
+
+def _predictor(run: Run, rulers: Rulers, split: Split) -> MarginScorer:
+    return MarginScorer(run.weights.model, rulers.prompter, split.search[:GRADIENT_PAIRS], batch_size=rulers.batch_size)
+
+
+def _predictions(run: Run, scorer: MarginScorer, candidates: Sequence[Candidate]) -> list[float]:
+    """What each candidate is predicted to do to the margin. Raises ModelError when the gradient isn't finite."""
+    reducible = {each.matrix for each in candidates}
+    tried = [matrix for matrix in run.matrices if matrix in reducible]
+    found = sensitivities(run.weights, scorer, tried, progress=run.progress)
+    values = [found[each.matrix].predicted(each.rank) for each in candidates]
+    for each, value in zip(candidates, values, strict=True):
+        if not math.isfinite(value):
+            raise ModelError(
+                f"{each.matrix.name}: its predicted change of the margin is {value}, so the model's gradient isn't "
+                "finite. Load it with --dtype float32 or bfloat16, or use --rank-by snr."
+            )
+    return values
+
+
+def _judge(run: Run, measures: Measures, candidates: int) -> Judge:
+    """candidates: how many are tried at most."""
+    config, size = run.config, measures.scorer.size
+    acceptance = _acceptance(config, candidates)
+    if isinstance(acceptance, Harmless):
+        unseen = 100 * acceptance.unseen_share(size)
+        run.progress.fact(
+            "harmless", f"a loss on up to {unseen:.0f} % of all {config.unit} can go unseen on {size} of them"
+        )
+    return Judge(
+        measures.scorer,
+        acceptance=acceptance,
+        race=Race(size, seed=config.seed) if config.race else None,
+        screen=measures.screen,
+        guard=measures.guard,
+    )
+
+
+def _acceptance(config: LaserConfig, candidates: int) -> Acceptance:
+    if config.acceptance == "improve":
+        return Improve()
+    if config.acceptance == "confident":
+        return Confident(config.alpha, candidates)
+    return Harmless(config.tolerance, config.alpha, candidates)
+
+
+def _measure(scorer: Scorer | None, name: str, progress: Progress, like: Scores | None = None) -> Scores | None:
+    """The model as it is, on everything the scorer has; None where there is no scorer."""
+    if scorer is None:
+        return None
+    everything = range(scorer.size)
+    with progress.phase(name, len(my_part(everything))) as advance, counting(advance):
+        return scorer.score(everything, like=like)
