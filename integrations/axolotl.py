@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.logging import get_logger
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from splaser_plugin.config.stages import EDGES, LaserConfig
-from splaser_plugin.errors import ConfigError, nearest
+from splaser_plugin.config.stages import LaserConfig, SelectConfig
+from splaser_plugin.errors import ConfigError
 from splaser_plugin.integrations.configs.axolotl import (
     FUSED_KERNELS,
     NOT_WITH_LORA,
@@ -20,7 +20,7 @@ from splaser_plugin.integrations.configs.axolotl import (
     unfrozen_patterns,
 )
 from splaser_plugin.integrations.freeze import check_trained
-from splaser_plugin.scanning.selection import BY, Selection, choose, lora_targets
+from splaser_plugin.scanning.selection import Selection, choose, lora_targets
 
 LOG = get_logger("axolotl.splaser")  # Axolotl shows INFO of no others
 
@@ -51,34 +51,29 @@ class LaserSection(BaseModel):
 
 
 class SPLaserSection(BaseModel):
-    """`splaser`: which matrices are trained, how, and whether the model is lasered."""
+    """`splaser`: which matrices are trained, how, and whether the model is lasered. Other keys: see `SelectConfig`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")
 
     mode: Literal["unfrozen", "lora"]
-    top: PositiveInt | None = None
-    fraction: float | None = Field(default=None, gt=0, le=1)
-    edge: str | None = None
-    by: str = "snr_ratio"
-    types: list[str] = Field(default_factory=list)
-    include_head: bool = False
-    include_embeddings: bool = False
     scan: str | None = None
     """A scan.json, or a published one; without it `base_model` is scanned from disk."""
     laser: LaserSection | None = None
 
-    @field_validator("edge", "by")
-    @classmethod
-    def _one_of(cls, value: str | None, info: Any) -> str | None:
-        choices = EDGES if info.field_name == "edge" else BY
-        if value is not None and value not in choices:
-            raise ValueError(f"got '{value}', expected one of {', '.join(choices)}")
-        return value
+    @property
+    def select(self) -> SelectConfig:
+        """Which matrices are trained. Raises ConfigError when the section doesn't say."""
+        config = SelectConfig.from_dict(self.model_extra or {})
+        if (config.top is None) == (config.fraction is None):
+            raise ConfigError("give one of top and fraction")
+        return config
 
     @model_validator(mode="after")
-    def _top_or_fraction(self) -> SPLaserSection:
-        if (self.top is None) == (self.fraction is None):
-            raise ValueError("give one of top and fraction")
+    def _known_choice(self) -> SPLaserSection:
+        try:
+            _ = self.select
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
         return self
 
 
@@ -151,10 +146,7 @@ def read_section(values: Any) -> SPLaserSection:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(["splaser", *map(str, first["loc"])])
-        hint = ""
-        if first["type"] == "extra_forbidden":
-            hint = f" ({nearest(str(first['loc'][-1]), SPLaserSection.model_fields)})"
-        raise ConfigError(f"{key}: {first['msg']}{hint}. Mend the configuration.") from error
+        raise ConfigError(f"{key}: {first['msg'].rstrip('.')}. Mend the configuration.") from error
 
 
 def check_rest(section: SPLaserSection, cfg: Mapping[str, Any]) -> None:
@@ -183,17 +175,7 @@ def select(section: SPLaserSection, base_model: str) -> Selection:
         scan, source = load_scan(section.scan), section.scan
     else:
         scan, source = _scan_from_disk(base_model), f"scan of {base_model}"
-    return choose(
-        scan,
-        top=section.top,
-        fraction=section.fraction,
-        by=section.by,
-        edge=section.edge,
-        types=section.types,
-        include_head=section.include_head,
-        include_embeddings=section.include_embeddings,
-        source=source,
-    )
+    return choose(scan, section.select, source=source)
 
 
 def _scan_from_disk(base_model: str) -> Any:

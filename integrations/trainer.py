@@ -34,7 +34,7 @@ from splaser_plugin.weights.in_memory import Weights, model_name
 logger = logging.getLogger(__name__)
 
 WHEN = ("before", "init", "after")
-OFFLINE = "Save the trained model and run `splaser laser` on the checkpoint (with --adapter DIR for a LoRA adapter)."
+OFFLINE = "Save the trained model and run `splaser laser` on the checkpoint (with `--adapter DIR` for a LoRA adapter)."
 
 Pairs = str | Path | PairSet | Iterable[Mapping[str, Any]]
 

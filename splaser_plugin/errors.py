@@ -3,11 +3,39 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_on_command_line: ContextVar[bool] = ContextVar("on_command_line", default=False)
+_FLAG = re.compile(r"--([a-z]+(?:-[a-z]+)*)|`[^`]*`")
 
 
 class SplaserError(Exception):
-    """Base of all errors of this package. The command line prints it as one line and exits 1."""
+    """Base of all errors of this package. The command line prints it as one line and exits 1.
+
+    Options stand in messages as flags. Who calls from Python reads the names of fields and arguments in their place,
+    `max_new_tokens` for `--max-new-tokens`, except inside a command in backquotes.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if _on_command_line.get() else _FLAG.sub(_as_name, text)
+
+
+def _as_name(found: re.Match[str]) -> str:
+    return found[1].replace("-", "_") if found[1] else found[0]
+
+
+@contextmanager
+def on_command_line() -> Iterator[None]:
+    """Inside, errors name options as flags."""
+    before = _on_command_line.set(True)
+    try:
+        yield
+    finally:
+        _on_command_line.reset(before)
 
 
 class ConfigError(SplaserError):

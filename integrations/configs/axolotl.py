@@ -143,10 +143,11 @@ def plugin_targets(plan: Plan, given: Mapping[str, Any], laser: str | None) -> d
     """As `targets`, with the plugin that finds them: the section `splaser` has the same choice."""
     selection = plan.selection
     section: dict[str, Any] = {"mode": "unfrozen" if plan.mode == "unfrozen" else "lora"}
-    section |= {"top": selection.top} if selection.fraction is None else {"fraction": selection.fraction}
-    section |= {"by": selection.by, "edge": selection.edge}
-    if selection.types:
-        section["types"] = list(selection.types)
+    config = selection.config
+    section |= {"top": config.top} if config.fraction is None else {"fraction": config.fraction}
+    section |= {"by": config.by, "edge": selection.edge}
+    if config.types:
+        section["types"] = list(config.types)
     if any(map(is_head, selection.names)):
         section["include_head"] = True
     if any(map(is_embedding, selection.names)):

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-import inspect
 import json
 import os
 import shlex
 import signal
 import sys
 import threading
-import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from splaser_plugin.config.stages import CompareConfig, LaserConfig, MeasureConfig, Options, ScanConfig
-from splaser_plugin.errors import ConfigError, SplaserError, printable
+from splaser_plugin.cli.options import options
+from splaser_plugin.config.stages import CompareConfig, LaserConfig, ScanConfig
+from splaser_plugin.errors import ConfigError, SplaserError, on_command_line, printable
 
 if TYPE_CHECKING:
     from splaser_plugin.jobs.compare import Comparison
@@ -71,13 +68,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-PANELS: dict[type, str] = {
-    ScanConfig: "Which matrices, and their noise",
-    MeasureConfig: "What is measured",
-    LaserConfig: "The search",
-}
-"""Headings of the help."""
-
 Model = Annotated[str, typer.Argument(help="Model folder, .gguf file or hub id.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist or be empty.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
@@ -86,90 +76,8 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more: option
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON to stdout.")]
 
 
-def options_of(config_class: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one flag for each field of a configuration, passed to it as the argument `config`.
-
-    And --config: a file in which any of the command's arguments and options may stand, where no flag is given.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        fields = dataclasses.fields(config_class)
-        own = [each for name, each in inspect.signature(command, eval_str=True).parameters.items() if name != "config"]
-
-        def with_config(config_file: Path | None, **arguments: Any) -> None:
-            values = {each.name: arguments.pop(each.name) for each in fields}
-            command(config=config_class.from_dict(values), **arguments)
-
-        flags = [
-            *own,
-            _config_file(config_class, own),
-            *[_flag(each, _panel(config_class, each.name)) for each in fields],
-        ]
-        with_config.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
-        with_config.__annotations__ = {each.name: each.annotation for each in flags}
-        with_config.__name__, with_config.__doc__ = command.__name__, command.__doc__
-        return with_config
-
-    return decorate
-
-
-def _config_file(config_class: type[Options], own: list[inspect.Parameter]) -> inspect.Parameter:
-    """--config: a file whose values stand in for flags that aren't given. own: the command's own arguments."""
-    types = {_key(each): _plain_type(each.annotation) for each in own}
-    names = {_key(each): each.name for each in own}
-
-    def read(context: typer.Context, path: Path | None) -> Path | None:
-        if path is not None:
-            from splaser_plugin.config.run_file import read_run_file
-
-            values = read_run_file(path, config_class, types)
-            context.default_map = {names.get(key, key): value for key, value in values.items()}
-        return path
-
-    text = "YAML file in which any of these arguments and options may stand, as in a run's run.yaml; flags win."
-    flag = typer.Option("--config", help=text, is_eager=True, callback=read)
-    return inspect.Parameter(
-        "config_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, flag]
-    )
-
-
-def _key(argument: inspect.Parameter) -> str:
-    """How a command's own argument is called in a file: as its flag, with underscores."""
-    return argument.name.removeprefix("as_")
-
-
-def _plain_type(annotation: Any) -> type:
-    annotated = typing.get_args(annotation)[0]
-    kind = typing.get_origin(annotated) or annotated
-    return kind if kind in (bool, int, list) else str
-
-
-def _panel(config_class: type[Options], name: str) -> str:
-    """Under which heading of the help an option stands: that of the class which has it."""
-    owner = next(each for each in reversed(config_class.__mro__) if name in vars(each).get("__annotations__", {}))
-    return PANELS.get(owner, "Options")
-
-
-def _flag(each: dataclasses.Field[Any], panel: str) -> inspect.Parameter:
-    default: Any = each.default
-    repeated = isinstance(default, tuple)
-    choices = each.metadata["choices"]
-    text = each.metadata["help"] + (f" One of: {', '.join(choices)}." if choices else "")
-    name = "--" + each.name.replace("_", "-")
-    if isinstance(default, bool):
-        name += "/--no-" + each.name.replace("_", "-")
-    return inspect.Parameter(
-        each.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=list(default) if repeated else default,
-        annotation=Annotated[
-            list[str] if repeated else type(default), typer.Option(name, help=text, rich_help_panel=panel)
-        ],
-    )
-
-
 @app.command()
-@options_of(ScanConfig)
+@options(config=ScanConfig)
 def scan(
     *,
     model: Model,
@@ -202,7 +110,7 @@ def scan(
 
 
 @app.command()
-@options_of(LaserConfig)
+@options(config=LaserConfig)
 def laser(
     *,
     model: Model,
@@ -275,7 +183,7 @@ def apply(
 
 
 @app.command()
-@options_of(CompareConfig)
+@options(config=CompareConfig)
 def compare(
     *,
     models: Annotated[list[str], typer.Argument(help="Model folders, .gguf files or hub ids; the first is the base.")],
@@ -432,11 +340,9 @@ def main() -> None:
     from splaser_plugin.cli.emit import app as emit
 
     app.add_typer(emit, name="emit")
-    try:
-        app()
-    except ConfigError as error:
-        print(f"{type(error).__name__}: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except SplaserError as error:
-        print(f"{type(error).__name__}: {printable(str(error))}", file=sys.stderr)
-        sys.exit(1)
+    with on_command_line():
+        try:
+            app()
+        except SplaserError as error:
+            print(f"{type(error).__name__}: {printable(str(error))}", file=sys.stderr)
+            sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import shlex
 import sys
-import typing
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from splaser_plugin.cli.options import options
+from splaser_plugin.config.stages import RankConfig, SelectConfig, TrainingConfig
 from splaser_plugin.errors import ConfigError, OutputError, printable
 
 if TYPE_CHECKING:
@@ -38,100 +36,33 @@ Edge = Annotated[str | None, typer.Option(help="Whose figures count: iqr, mp or 
 Model = Annotated[str, typer.Option(help="Folder or hub id of the model; else the one that was scanned.")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Which matrices: see `selection.choose`."""
+def _chosen(scan: Path, select: SelectConfig) -> Selection:
+    from splaser_plugin.scanning.selection import choose
+    from splaser_plugin.scanning.spectrum_format import load_scan
 
-    top: Annotated[int | None, typer.Option(help=f"Matrices per module type; {DEFAULT_TOP} without --fraction.")] = None
-    fraction: Annotated[float | None, typer.Option(help="Share of each module type, rounded up.")] = None
-    by: Annotated[str, typer.Option(help="What ranks them: snr_ratio, snr or rank.")] = "snr_ratio"
-    edge: Edge = None
-    types: Annotated[
-        list[str], typer.Option(help="Only these module types, as mlp.down_proj or self_attn; repeatable.")
-    ] = dataclasses.field(default_factory=list)
-    include_head: Annotated[bool, typer.Option("--include-head", help="The output head, too.")] = False
-    include_embeddings: Annotated[bool, typer.Option("--include-embeddings", help="The embeddings, too.")] = False
-
-    def carry_out(self, scan: Path) -> Selection:
-        from splaser_plugin.scanning.selection import choose
-        from splaser_plugin.scanning.spectrum_format import load_scan
-
-        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        if self.top is None and self.fraction is None:
-            values["top"] = DEFAULT_TOP
-        return choose(load_scan(scan), source=str(scan), **values)
+    if select.top is None and select.fraction is None:
+        select = dataclasses.replace(select, top=DEFAULT_TOP)
+    return choose(load_scan(scan), select, source=str(scan))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rank:
-    """The adapters' rank: see `plan.choose_rank`."""
+def _plan(selection: Selection, training: TrainingConfig, stage: str) -> Plan:
+    from splaser_plugin.integrations.configs.plan import Plan, choose_rank
 
-    lora_rank: Annotated[str | None, typer.Option(help="A number, or auto; 32 if not given.")] = None
-    match_rank: Annotated[int, typer.Option(help="With auto: as many parameters as this rank on every matrix.")] = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training(Rank):
-    """How, on what and to where: see `plan.Plan`."""
-
-    mode: Annotated[str, typer.Option(help="lora, qlora, or unfrozen: full fine-tuning of the chosen ones.")] = "lora"
-    base: Annotated[Path | None, typer.Option(help="Your own YAML: the targets are set in it, all else stays.")] = None
-    model: Model = ""
-    dataset: Annotated[Path | None, typer.Option(help="Training data: a json, jsonl, csv or parquet file.")] = None
-    output_dir: Annotated[str, typer.Option(help="Folder that the training run writes to.")] = ""
-
-    def plan(self, selection: Selection, stage: str) -> Plan:
-        from splaser_plugin.integrations.configs.plan import Plan, choose_rank
-
-        rank, reason = choose_rank(selection, self.lora_rank, self.match_rank)
-        return Plan(
-            selection=selection,
-            mode=self.mode,
-            stage=stage,
-            model=self.model,
-            dataset=self.dataset,
-            output_dir=self.output_dir,
-            rank=rank,
-            rank_reason=reason,
-        )
-
-
-def _flags(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one flag for each field of these dataclasses, passed to it as one argument each."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        def flat(**arguments: Any) -> None:
-            for name, group in groups.items():
-                arguments[name] = group(**{each.name: arguments.pop(each.name) for each in dataclasses.fields(group)})
-            command(**arguments)
-
-        own = [
-            each for each in inspect.signature(command, eval_str=True).parameters.values() if each.name not in groups
-        ]
-        flags = [flag for group in groups.values() for flag in _parameters(group)]
-        flat.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
-        flat.__annotations__ = {each.name: each.annotation for each in [*own, *flags]}
-        flat.__name__, flat.__doc__ = command.__name__, command.__doc__
-        return flat
-
-    return decorate
-
-
-def _parameters(group: type) -> list[inspect.Parameter]:
-    hints = typing.get_type_hints(group, include_extras=True)
-    return [
-        inspect.Parameter(
-            each.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=each.default if each.default is not dataclasses.MISSING else [],
-            annotation=hints[each.name],
-        )
-        for each in dataclasses.fields(group)
-    ]
+    rank, reason = choose_rank(selection, training.lora_rank, training.match_rank)
+    return Plan(
+        selection=selection,
+        mode=training.mode,
+        stage=stage,
+        model=training.model,
+        dataset=training.dataset,
+        output_dir=training.output_dir,
+        rank=rank,
+        rank_reason=reason,
+    )
 
 
 @app.command()
-@_flags(choice=Choice, training=Training)
+@options(select=SelectConfig, training=TrainingConfig)
 def axolotl(
     *,
     scan: ScanFile,
@@ -143,8 +74,8 @@ def axolotl(
     laser: Annotated[
         str | None, typer.Option(help="With --plugin: laser the model before or after training, on --dataset.")
     ] = None,
-    choice: Choice,
-    training: Training,
+    select: SelectConfig,
+    training: TrainingConfig,
     overwrite: Overwrite = False,
 ) -> None:
     """A configuration for `axolotl train`."""
@@ -152,23 +83,23 @@ def axolotl(
 
     if rl not in (None, "dpo"):
         raise ConfigError(f"--rl: got '{rl}', expected dpo.")
-    selection = choice.carry_out(scan)
+    selection = _chosen(scan, select)
     run = f"axolotl train {shlex.quote(str(output))}"
-    plan = training.plan(selection, rl or "sft")
+    plan = _plan(selection, training, rl or "sft")
     text = axolotl_yaml(plan, base=training.base, run=run, plugin=plugin, laser=laser)
     _write(output, text, overwrite=overwrite)
     _tell(selection, output, run)
 
 
 @app.command()
-@_flags(choice=Choice, training=Training)
+@options(select=SelectConfig, training=TrainingConfig)
 def llamafactory(
     *,
     scan: ScanFile,
     output: OutputFile,
     stage: Annotated[str, typer.Option(help="sft, or dpo on preferences.")] = "sft",
-    choice: Choice,
-    training: Training,
+    select: SelectConfig,
+    training: TrainingConfig,
     overwrite: Overwrite = False,
 ) -> None:
     """A configuration for `llamafactory-cli train`, with its data set's entry in dataset_info.json beside it.
@@ -181,8 +112,8 @@ def llamafactory(
     if is_script != (output.suffix == ".py"):
         wanted = "a script: its name has to end in .py" if is_script else "YAML: its name can't end in .py"
         raise ConfigError(f"--output {output}: --mode {training.mode} is written as {wanted}.")
-    selection = choice.carry_out(scan)
-    plan = training.plan(selection, stage)
+    selection = _chosen(scan, select)
+    plan = _plan(selection, training, stage)
     run = f"{'python' if is_script else 'llamafactory-cli train'} {shlex.quote(str(output))}"
     write = tool.runner_script if is_script else tool.llamafactory_yaml
     text = write(plan, base=training.base, dataset_dir=output.parent, run=run)
@@ -197,13 +128,13 @@ def llamafactory(
 
 
 @app.command()
-@_flags(choice=Choice, ranks=Rank)
+@options(select=SelectConfig, ranks=RankConfig)
 def peft(
     *,
     scan: ScanFile,
     output: OutputFile = Path("adapter_config.json"),
-    choice: Choice,
-    ranks: Rank,
+    select: SelectConfig,
+    ranks: RankConfig,
     rank_pattern: Annotated[
         bool,
         typer.Option("--rank-pattern", help="Give each matrix a rank in proportion to that above the edge."),
@@ -215,7 +146,7 @@ def peft(
     from splaser_plugin.integrations.configs.adapter import adapter_config
     from splaser_plugin.integrations.configs.plan import DEFAULT_RANK, choose_rank
 
-    selection = choice.carry_out(scan)
+    selection = _chosen(scan, select)
     rank, _ = choose_rank(selection, ranks.lora_rank, ranks.match_rank)
     values = adapter_config(selection, rank=rank or DEFAULT_RANK, rank_pattern=rank_pattern, model=model)
     _write(output, _json(values), overwrite=overwrite)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from splaser_plugin.config.stages import Options, check_value
+from splaser_plugin.config.options import Options
 from splaser_plugin.errors import ConfigError, nearest
 
 MOST_BYTES = 2**16
 PLAIN = (str, bool, int, float)
 
 
-def read_run_file(path: Path, options: type[Options], arguments: Mapping[str, type]) -> dict[str, Any]:
+def read_run_file(path: Path, options: Sequence[type[Options]], arguments: Mapping[str, type]) -> dict[str, Any]:
     """The keys and values of a YAML file, each checked by itself.
 
-    options: the configuration whose fields may stand there. arguments: what else may, to the type of its value.
+    options: the configurations whose fields may stand there. arguments: what else may, to the type of its value.
     Raises ConfigError when it can't be read, is no mapping, or has a key or a value that the command doesn't take.
     """
-    known = {each.name: each for each in dataclasses.fields(options)}
+    known = {name: config for config in options for name in config.fields()}
     values = _mapping(path)
     for key, value in values.items():
         if key not in known and key not in arguments:
@@ -32,7 +31,7 @@ def read_run_file(path: Path, options: type[Options], arguments: Mapping[str, ty
             raise ConfigError(f"--config {path}: {key}: got {value!r}, expected {expected}.")
         if key in known:
             try:
-                check_value(known[key], tuple(value) if isinstance(value, list) else value)
+                known[key].check_option(key, value)
             except ConfigError as error:
                 raise ConfigError(f"--config {path}: {error}") from error
     return values

@@ -1,111 +1,131 @@
 """The options of each stage: every name, default, meaning and range is here, once.
 
-The command line and the documentation are made from these classes. Nothing heavy is imported.
+Nothing heavy is imported.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
 
-from splaser_plugin.errors import ConfigError, nearest
+from pydantic import Field
 
-EDGES = ("iqr", "mp", "gavish-donoho")
-PRECISIONS = ("auto", "float32", "float64")
-TEMPLATES = ("auto", "chatml", "instruct")
+from splaser_plugin.config.options import Options, stage
+from splaser_plugin.errors import ConfigError
+
+Edge: TypeAlias = Literal["iqr", "mp", "gavish-donoho"]
+Precision: TypeAlias = Literal["auto", "float32", "float64"]
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+Measure: TypeAlias = Literal["snr_ratio", "snr", "rank"]
+OptionalPath: TypeAlias = Annotated[Path | None, Field(strict=False)]
+Patterns: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
+
+EDGES: tuple[Edge, ...] = typing.get_args(Edge)
 SCORERS = ("semantic", "margin", "perplexity")
-OBJECTIVES = ("quality", "compress")
-ACCEPTANCES = ("auto", "improve", "confident", "harmless")
-SCREENS = ("none", "margin")
-RANKINGS = ("snr", "gradient")
-SAVES = ("dense", "factored")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 
 DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
-_Config = TypeVar("_Config", bound="Options")
+
+@stage
+class LoadConfig(Options):
+    """How a model's files are read."""
+
+    allow_pickle: bool = False
+    """Load weights that are pickled (.bin) if there are no others."""
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    minimum: int | float | None = None,
-    maximum: int | float | None = None,
-) -> Any:
-    """A dataclass field with its one-line meaning, and what values it may have."""
-    checks = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
-    return field(default=default, metadata=checks)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the configurations of all stages have in common."""
-
-    allow_pickle: bool = option(False, "Load weights that are pickled (.bin) if there are no others.")
-
-    def __post_init__(self) -> None:
-        for each in dataclasses.fields(self):
-            check_value(each, getattr(self, each.name))
-
-    @classmethod
-    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
-        """A configuration from plain values. Raises ConfigError when a key is not known."""
-        known = {each.name for each in dataclasses.fields(cls)}
-        for key in values:
-            if key not in known:
-                raise ConfigError(f"option '{key}' is not known; {nearest(str(key), known)}.")
-        plain: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
-        return cls(**plain)
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """The options that aren't at their defaults."""
-        fields = dataclasses.fields(self)
-        return {each.name: getattr(self, each.name) for each in fields if getattr(self, each.name) != each.default}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in a JSON or YAML file."""
-        values = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScanConfig(Options):
+@stage
+class ScanConfig(LoadConfig):
     """How a scan is done."""
 
-    edge: str = option("iqr", "Where signal ends and noise begins.", choices=EDGES)
-    include: tuple[str, ...] = option((), "Only matrices that match this pattern of dotted segments; repeatable.")
-    exclude: tuple[str, ...] = option((), "Leave out matrices that match this pattern; repeatable.")
-    precision: str = option("auto", "Arithmetic of the singular values.", choices=PRECISIONS)
+    edge: Edge = "iqr"
+    """Where signal ends and noise begins."""
+    include: Patterns = ()
+    """Only matrices that match this pattern of dotted segments; repeatable."""
+    exclude: Patterns = ()
+    """Leave out matrices that match this pattern; repeatable."""
+    precision: Precision = "auto"
+    """Arithmetic of the singular values."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeasureConfig(Options):
+@stage
+class SelectConfig(Options):
+    """Which matrices of a scan to train: so many of each module type, those of highest `by`."""
+
+    top: int | None = Field(default=None, ge=1)
+    """Matrices per module type."""
+    fraction: float | None = Field(default=None, gt=0, le=1)
+    """Share of each module type, rounded up."""
+    by: Measure = "snr_ratio"
+    """What ranks them."""
+    edge: Edge | None = None
+    """Whose figures count; else the scan's edge."""
+    types: Patterns = ()
+    """Only these module types, as mlp.down_proj or self_attn; repeatable."""
+    include_head: bool = False
+    """The output head, too."""
+    include_embeddings: bool = False
+    """The embeddings, too."""
+
+
+@stage
+class RankConfig(Options):
+    """The rank of LoRA adapters."""
+
+    lora_rank: str | None = None
+    """A number, or auto; 32 if not given."""
+    match_rank: int = 32
+    """With auto: as many parameters as this rank on every matrix."""
+
+
+@stage
+class TrainingConfig(RankConfig):
+    """A training run to write a configuration for: how, on what and to where."""
+
+    mode: Literal["unfrozen", "lora", "qlora"] = "lora"
+    """Full fine-tuning of the chosen matrices (unfrozen), adapters on them, or adapters on 4-bit weights."""
+    base: OptionalPath = None
+    """Your own YAML: the targets are set in it, all else stays."""
+    model: str = ""
+    """Folder or hub id of the model; else the one that was scanned."""
+    dataset: OptionalPath = None
+    """Training data: a json, jsonl, csv or parquet file."""
+    output_dir: str = ""
+    """Folder that the training run writes to."""
+
+
+@stage
+class MeasureConfig(LoadConfig):
     """How a model is measured: the pairs, the answers, the text and the scores."""
 
-    samples: int = option(
-        128, "Pairs to read: the first usable ones, held-out ones among them; as many windows of --text.", minimum=1
-    )
-    max_prompt_chars: int = option(512, "Pairs with a longer prompt are dropped.", minimum=1)
-    max_answer_chars: int = option(512, "Pairs with a longer answer are dropped.", minimum=1)
-    max_new_tokens: int = option(512, "Longest answer the model may generate, in tokens.", minimum=1)
-    text: str = option("", "Text for perplexity: a file, or a hub data set with a text column, as NAME or NAME:SUBSET.")
-    window: int = option(384, "Tokens in one window of --text; windows don't overlap.", minimum=2)
-    embedder: str = option(DEFAULT_EMBEDDER, "Sentence-transformers model (folder or id), or 'self'.")
-    template: str = option("auto", "Prompt format; auto is the tokenizer's own chat template.", choices=TEMPLATES)
-    batch_size: int = option(32, "Prompts generated for at once; 0 finds it by measurement.", minimum=0)
-    device: str = option("auto", "Device to run on: auto, cpu, cuda, cuda:1, mps.")
-    dtype: str = option("auto", "Weights' dtype; auto is the checkpoint's own.", choices=DTYPES)
-    seed: int = option(0, "Seed of everything random.", minimum=0)
+    samples: int = Field(default=128, ge=1)
+    """Pairs to read: the first usable ones, held-out ones among them; as many windows of --text."""
+    max_prompt_chars: int = Field(default=512, ge=1)
+    """Pairs with a longer prompt are dropped."""
+    max_answer_chars: int = Field(default=512, ge=1)
+    """Pairs with a longer answer are dropped."""
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Longest answer the model may generate, in tokens."""
+    text: str = ""
+    """Text for perplexity: a file, or a hub data set with a text column, as NAME or NAME:SUBSET."""
+    window: int = Field(default=384, ge=2)
+    """Tokens in one window of --text; windows don't overlap."""
+    embedder: str = DEFAULT_EMBEDDER
+    """Sentence-transformers model (folder or id), or 'self'."""
+    template: Literal["auto", "chatml", "instruct"] = "auto"
+    """Prompt format; auto is the tokenizer's own chat template."""
+    batch_size: int = Field(default=32, ge=0)
+    """Prompts generated for at once; 0 finds it by measurement."""
+    device: str = "auto"
+    """Device to run on: auto, cpu, cuda, cuda:1, mps."""
+    dtype: Dtype = "auto"
+    """Weights' dtype; auto is the checkpoint's own."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything random."""
 
     @property
     def pair_limits(self) -> dict[str, Any]:
@@ -117,67 +137,57 @@ class MeasureConfig(Options):
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@stage
 class CompareConfig(MeasureConfig):
     """How models are compared with each other."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.embedder == "self":
             raise ConfigError(
                 "--embedder self: each model would be its own ruler. Give a sentence-transformers model (folder or id)."
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@stage
 class LaserConfig(ScanConfig, MeasureConfig):
     """How a laser run is done: what is measured, and the search."""
 
-    held_out_fraction: float = option(
-        0.3, "Part of the pairs kept for the verdict at the end; 0 searches on all.", minimum=0, maximum=0.9
-    )
-    held_out: str = option("", "File or data set for the verdict instead of a fraction, at most --samples of it.")
-    candidates: int = option(15, "Most truncations to try, one matrix each unless --ranks gives several.", minimum=1)
-    rank_by: str = option(
-        "snr", "Which to try first: lowest SNR, or best predicted by a gradient over some pairs.", choices=RANKINGS
-    )
-    ranks: str = option("", "Ranks to try of each matrix: edges and fractions, as in iqr,mp,0.5,0.1; empty: --edge.")
-    adapter: str = option("", "LoRA adapter folder to merge into the model first.")
-    scorer: str = option(
-        "semantic",
-        f"What is made better: {', '.join(SCORERS)}, or the dotted path of a function of your own "
-        "(package.module.function): it gets (model, tokenizer, pairs) and returns one number a pair, higher is better.",
-    )
-    guard: str = option(
-        "",
-        "Keep nothing that is worse than the base by more than this: perplexity:1.02 allows a perplexity 2 % higher, "
-        "margin:0.05 or semantic:0.05 a mean score that much lower.",
-    )
-    objective: str = option(
-        "quality", "Make the score better, or remove parameters while it stays as good.", choices=OBJECTIVES
-    )
-    accept: str = option(
-        "auto",
-        "What is kept: any better mean, only a significantly better one, or what a test calls no worse than the base "
-        "by --tolerance or more; auto is improve, and harmless with --objective compress.",
-        choices=ACCEPTANCES,
-    )
-    tolerance: float = option(
-        0.02, "Loss of the mean score that --accept harmless takes for none, in the score's unit.", minimum=0
-    )
-    alpha: float = option(
-        0.05,
-        "Chance that --accept confident keeps anything of no use, or harmless anything that loses --tolerance; heavy "
-        "losses on a few pairs can go unseen.",
-        minimum=1e-6,
-        maximum=0.5,
-    )
-    race: bool = option(True, "Stop scoring a candidate that can't win any more.")
-    screen: str = option("none", "Cheap score that rules out candidates before any answer.", choices=SCREENS)
-    save: str = option("dense", "Reduced matrices on disk: whole, or as two factors where smaller.", choices=SAVES)
+    held_out_fraction: float = Field(default=0.3, ge=0, le=0.9)
+    """Part of the pairs kept for the verdict at the end; 0 searches on all."""
+    held_out: str = ""
+    """File or data set for the verdict instead of a fraction, at most --samples of it."""
+    candidates: int = Field(default=15, ge=1)
+    """Most truncations to try, one matrix each unless --ranks gives several."""
+    rank_by: Literal["snr", "gradient"] = "snr"
+    """Which to try first: lowest SNR, or best predicted by a gradient over some pairs."""
+    ranks: str = ""
+    """Ranks to try of each matrix: edges and fractions, as in iqr,mp,0.5,0.1; empty: --edge."""
+    adapter: str = ""
+    """LoRA adapter folder to merge into the model first."""
+    scorer: str = "semantic"
+    """What is made better: semantic, margin, perplexity, or the dotted path of a function of your own
+    (package.module.function): it gets (model, tokenizer, pairs) and returns one number a pair, higher is better."""
+    guard: str = ""
+    """Keep nothing that is worse than the base by more than this: perplexity:1.02 allows a perplexity 2 % higher,
+    margin:0.05 or semantic:0.05 a mean score that much lower."""
+    objective: Literal["quality", "compress"] = "quality"
+    """Make the score better, or remove parameters while it stays as good."""
+    accept: Literal["auto", "improve", "confident", "harmless"] = "auto"
+    """What is kept: any better mean, only a significantly better one, or what a test calls no worse than the base
+    by --tolerance or more; auto is improve, and harmless with --objective compress."""
+    tolerance: float = Field(default=0.02, ge=0)
+    """Loss of the mean score that --accept harmless takes for none, in the score's unit."""
+    alpha: float = Field(default=0.05, ge=1e-6, le=0.5)
+    """Chance that --accept confident keeps anything of no use, or harmless anything that loses --tolerance; heavy
+    losses on a few pairs can go unseen."""
+    race: bool = True
+    """Stop scoring a candidate that can't win any more."""
+    screen: Literal["none", "margin"] = "none"
+    """Cheap score that rules out candidates before any answer."""
+    save: Literal["dense", "factored"] = "dense"
+    """Reduced matrices on disk: whole, or as two factors where smaller."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         parse_ranks(self.ranks)
         if self.scorer not in SCORERS and not DOTTED_PATH.fullmatch(self.scorer):
             raise ConfigError(
@@ -230,7 +240,7 @@ class LaserConfig(ScanConfig, MeasureConfig):
 
     @property
     def acceptance(self) -> str:
-        """`accept`, with `auto` told."""
+        """`accept`, with `auto` resolved."""
         if self.accept != "auto":
             return self.accept
         return "harmless" if self.objective == "compress" else "improve"
@@ -305,24 +315,3 @@ def _guard(text: str) -> tuple[str, float]:
             "margin:FALL or semantic:FALL with a fall of at least 0 (margin:0.05)."
         )
     return scorer, limit
-
-
-def check_value(each: dataclasses.Field[Any], value: Any) -> None:
-    """Raises ConfigError when the option `each` can't have this value."""
-    limits = each.metadata
-    flag = "--" + each.name.replace("_", "-")
-    expected: type = type(each.default)
-    accepted = (int, float) if expected is float else expected
-    if not isinstance(value, accepted) or (expected is not bool and isinstance(value, bool)):
-        kind = "a list of text" if expected is tuple else expected.__name__
-        raise ConfigError(f"{flag}: got {value!r}, expected {kind}.")
-    if isinstance(value, tuple) and not all(isinstance(part, str) for part in value):
-        raise ConfigError(f"{flag}: got {list(value)!r}, expected a list of text.")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{flag}: got {value}, expected a finite number.")
-    if limits["choices"] and value not in limits["choices"]:
-        raise ConfigError(f"{flag}: got '{value}', expected one of {', '.join(limits['choices'])}.")
-    if limits["minimum"] is not None and not value >= limits["minimum"]:
-        raise ConfigError(f"{flag}: got {value}, expected at least {limits['minimum']}.")
-    if limits["maximum"] is not None and not value <= limits["maximum"]:
-        raise ConfigError(f"{flag}: got {value}, expected at most {limits['maximum']}.")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
-from splaser_plugin.config.stages import ScanConfig
+from splaser_plugin.config.stages import SelectConfig
 from splaser_plugin.errors import ConfigError, MatrixError, RankError, nearest
 from splaser_plugin.scanning.scan import MatrixScan, Scan
 from splaser_plugin.scanning.spectrum_format import PublishedScan, PublishedSnr
 from splaser_plugin.weights.matrices import compile_pattern, looks_like_embedding
 
-BY = ("snr_ratio", "snr", "rank")
 HEADS = frozenset({"lm_head", "embed_out"})
 
 Scanned = MatrixScan | PublishedSnr
@@ -42,12 +42,9 @@ class Selection:
     """Folder or hub id, as the scan calls it; empty when it doesn't say."""
     source: str
     """The scan, as a reader can find it again: a path, or what the scan calls itself."""
+    config: SelectConfig
     edge: str
-    by: str
-    top: int | None
-    fraction: float | None
-    types: tuple[str, ...]
-    """Patterns the module types were limited to; none: every type but norms."""
+    """Whose figures counted."""
     matrices: tuple[Chosen, ...]
     """Module type by module type, each from the highest `by` to the lowest."""
     considered: int
@@ -72,39 +69,43 @@ class Selection:
     @property
     def rule(self) -> str:
         """The choice in words: `top 16 of each module type by snr_ratio (edge iqr)`."""
-        share = f"top {self.top}" if self.fraction is None else f"highest fraction {self.fraction:g}"
-        among = f" among {', '.join(self.types)}" if self.types else ""
-        return f"{share} of each module type{among} by {self.by} (edge {self.edge})"
+        config = self.config
+        share = f"top {config.top}" if config.fraction is None else f"highest fraction {config.fraction:g}"
+        among = f" among {', '.join(config.types)}" if config.types else ""
+        return f"{share} of each module type{among} by {config.by} (edge {self.edge})"
 
 
 def choose(
-    scan: Scan | PublishedScan,
-    *,
-    top: int | None = None,
-    fraction: float | None = None,
-    by: str = "snr_ratio",
-    edge: str | None = None,
-    types: Sequence[str] = (),
-    include_head: bool = False,
-    include_embeddings: bool = False,
-    source: str = "",
+    scan: Scan | PublishedScan, config: SelectConfig | None = None, *, source: str = "", **options: Any
 ) -> Selection:
     """The matrices of highest `by` of each module type: `top` of them, or the `fraction`, rounded up.
 
-    Give one of `top` (at least 1) and `fraction` (above 0, at most 1). edge: whose figures count; by
-    default the scan's own. types: patterns of dotted segments (`mlp.down_proj`, `self_attn`); without
-    them every type but norms. include_head, include_embeddings: these too, ranked or not; each is alone
-    of its type. source: how the result names the scan.
+    Types are every one but norms, unless the configuration names some; head and embeddings are each alone of
+    their type. Ties are never broken by the order of the file: see `Scan.ranked`.
 
-    Ties are never broken by the order of the file: see `Scan.ranked`.
-    Raises ConfigError for a value out of range, MatrixError when a type matches nothing, or when a head
-    or an embedding is asked for that the model doesn't have of its own.
+    Args:
+        scan: What was scanned, by splaser or as it is published.
+        config: Which matrices; one of `top` and `fraction` has to be there.
+        source: How the result names the scan; else by its model.
+        **options: Fields of `SelectConfig`, instead of a whole one or to change some of it.
+
+    Returns:
+        The chosen matrices, and what they were chosen by.
+
+    Raises:
+        ConfigError: Both or none of `top` and `fraction` are there, or the scan has no such figures.
+        MatrixError: A type matches nothing, or a head or an embedding is asked for that the model doesn't have of
+            its own.
     """
-    edge = edge or scan.edge
-    count_of = _count(top, fraction)
+    config = replace(config or SelectConfig(), **options)
+    by, edge = config.by, config.edge or scan.edge
+    count_of = _count(config)
     _check_measure(scan, by, edge)
     wanted = [matrix for matrix in scan.matrices if not (is_head(matrix.name) or is_embedding(matrix.name))]
-    wanted = _of_types(wanted, types) if types else [matrix for matrix in wanted if not is_norm(matrix.name)]
+    if config.types:
+        wanted = _of_types(wanted, config.types)
+    else:
+        wanted = [matrix for matrix in wanted if not is_norm(matrix.name)]
     if not wanted:
         raise MatrixError(f"{source or scan.model}: no matrix to choose from. Scan more, or give other --types.")
 
@@ -112,8 +113,8 @@ def choose(
     chosen = [_chosen(matrix, by, edge) for group in best.values() for matrix in group]
     tied: list[str] = []
     for asked, flag, belongs in (
-        (include_head, "--include-head", is_head),
-        (include_embeddings, "--include-embeddings", is_embedding),
+        (config.include_head, "--include-head", is_head),
+        (config.include_embeddings, "--include-embeddings", is_embedding),
     ):
         if asked:
             outside, shared = _outside_blocks(scan, flag, belongs, by, edge)
@@ -122,11 +123,8 @@ def choose(
     return Selection(
         model=scan.model,
         source=source or scan.model,
+        config=config,
         edge=edge,
-        by=by,
-        top=top,
-        fraction=fraction,
-        types=tuple(types),
         matrices=tuple(chosen),
         considered=len(wanted),
         block_sides=_block_sides(scan),
@@ -134,13 +132,10 @@ def choose(
     )
 
 
-def top_by_type(
-    scan: Scan | PublishedScan, count: int = 16, by: str = "snr_ratio", edge: str | None = None
-) -> dict[str, list[str]]:
-    """Module type to the names of its `count` matrices of highest `by`: the published scanner's top.json."""
-    edge = edge or scan.edge
-    _check_measure(scan, by, edge)
-    best = _highest(scan, scan.matrices, _count(count, None), by, edge)
+def top_by_type(scan: Scan | PublishedScan, count: int = 16) -> dict[str, list[str]]:
+    """Module type to the names of its `count` matrices of highest snr_ratio: the published scanner's top.json."""
+    config = SelectConfig(top=count)
+    best = _highest(scan, scan.matrices, _count(config), config.by, scan.edge)
     return {kind: [matrix.name for matrix in group] for kind, group in best.items()}
 
 
@@ -222,25 +217,19 @@ def is_norm(name: str) -> bool:
     return last.endswith("norm") or last.startswith(("ln_", "norm")) or last.endswith("_ln")
 
 
-def _count(top: int | None, fraction: float | None) -> Callable[[int], int]:
+def _count(config: SelectConfig) -> Callable[[int], int]:
     """How many to take of so many."""
+    top, fraction = config.top, config.fraction
     if (top is None) == (fraction is None):
         raise ConfigError(f"--top, --fraction: got {top} and {fraction}, expected one of the two.")
-    if top is not None:
-        if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-            raise ConfigError(f"--top: got {top!r}, expected a whole number of at least 1.")
-        return lambda total: min(top, total)
-    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-        raise ConfigError(f"--fraction: got {fraction!r}, expected a number above 0 and at most 1.")
+    if fraction is None:
+        return lambda total: min(top or 0, total)
     # as written, so that 0.07 of 100 is 7 and not the 8 that binary rounding would make of it
     share = Fraction(str(fraction))
     return lambda total: math.ceil(share * total)
 
 
 def _check_measure(scan: Scan | PublishedScan, by: str, edge: str) -> None:
-    if by not in BY:
-        raise ConfigError(f"--by: got '{by}', expected one of {', '.join(BY)}.")
-    ScanConfig(edge=edge)
     if isinstance(scan, PublishedScan) and (by, edge) != ("snr_ratio", scan.edge):
         raise ConfigError(
             f"--by {by} --edge {edge}: {scan.model} holds only snr_ratio at edge {scan.edge}. "

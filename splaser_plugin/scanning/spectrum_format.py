@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from splaser_plugin.config.stages import ScanConfig
+from splaser_plugin.config.stages import SelectConfig
 from splaser_plugin.errors import ConfigError, RecipeError
 from splaser_plugin.scanning.scan import MatrixScan, Scan, read_json, write_json
 from splaser_plugin.weights.matrices import Skipped, block_index, type_in_block
@@ -87,7 +87,8 @@ def published_dict(scan: Scan, *, edge: str | None = None) -> dict[str, dict[str
     choose as we do. Experts are left out: they are no modules of their own.
     Raises ConfigError when there is no such edge.
     """
-    edge = ScanConfig(edge=edge or scan.edge).edge
+    SelectConfig.check_option("edge", edge)
+    edge = edge or scan.edge
     rows: dict[str, list[MatrixScan]] = {}
     for matrix in reversed(scan.ranked("snr_ratio", edge)):
         if "[" not in matrix.name:

@@ -26,7 +26,7 @@ class MergedWeights(Weights):
         if self.is_sharded:
             raise ModelError(
                 f"{type(self.model).__name__} has adapters and is sharded over processes, which can't be lasered in "
-                "place. Save the adapter, and run splaser laser with --adapter DIR on the base model."
+                "place. Save the adapter, and run splaser laser with `--adapter DIR` on the base model."
             )
         self._layers: dict[str, Any] = {}
         for name, module in self.model.named_modules():

@@ -325,7 +325,7 @@ def test_no_usable_pair_is_refused_with_counts_and_the_next_step() -> None:
         pairs_from_rows([equal, long, long], source="mine.jsonl")
     assert str(refusal.value) == (
         "mine.jsonl: no usable pair in 3 rows: over-long answer 2, chosen equals rejected 1. "
-        "Raise --max-prompt-chars (now 512) or --max-answer-chars (now 512), or give shorter pairs."
+        "Raise max_prompt_chars (now 512) or max_answer_chars (now 512), or give shorter pairs."
     )
     with pytest.raises(PairsError, match=r"equals rejected 1\. Each row needs a prompt that ends with a user"):
         pairs_from_rows([equal])

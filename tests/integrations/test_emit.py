@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from splaser_plugin.cli.emit import app
 from splaser_plugin.config.stages import ScanConfig
-from splaser_plugin.errors import ConfigError, MissingExtraError, OutputError, PairsError, SplaserError
+from splaser_plugin.errors import ConfigError, MissingExtraError, OutputError, PairsError, SplaserError, on_command_line
 from splaser_plugin.integrations.configs.plan import choose_rank
 from splaser_plugin.integrations.configs.yaml_text import comment, merged_yaml, new_yaml
 from splaser_plugin.scanning.scan import Scan, scan_checkpoint
@@ -56,6 +56,12 @@ EXAMPLE_COMMANDS = {
     "axolotl_plugin.yml": "axolotl --plugin --rl dpo --laser after",
     "llamafactory_dpo_lora.yml": "llamafactory --stage dpo --lora-rank auto",
 }
+
+
+@pytest.fixture(autouse=True)
+def _errors_as_on_the_command_line():
+    with on_command_line():
+        yield
 
 
 @pytest.fixture

@@ -400,5 +400,5 @@ def test_adapters_on_sharded_weights_are_refused():
         is_sharded = True
 
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ModelError, match=r"has adapters and is sharded.*splaser laser with --adapter DIR"):
+    with pytest.raises(ModelError, match=r"has adapters and is sharded.*splaser laser with `--adapter DIR`"):
         Sharded(model)

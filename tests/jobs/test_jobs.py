@@ -164,17 +164,17 @@ def test_bad_input_is_refused_with_the_next_step(tiny_folder, tokenizer, pairs, 
         laser(tiny_folder, pairs, config=LaserConfig(**{**QUICK, "embedder": "./nothing"}))
     with pytest.raises(ModelError, match="Pass tokenizer="):
         laser(tiny_llama(), pairs)
-    with pytest.raises(ConfigError, match="--candidates: got 0, expected at least 1"):
+    with pytest.raises(ConfigError, match="candidates: got 0, expected at least 1"):
         LaserConfig(candidates=0)
-    with pytest.raises(ConfigError, match="--screen: got 'cheap', expected one of none, margin"):
+    with pytest.raises(ConfigError, match="screen: got 'cheap', expected one of none, margin"):
         LaserConfig(screen="cheap")
-    with pytest.raises(ConfigError, match="--batch-size: got -1, expected at least 0"):
+    with pytest.raises(ConfigError, match="batch_size: got -1, expected at least 0"):
         LaserConfig(batch_size=-1)
-    with pytest.raises(ConfigError, match="--edge: got 'iqrr', expected one of iqr, mp, gavish-donoho"):
+    with pytest.raises(ConfigError, match="edge: got 'iqrr', expected one of iqr, mp, gavish-donoho"):
         LaserConfig(edge="iqrr")
     with pytest.raises(ConfigError, match="option 'sample' is not known; nearest: samples"):
         LaserConfig.from_dict({"sample": 3})
-    with pytest.raises(ConfigError, match="--device cuda:7: not usable here"):
+    with pytest.raises(ConfigError, match="device cuda:7: not usable here"):
         load_model(tiny_folder, device="cuda:7")
 
 
@@ -213,7 +213,7 @@ def test_output_that_would_cost_somebodys_files_is_refused(tmp_path):
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "thesis.txt").write_text("x")
-    with pytest.raises(OutputError, match=r"exists and isn't empty.*--overwrite"):
+    with pytest.raises(OutputError, match=r"exists and isn't empty.*overwrite"):
         check_output(taken, overwrite=False)
     with pytest.raises(OutputError, match=r"no recipe\.json"):
         check_output(taken, overwrite=True)

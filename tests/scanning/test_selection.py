@@ -86,7 +86,7 @@ def test_types_are_matched_by_whole_segments():
     scan = scan_of(*blocks({"self_attn.q_proj": [1.0], "mlp.down_proj": [2.0]}))
     assert choose(scan, top=1, types=["mlp"]).names == ["model.layers.0.mlp.down_proj"]
     assert choose(scan, top=1, types=["q_proj"]).names == ["model.layers.0.self_attn.q_proj"]
-    with pytest.raises(MatrixError, match=r"--types: 'down' matches no module type .*nearest: mlp\.down_proj"):
+    with pytest.raises(MatrixError, match=r"types: 'down' matches no module type .*nearest: mlp\.down_proj"):
         choose(scan, top=1, types=["down"])
 
 
@@ -120,7 +120,7 @@ def test_head_and_embeddings_come_only_when_asked_for_ranked_or_not():
 @pytest.mark.parametrize("skipped", [(TIED_HEAD, TIED_EMBEDDING), (TIED_EMBEDDING,)])
 def test_a_tied_head_is_refused_and_tied_embeddings_for_lora(skipped):
     scan = scan_of(*blocks({"mlp.down_proj": [1.0]}), skipped=skipped)
-    with pytest.raises(MatrixError, match=r"--include-head: lm_head shares its weight with the embeddings"):
+    with pytest.raises(MatrixError, match=r"include_head: lm_head shares its weight with the embeddings"):
         choose(scan, top=1, include_head=True)
     selection = choose(scan, top=1, include_embeddings=True)
     assert trained_parameters(selection)[-1] == "model.embed_tokens.weight"
@@ -138,12 +138,12 @@ def test_a_published_scan_gives_equal_figures_away_as_one_weight():
         "some.json",
     )
     assert choose(published, top=1).names == ["model.layers.0.mlp.down_proj"]
-    with pytest.raises(MatrixError, match="--include-head: lm_head shares its weight"):
+    with pytest.raises(MatrixError, match="include_head: lm_head shares its weight"):
         choose(published, top=1, include_head=True)
 
 
 def test_an_absent_head_is_refused():
-    with pytest.raises(MatrixError, match="--include-head: none is found in the scan of a/model"):
+    with pytest.raises(MatrixError, match="include_head: none is found in the scan of a/model"):
         choose(scan_of(*blocks({"mlp.down_proj": [1.0]})), top=1, include_head=True)
 
 
@@ -152,7 +152,7 @@ def test_experts_cannot_be_trained_alone():
     expert = entry(name, 1.0, kind="mlp.experts.down_proj")
     selection = choose(scan_of(expert, *blocks({"self_attn.q_proj": [1.0]})), top=1)
     for use in (lora_targets, trained_parameters):
-        with pytest.raises(MatrixError, match=r"down_proj\[3\] is one expert.*--types"):
+        with pytest.raises(MatrixError, match=r"down_proj\[3\] is one expert.*types"):
             use(selection)
     assert lora_targets(choose(scan_of(expert, *blocks({"self_attn.q_proj": [1.0]})), top=1, types=["self_attn"]))
 
@@ -160,15 +160,15 @@ def test_experts_cannot_be_trained_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "--top, --fraction: got None and None, expected one of the two"),
-        ({"top": 1, "fraction": 0.5}, "--top, --fraction: got 1 and 0.5, expected one of the two"),
-        ({"top": 0}, "--top: got 0, expected a whole number of at least 1"),
-        ({"top": True}, "--top: got True"),
-        ({"fraction": 0.0}, "--fraction: got 0.0, expected a number above 0 and at most 1"),
-        ({"fraction": 1.1}, "--fraction: got 1.1"),
-        ({"fraction": math.nan}, "--fraction: got nan"),
-        ({"top": 1, "by": "sigma"}, "--by: got 'sigma', expected one of snr_ratio, snr, rank"),
-        ({"top": 1, "edge": "mpp"}, "--edge: got 'mpp', expected one of iqr, mp, gavish-donoho"),
+        ({}, "top, fraction: got None and None, expected one of the two"),
+        ({"top": 1, "fraction": 0.5}, "top, fraction: got 1 and 0.5, expected one of the two"),
+        ({"top": 0}, "top: got 0, expected at least 1"),
+        ({"top": True}, "top: got True"),
+        ({"fraction": 0.0}, "fraction: got 0.0, expected more than 0"),
+        ({"fraction": 1.1}, "fraction: got 1.1"),
+        ({"fraction": math.nan}, "fraction: got nan"),
+        ({"top": 1, "by": "sigma"}, "by: got 'sigma', expected one of snr_ratio, snr, rank"),
+        ({"top": 1, "edge": "mpp"}, "edge: got 'mpp', expected one of iqr, mp, gavish-donoho"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -178,9 +178,9 @@ def test_options_out_of_range_are_refused(options, message):
 
 def test_a_published_scan_has_one_figure_only():
     published = published_from_dict({"a.0.b": {"snr": 1.0, "type": "b"}}, "some.json")
-    with pytest.raises(ConfigError, match=r"--by snr --edge iqr: some\.json holds only snr_ratio at edge iqr"):
+    with pytest.raises(ConfigError, match=r"by snr edge iqr: some\.json holds only snr_ratio at edge iqr"):
         choose(published, top=1, by="snr")
-    with pytest.raises(ConfigError, match="--edge mp"):
+    with pytest.raises(ConfigError, match="edge mp"):
         choose(published, top=1, edge="mp")
 
 
@@ -220,7 +220,7 @@ def test_the_matched_rank_counts_only_matrices_inside_the_blocks():
 
 def test_a_matched_rank_that_does_not_fit_is_refused_with_one_that_does():
     selection = choose(scan_of(*blocks({"mlp.down_proj": [float(n) for n in range(10)]})), top=1)
-    message = r"down_proj: rank 320 .*its shape \(16, 24\) allows at most 16\. .*lower --match-rank to 1"
+    message = r"down_proj: rank 320 .*its shape \(16, 24\) allows at most 16\. .*lower match_rank to 1"
     with pytest.raises(RankError, match=message):
         matched_rank(selection, 32)
     assert matched_rank(selection, 1) == 10
@@ -228,9 +228,9 @@ def test_a_matched_rank_that_does_not_fit_is_refused_with_one_that_does():
 
 def test_a_matched_rank_needs_shapes():
     published = published_from_dict({"a.0.b": {"snr": 1.0, "type": "b"}}, "some.json")
-    with pytest.raises(MatrixError, match=r"some\.json: it has no shape for a\.0\.b\. Give --lora-rank a number"):
+    with pytest.raises(MatrixError, match=r"some\.json: it has no shape for a\.0\.b\. Give lora_rank a number"):
         matched_rank(choose(published, top=1), 32)
-    with pytest.raises(ConfigError, match="--match-rank: got 0"):
+    with pytest.raises(ConfigError, match="match_rank: got 0"):
         matched_rank(choose(scan_of(*blocks({"mlp.down_proj": [1.0]})), top=1), 0)
 
 

@@ -93,9 +93,9 @@ def test_a_perplexity_that_is_too_large_for_a_number_is_none():
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        (b"short", {}, r"--text .*: 1 tokens make 0 windows of 16, expected at least 2.*smaller --window"),
+        (b"short", {}, r"text .*: 1 tokens make 0 windows of 16, expected at least 2.*smaller window"),
         (b"caf\xe9 " * 50, {}, r"not UTF-8 \(at byte 3\)"),
-        (b"word " * 500, {"context": 8}, r"--window 16: longer than the model's context of 8 tokens"),
+        (b"word " * 500, {"context": 8}, r"window 16: longer than the model's context of 8 tokens"),
     ],
 )
 def test_a_text_that_can_not_be_used_is_refused(tmp_path, tokenizer, content, options, message):
@@ -194,8 +194,8 @@ def own_search(tiny_model, tokenizer, pairs, candidates, third):
 @pytest.mark.parametrize(
     ("third", "reason"),
     [
-        (lambda pairs: 1 / 0, "--scorer own: it raised ZeroDivisionError: division by zero."),
-        (lambda pairs: [float("nan")] * len(pairs), "--scorer own: nan for the pair 'What is the capital of France?'"),
+        (lambda pairs: 1 / 0, "scorer own: it raised ZeroDivisionError: division by zero."),
+        (lambda pairs: [float("nan")] * len(pairs), "scorer own: nan for the pair 'What is the capital of France?'"),
     ],
 )
 def test_a_candidate_that_breaks_a_function_of_ones_own_fails_alone(
@@ -234,25 +234,25 @@ def test_a_function_that_is_not_there_is_refused_before_the_model_is_loaded(path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scorer": "semantics"}, "--scorer: got 'semantics', expected one of semantic, margin, perplexity, or"),
-        ({"scorer": "perplexity"}, "--scorer perplexity needs a text: give --text FILE"),
-        ({"screen": "margin", "accept": "harmless"}, "--screen margin with --accept harmless: the screen drops"),
-        ({"screen": "margin", "objective": "compress"}, "--screen margin with --objective compress: the screen drops"),
-        ({"screen": "margin", "scorer": "margin"}, "--screen margin: it is the scorer itself"),
-        ({"tolerance": 0.0, "accept": "harmless"}, "--tolerance 0 with --accept harmless: no test can tell"),
-        ({"scorer": "perplexity", "text": "t", "held_out": "h"}, "--held-out with --scorer perplexity: what is held"),
-        ({"held_out": "h", "held_out_fraction": 0.5}, "--held-out and --held-out-fraction: got both"),
-        ({"guard": "perplexity:1.02"}, "--guard perplexity needs a text: give --text FILE"),
-        ({"guard": "perplexity"}, "--guard: got 'perplexity', expected perplexity:RATIO"),
-        ({"guard": "perplexity:0.9", "text": "x"}, "--guard: got 'perplexity:0.9'.*at least 1"),
-        ({"guard": "margin:-1"}, "--guard: got 'margin:-1'.*fall of at least 0"),
-        ({"guard": "margin:nan"}, "--guard: got 'margin:nan'"),
-        ({"guard": "speed:2"}, "--guard: got 'speed:2'"),
-        ({"objective": "compress", "accept": "improve"}, "--accept improve with --objective compress"),
-        ({"objective": "small"}, "--objective: got 'small', expected one of quality, compress"),
-        ({"tolerance": -0.1}, "--tolerance: got -0.1, expected at least 0"),
-        ({"tolerance": float("inf")}, "--tolerance: got inf, expected a finite number"),
-        ({"window": 1}, "--window: got 1, expected at least 2"),
+        ({"scorer": "semantics"}, "scorer: got 'semantics', expected one of semantic, margin, perplexity, or"),
+        ({"scorer": "perplexity"}, "scorer perplexity needs a text: give text FILE"),
+        ({"screen": "margin", "accept": "harmless"}, "screen margin with accept harmless: the screen drops"),
+        ({"screen": "margin", "objective": "compress"}, "screen margin with objective compress: the screen drops"),
+        ({"screen": "margin", "scorer": "margin"}, "screen margin: it is the scorer itself"),
+        ({"tolerance": 0.0, "accept": "harmless"}, "tolerance 0 with accept harmless: no test can tell"),
+        ({"scorer": "perplexity", "text": "t", "held_out": "h"}, "held_out with scorer perplexity: what is held"),
+        ({"held_out": "h", "held_out_fraction": 0.5}, "held_out and held_out_fraction: got both"),
+        ({"guard": "perplexity:1.02"}, "guard perplexity needs a text: give text FILE"),
+        ({"guard": "perplexity"}, "guard: got 'perplexity', expected perplexity:RATIO"),
+        ({"guard": "perplexity:0.9", "text": "x"}, "guard: got 'perplexity:0.9'.*at least 1"),
+        ({"guard": "margin:-1"}, "guard: got 'margin:-1'.*fall of at least 0"),
+        ({"guard": "margin:nan"}, "guard: got 'margin:nan'"),
+        ({"guard": "speed:2"}, "guard: got 'speed:2'"),
+        ({"objective": "compress", "accept": "improve"}, "accept improve with objective compress"),
+        ({"objective": "small"}, "objective: got 'small', expected one of quality, compress"),
+        ({"tolerance": -0.1}, "tolerance: got -0.1, expected at least 0"),
+        ({"tolerance": float("inf")}, "tolerance: got inf, expected a finite number"),
+        ({"window": 1}, "window: got 1, expected at least 2"),
     ],
 )
 def test_options_that_can_not_be_meant_are_refused(options, message):
@@ -285,7 +285,7 @@ def test_a_run_says_which_flags_have_no_effect(tiny_folder, pairs):
 
 
 def test_without_pairs_only_perplexity_can_be_searched_by():
-    with pytest.raises(ConfigError, match="--pairs: none were given; only --scorer perplexity goes without"):
+    with pytest.raises(ConfigError, match="pairs: none were given; only scorer perplexity goes without"):
         laser("./no-model", config=LaserConfig())
 
 

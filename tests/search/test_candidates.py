@@ -44,7 +44,7 @@ def test_a_ladder_is_read_as_it_was_written(rungs, comma):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("iqr,mpp", r"--ranks: 'mpp' in 'iqr,mpp' is neither an edge \(iqr, mp, gavish-donoho\) nor a fraction"),
+        ("iqr,mpp", r"ranks: 'mpp' in 'iqr,mpp' is neither an edge \(iqr, mp, gavish-donoho\) nor a fraction"),
         ("0.5,1.5", "'1.5' in '0.5,1.5' is neither"),
         ("0", "'0' in '0' is neither"),
         ("1", "'1' in '1' is neither"),
@@ -60,7 +60,7 @@ def test_a_ladder_that_makes_no_sense_is_refused(text, message):
 
 def test_without_a_ladder_each_matrix_has_its_edges_rank():
     assert parse_ranks("") == parse_ranks(" ") == ()
-    with pytest.raises(ConfigError, match="--rank-by: got 'luck', expected one of snr, gradient"):
+    with pytest.raises(ConfigError, match="rank_by: got 'luck', expected one of snr, gradient"):
         LaserConfig(rank_by="luck")
 
 
@@ -96,7 +96,7 @@ def test_a_ladder_that_removes_nothing_is_refused():
     weights = Weights(model)
     for matrix in weights.matrices()[0]:
         weights.write(matrix, torch.eye(*matrix.shape))
-    with pytest.raises(MatrixError, match=r"--ranks keeps every singular value of all 14 matrices.*lower rank"):
+    with pytest.raises(MatrixError, match=r"ranks keeps every singular value of all 14 matrices.*lower rank"):
         choose_candidates(scan_model(weights), weights.matrices()[0], ["iqr"])
 
 
@@ -234,7 +234,7 @@ def test_a_run_with_a_ladder_says_what_was_predicted_and_can_be_rebuilt(rank_by,
 def test_a_gradient_without_pairs_is_refused(tiny_folder, tmp_path):
     (tmp_path / "text.txt").write_text("Some text. " * 200)
     config = LaserConfig(scorer="perplexity", text=str(tmp_path / "text.txt"), rank_by="gradient")
-    with pytest.raises(ConfigError, match=r"none were given.*--rank-by gradient doesn't"):
+    with pytest.raises(ConfigError, match=r"none were given.*rank_by gradient doesn't"):
         laser(tiny_folder, None, config=config)
 
 
@@ -287,7 +287,7 @@ def test_with_predictions_the_least_loss_a_parameter_comes_first(scanned):
 
 def test_compressing_is_refused_where_no_rank_is_low_enough(scanned):
     scan, matrices = scanned
-    with pytest.raises(MatrixError, match=r"none of the 14 candidates has fewer parameters .*lower rank to --ranks"):
+    with pytest.raises(MatrixError, match=r"none of the 14 candidates has fewer parameters .*lower rank to ranks"):
         by_size(choose_candidates(scan, matrices, (0.9,)))
 
 

@@ -96,12 +96,12 @@ def test_the_configuration_says_how_pairs_are_split():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"held_out_fraction": 1.0}, "--held-out-fraction: got 1.0, expected at most 0.9"),
-        ({"held_out_fraction": -0.1}, "--held-out-fraction: got -0.1, expected at least 0"),
-        ({"held_out_fraction": float("nan")}, "--held-out-fraction: got nan"),
-        ({"held_out_fraction": True}, "--held-out-fraction: got True, expected float"),
-        ({"alpha": 0.0}, "--alpha: got 0.0, expected at least 1e-06"),
-        ({"accept": "all"}, "--accept: got 'all', expected one of auto, improve, confident, harmless"),
+        ({"held_out_fraction": 1.0}, "held_out_fraction: got 1.0, expected at most 0.9"),
+        ({"held_out_fraction": -0.1}, "held_out_fraction: got -0.1, expected at least 0"),
+        ({"held_out_fraction": float("nan")}, "held_out_fraction: got nan"),
+        ({"held_out_fraction": True}, "held_out_fraction: got True, expected float"),
+        ({"alpha": 0.0}, "alpha: got 0.0, expected at least 1e-06"),
+        ({"accept": "all"}, "accept: got 'all', expected one of auto, improve, confident, harmless"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
