@@ -204,11 +204,11 @@ def test_a_hub_that_refuses_or_is_out_of_reach_is_one_line_and_the_model_stays(h
         raise OSError("403 Forbidden\nmany more lines")
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
-    with pytest.raises(OutputError, match=r"^--push-to-hub mine: 403 Forbidden\. The model is whole in .*hf upload"):
+    with pytest.raises(OutputError, match=r"^push_to_hub mine: 403 Forbidden\. The model is whole in .*hf upload"):
         push_to_hub(finished, "mine")
     assert (finished / "model.safetensors").is_file()
     monkeypatch.undo()
-    with pytest.raises(OutputError, match=r"--push-to-hub mine: .*offline"):  # HF_HUB_OFFLINE is set by conftest
+    with pytest.raises(OutputError, match=r"push_to_hub mine: .*offline"):  # HF_HUB_OFFLINE is set by conftest
         push_to_hub(finished, "mine")
 
 
@@ -216,7 +216,7 @@ def test_what_cannot_be_pushed_to_is_known_before_the_work(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_planted")
     check_repo("alice/mine")
     for repo in ("a/b/c", "has space", "-x"):
-        with pytest.raises(ConfigError, match=r"--push-to-hub: got '.*', expected NAME or OWNER/NAME"):
+        with pytest.raises(ConfigError, match=r"push_to_hub: got '.*', expected NAME or OWNER/NAME"):
             check_repo(repo)
     monkeypatch.setattr("splaser_plugin.artifacts.hub.get_token", lambda: None)
     with pytest.raises(OutputError, match=r"no token of the hub is found\. Run hf auth login"):

@@ -145,7 +145,7 @@ def test_a_single_file_may_have_an_index_too(tmp_path):
     [
         ([], "no weights. Expected model.safetensors or model.safetensors.index.json, found nothing"),
         (["config.json", "notes.txt"], "no weights. .* found 'config.json', 'notes.txt'"),
-        (["config.json", "pytorch_model.bin"], "only 'pytorch_model.bin'. Pickled .* pass --allow-pickle"),
+        (["config.json", "pytorch_model.bin"], "only 'pytorch_model.bin'. Pickled .* pass allow_pickle"),
         (["tiny.gguf"], "only 'tiny.gguf'. GGUF is loaded through transformers"),
         (["adapter_model.safetensors"], r"only 'adapter_model.safetensors'. It is an adapter: merge it \(PEFT"),
         ([FIRST, SECOND], "'model-00001-of-00002.safetensors' is a shard, but model.safetensors.index.json is missing"),

@@ -141,7 +141,7 @@ def test_memory_errors_of_every_device_halve_the_batch(said, tiny_model, tokeniz
         raise RuntimeError(said)
 
     monkeypatch.setattr(tiny_model, "generate", none)
-    with pytest.raises(ModelError, match=r"no room for 1 answers at once\. Lower --max-new-tokens or --batch-size"):
+    with pytest.raises(ModelError, match=r"no room for 1 answers at once\. Lower max_new_tokens or batch_size"):
         small.answer(prompts)
     assert small.batch.now == 1
 
@@ -202,7 +202,7 @@ def test_an_answer_never_outgrows_the_context(tokenizer, prompts):
 
 def test_a_prompt_longer_than_the_context_is_refused(tokenizer):
     prompter = Prompter(tokenizer, context=20)
-    message = r"a prompt of \d+ tokens \('Once upon.*context of 20\. Lower --max-prompt-chars"
+    message = r"a prompt of \d+ tokens \('Once upon.*context of 20\. Lower max_prompt_chars"
     with pytest.raises(PairsError, match=message):
         prompter.tokens([{"role": "user", "content": "Once upon a time " * 20}])
 
@@ -223,7 +223,7 @@ def test_prompts_follow_the_tokenizers_own_template(tokenizer):
 
 def test_named_templates_serve_tokenizers_without_one(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
-    with pytest.raises(ModelError, match="--template chatml or --template instruct"):
+    with pytest.raises(ModelError, match="template chatml or template instruct"):
         Prompter(tokenizer)
     chatml = Prompter(tokenizer, "chatml").text(TURNS[1:2])
     assert chatml == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

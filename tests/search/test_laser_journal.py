@@ -157,7 +157,7 @@ def test_a_journal_cut_anywhere_is_gone_on_with(share, left, tiny_folder, pairs_
 )
 def test_a_journal_of_other_settings_is_refused_and_kept(changes, difference, left, tiny_folder, pairs_file):
     before = (left / "journal.jsonl").read_bytes()
-    with pytest.raises(OutputError, match=rf"was left by another run: .*{difference}.*or pass --overwrite"):
+    with pytest.raises(OutputError, match=rf"was left by another run: .*{difference}.*or pass overwrite"):
         run(tiny_folder, pairs_file, left, **changes)
     assert (left / "journal.jsonl").read_bytes() == before
 

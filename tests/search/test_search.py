@@ -120,7 +120,7 @@ def test_a_model_without_noise_has_no_candidates():
     weights = Weights(model)
     for matrix in weights.matrices()[0]:
         weights.write(matrix, torch.eye(*matrix.shape))
-    with pytest.raises(MatrixError, match=r"every singular value of all 14 matrices signal.*another --edge"):
+    with pytest.raises(MatrixError, match=r"every singular value of all 14 matrices signal.*another edge"):
         choose_candidates(scan_model(weights), weights.matrices()[0])
 
 

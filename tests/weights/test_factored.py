@@ -483,7 +483,7 @@ def test_a_model_with_adapters_is_not_kept_as_factors():
     from splaser_plugin.weights.adapted import MergedWeights
 
     adapted = get_peft_model(small_llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    with pytest.raises(ModelError, match=r"has adapters, so its matrices can't be kept as factors\. Use --save dense"):
+    with pytest.raises(ModelError, match=r"has adapters, so its matrices can't be kept as factors\. Use save dense"):
         MergedWeights(adapted).keep_factors()
 
 
