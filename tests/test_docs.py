@@ -93,6 +93,7 @@ def run_pip(words, clone):
         return
     installed = clone.parent / "installed"
     subprocess.run([*command, "--no-deps", "--target", installed], cwd=clone, check=True)
+    assert (installed / "splaser_plugin" / "py.typed").is_file()
     made_up_scan(1).save(clone.parent / "scan.json")
     subprocess.run(
         [sys.executable, installed / "bin" / "splaser", "report", "scan.json", "-o", "report.html"],
@@ -135,7 +136,9 @@ def flags_of(command):
 
 def known_flags():
     groups = [typer.main.get_command(app), typer.main.get_command(emit)]
-    return {flag for group in groups for command in group.commands.values() for flag in flags_of(command)}
+    completion = {"--install-completion", "--show-completion"}  # typer adds them when the program starts
+    commands = [each for group in groups for each in (group, *group.commands.values())]
+    return completion.union(*map(flags_of, commands))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])

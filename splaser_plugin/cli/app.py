@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from splaser_plugin import __version__
 from splaser_plugin.cli.options import options
 from splaser_plugin.config.stages import CompareConfig, LaserConfig, ScanConfig
 from splaser_plugin.errors import ConfigError, SplaserError, on_command_line, printable
@@ -63,10 +64,25 @@ app = typer.Typer(
     cls=Commands,
     help="Find the weight matrices worth training, and reduce the noisy ones where that makes answers better.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"splaser {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Make `--version` an option of the program itself. The help's first line is that of `app`."""
+
 
 Model = Annotated[str, typer.Argument(help="Model folder, .gguf file or hub id.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist or be empty.")]
@@ -342,7 +358,7 @@ def main() -> None:
     app.add_typer(emit, name="emit")
     with on_command_line():
         try:
-            app()
+            app(prog_name="splaser")
         except SplaserError as error:
             print(f"{type(error).__name__}: {printable(str(error))}", file=sys.stderr)
             sys.exit(2 if isinstance(error, ConfigError) else 1)
