@@ -29,8 +29,8 @@ from splaser_plugin.weights.matrices import Matrix, Skipped
 GROUP_BYTES = 2**31
 """Most memory for the sums of the matrices that share a pass over the rows."""
 OUTLIER = 10.0
-"""A token whose inputs, or output gradients, have a mean square above that many times the row's median is scaled
-down to it: what a model does at its attention sink says nothing of the other tokens."""
+"""A token whose inputs have a mean square above that many times the row's median is scaled down to it: what is written
+at an attention sink would rule the moments of all others. Gradients are left as they are: bounding them costs more."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class _Sums:
         if inputs is not None:
             self.counts.tokens += len(inputs)
             self._add_side(_bounded(inputs.float()), is_short=short_is_inputs)
-        self._add_side(_bounded(gradients.float()), is_short=not short_is_inputs)
+        self._add_side(gradients.float(), is_short=not short_is_inputs)
 
     def _add_side(self, values: Tensor, *, is_short: bool) -> None:
         if is_short:

@@ -23,8 +23,11 @@ import torch
 from torch import Tensor
 
 from splaser_plugin.errors import RankError, SpectrumError
+from splaser_plugin.reduction.moments import Moments
 from splaser_plugin.spectra import spectrum
 
+SHRINKAGE = 0.01
+"""Share of the moments' mean diagonal in what is used of them: a direction that no token had still counts."""
 _FLOAT64_DEVICES = ("cpu", "cuda")
 
 
@@ -100,7 +103,7 @@ class Decomposition:
 
 @torch.no_grad()
 def decompose(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Decomposition:
-    """Decompose one matrix for truncation to any rank.
+    """Decompose one matrix for truncation to any rank, by the second moments of both of its sides.
 
     Args:
         weight: (rows, columns), any float dtype.
@@ -116,22 +119,57 @@ def decompose(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> De
             shorter side are not positive definite.
     """
     if rows is None and columns is None:
-        squares = spectrum.singular_values(weight) ** 2
-        return Decomposition(_tail_sums(squares), None)
+        return decompose_plainly(weight)
     for side, moments in enumerate((rows, columns)):
         if moments is not None and tuple(moments.shape) != (weight.shape[side],) * 2:
             raise SpectrumError(
                 f"moments of shape {tuple(moments.shape)} for side {side} of a weight of shape {tuple(weight.shape)}. "
                 "Give those of its own inputs and outputs."
             )
+    long_side, short_side = (rows, columns) if _is_upright(weight) else (columns, rows)
+    upright = _upright(weight)
+    weighed = upright if long_side is None else long_side.to(upright) @ upright
+    return _decompose(weight, upright.mT @ weighed, short_side)
+
+
+def decompose_plainly(weight: Tensor) -> Decomposition:
+    """The plain singular value decomposition: costs are half the squared error of the weight itself."""
+    return Decomposition(_tail_sums(spectrum.singular_values(weight) ** 2), None)
+
+
+@torch.no_grad()
+def decompose_by_moments(weight: Tensor, moments: Moments, *, with_gradients: bool = True) -> Decomposition:
+    """Decompose one matrix for truncation to any rank, by what was measured of it.
+
+    Both sides' moments are shrunk by `SHRINKAGE` towards their mean diagonal.
+
+    Args:
+        weight: (rows, columns), the weights that the moments were measured with.
+        moments: Of this matrix.
+        with_gradients: Whether outputs are weighed by their gradients, so that costs are in nats a token; without,
+            costs are half the squared error of the outputs.
+
+    Raises:
+        SpectrumError: The weight or the moments hold inf or nan.
+    """
+    upright = _upright(weight)
+    plain = upright.mT @ upright
+    shrunk_long = (1 - SHRINKAGE) * moments.gram.to(plain) + SHRINKAGE * moments.long_mean * plain
+    short = moments.short.to(plain)
+    shrunk_short = (1 - SHRINKAGE) * short
+    shrunk_short.diagonal().add_(SHRINKAGE * short.diagonal().mean())
+    if with_gradients:
+        return _decompose(weight, shrunk_long, shrunk_short)
+    if moments.short_is_inputs:
+        return _decompose(weight, plain, shrunk_short)
+    return _decompose(weight, shrunk_long, None)
+
+
+def _decompose(weight: Tensor, gram: Tensor, short_side: Tensor | None) -> Decomposition:
+    """gram: W' M W on the short side, for the moments M of the long one; short_side: moments, None for the identity."""
     with torch.autocast(weight.device.type, enabled=False):
-        dtype = torch.float64 if weight.device.type in _FLOAT64_DEVICES else torch.float32
-        on_columns = weight.shape[0] >= weight.shape[1]
-        upright = (weight.detach() if on_columns else weight.detach().mT).to(dtype)
-        long_side, short_side = (rows, columns) if on_columns else (columns, rows)
-        gram = upright.mT @ (upright if long_side is None else long_side.to(dtype) @ upright)
         if short_side is not None:
-            lower = _cholesky(short_side.to(dtype), tuple(weight.shape))
+            lower = _cholesky(short_side.to(gram), tuple(weight.shape))
             gram = lower.mT @ gram @ lower
         if not torch.isfinite(gram).all():
             raise SpectrumError(
@@ -144,11 +182,28 @@ def decompose(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> De
         if short_side is not None:
             basis = lower @ vectors
             dual = torch.linalg.solve_triangular(lower.mT, vectors, upper=True).mT
-        if not on_columns:
+        if not _is_upright(weight):
             basis, dual = dual.mT, basis.mT
     stored = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    projection = Projection(basis.to(stored).contiguous(), dual.to(stored).contiguous(), on_columns)
-    return Decomposition(_tail_sums(squares.flip(0).clamp(min=0).cpu().double().numpy()), projection)
+    place = weight.device
+    projection = Projection(
+        basis.to(stored).contiguous().to(place), dual.to(stored).contiguous().to(place), _is_upright(weight)
+    )
+    return Decomposition(_tail_sums(squares.flip(0).clamp(min=0).cpu().numpy()), projection)
+
+
+def _is_upright(weight: Tensor) -> bool:
+    """Whether the columns are the short side."""
+    return weight.shape[0] >= weight.shape[1]
+
+
+def _upright(weight: Tensor) -> Tensor:
+    """The weight in float64, its columns being the short side; on the CPU where its device has no float64."""
+    exact = weight.detach()
+    if exact.device.type not in _FLOAT64_DEVICES:
+        exact = exact.cpu()
+    exact = exact.double()
+    return exact if _is_upright(weight) else exact.mT
 
 
 def _tail_sums(squares: np.ndarray) -> np.ndarray:

@@ -7,8 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splaser_plugin.errors import RankError, SpectrumError
-from splaser_plugin.reduction.truncation import decompose
+from splaser_plugin.reduction.calibration import window_rows
+from splaser_plugin.reduction.moments import Moments, measure
+from splaser_plugin.reduction.truncation import SHRINKAGE, decompose, decompose_by_moments
 from splaser_plugin.spectra.spectrum import factors, singular_values, truncate
+from splaser_plugin.weights.in_memory import Weights
+from tests.conftest import tiny_llama
+from tests.reduction.models import tiny_fused, tiny_gpt2
 
 
 def moments(size, seed, condition=1e3):
@@ -175,3 +180,68 @@ def test_a_weight_with_nan_is_refused():
     weight[2, 3] = float("nan")
     with pytest.raises(SpectrumError, match="hold inf or nan"):
         decompose(weight, None, moments(5, 1))
+
+
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12), (9, 9)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_measured_moments_weigh_as_those_of_both_sides_shrunk(shape, transposed, with_gradients):
+    weight = random_weight(shape)
+    inputs_side, outputs_side = (0, 1) if transposed else (1, 0)
+    sides = [moments(shape[0], 1), moments(shape[1], 2)]
+    upright = shape[0] >= shape[1]
+    short_side, long_side = (1, 0) if upright else (0, 1)
+    standing = weight if upright else weight.mT
+    measured = Moments(
+        sides[short_side],
+        standing.mT @ sides[long_side] @ standing,
+        float(sides[long_side].diagonal().mean()),
+        short_side == inputs_side,
+        100,
+    )
+    shrunk = [
+        (1 - SHRINKAGE) * each + SHRINKAGE * each.diagonal().mean() * torch.eye(len(each), dtype=each.dtype)
+        for each in sides
+    ]
+    if not with_gradients:
+        shrunk[outputs_side] = None
+    found = decompose_by_moments(weight, measured, with_gradients=with_gradients)
+    expected = decompose(weight, *shrunk)
+    assert found.costs == pytest.approx(expected.costs, rel=1e-9, abs=1e-12)
+    assert torch.allclose(found.truncated(weight, 4), expected.truncated(weight, 4), atol=1e-9)
+
+
+def kl_of(model, rows, before):
+    """Mean over all predictions of KL(before || now), in nats."""
+    with torch.no_grad():
+        now = torch.cat([model(input_ids=row).logits[0] for row in rows]).double().log_softmax(-1)
+    return float((before.exp() * (before - now)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("model_of", [lambda: tiny_llama(vocabulary=512), tiny_gpt2, lambda: tiny_fused("gpt_oss")])
+def test_the_predicted_cost_is_the_measured_divergence_of_small_changes(model_of):
+    model = model_of()
+    weights = Weights(model)
+    matrices = weights.matrices()[0][::2]
+    if any(matrix.expert is not None for matrix in matrices):  # a change before a router moves tokens by jumps
+        matrices = [matrix for matrix in matrices if matrix.expert is not None and matrix.block == 1]
+    windows = torch.randint(3, 512, (24, 32), generator=torch.Generator().manual_seed(0))
+    found = dict(measure(weights, matrices, window_rows(windows.tolist()), samples=4))
+    rows = [window[None] for window in windows]
+    with torch.no_grad():
+        before = torch.cat([model(input_ids=row).logits[0] for row in rows]).double().log_softmax(-1)
+    predicted, measured = [], []
+    for matrix in matrices:
+        weight = weights.read(matrix).clone()
+        decomposition = decompose_by_moments(weight, found[matrix])
+        rank = min(weight.shape) - 2
+        change = decomposition.truncated(weight, rank) - weight
+        step = (1e-4 / decomposition.costs[rank]) ** 0.5  # to where higher orders don't count
+        weights.write(matrix, weight + step * change)
+        measured.append(kl_of(model, rows, before) / step**2)
+        predicted.append(decomposition.costs[rank])
+        weights.write(matrix, weight)
+    ratios = np.array(measured) / np.array(predicted)
+    assert 0.7 < np.median(ratios) < 1.4
+    assert ratios.min() > 0.3 and ratios.max() < 3
+    assert np.corrcoef(np.log(measured), np.log(predicted))[0, 1] > 0.9
