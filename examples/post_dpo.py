@@ -37,8 +37,6 @@ def main() -> None:
         candidates=options.candidates,
         max_new_tokens=32,
     )
-    # without pairs= the callback reads them from eval_dataset
-    callback = LaserCallback(when="after", config=config)
     trainer = DPOTrainer(
         model=str(folder),
         args=DPOConfig(
@@ -53,8 +51,10 @@ def main() -> None:
         train_dataset=data["train"],
         eval_dataset=data["test"],
         processing_class=AutoTokenizer.from_pretrained(folder),
-        callbacks=[callback],
     )
+    # given the trainer, and no pairs=, the callback reads them from eval_dataset
+    callback = LaserCallback(when="after", config=config, trainer=trainer)
+    trainer.add_callback(callback)
     trainer.train()
     found = callback.result.search
     print(f"kept {len(found.kept)} of {len(found.trials)} candidates")

@@ -133,7 +133,8 @@ class SPLaserPlugin(BasePlugin):
         from splaser_plugin import LaserCallback
 
         config = section.laser.config(self.selection.edge)
-        return [LaserCallback(when=section.laser.when, pairs=section.laser.pairs, config=config)]
+        laser = section.laser
+        return [LaserCallback(when=laser.when, pairs=laser.pairs, config=config, trainer=trainer)]
 
 
 def read_section(values: Any) -> SPLaserSection:

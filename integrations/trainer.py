@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 import logging
-import random
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.data.pairs import PairSet
 from splaser_plugin.data.split import Split
-from splaser_plugin.distributed import is_main
-from splaser_plugin.errors import ConfigError, ModelError, PairsError
+from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.files.output import check_output
 from splaser_plugin.integrations.freeze import freeze_all_but
+from splaser_plugin.integrations.training import (
+    TRAINER,
+    Training,
+    TrainingProgress,
+    check_sharding,
+    lasered_folder,
+    undisturbed,
+)
 from splaser_plugin.jobs.laser import LaserResult, laser_weights, read_pairs
-from splaser_plugin.progress import Progress
 from splaser_plugin.scanning.scan import scan_model
 from splaser_plugin.scanning.selection import choose
 from splaser_plugin.scoring.embedding import SentenceEmbedder
 from splaser_plugin.scoring.scorers import Rulers, check_rulers
 from splaser_plugin.search.prediction import check_predictable
+from splaser_plugin.weights.adapted import weights_of
 from splaser_plugin.weights.in_memory import Weights, model_name
 
 logger = logging.getLogger(__name__)
 
 WHEN = ("before", "init", "after")
-OFFLINE = "Save the trained model and run `splaser laser` on the checkpoint (with `--adapter DIR` for a LoRA adapter)."
 
 Pairs = str | Path | PairSet | Iterable[Mapping[str, Any]]
 
@@ -47,6 +49,10 @@ class LaserCallback(TrainerCallback):
     pairs: see `splaser_plugin.laser`; without them the trainer's evaluation or training data are read.
     config: options of the laser run; its device and dtype are the trainer's.
     freeze_to: `top` trains only the `top` matrices, or the `fraction`, of highest `by` of each module type.
+    trainer: the trainer itself, for `trainer.add_callback(LaserCallback(trainer=trainer))`. Pairs are then read from
+    its evaluation data too, metrics go to each of its reporters, and what belongs to `init` is done at once. Without
+    it, as in `callbacks=[LaserCallback()]`, the callback has what an event hands over: the data that is trained on,
+    and the history of metrics.
 
     `result` is the last `LaserResult`, and `selection` what is trained under `freeze_to`.
     Raises ConfigError here for options that don't fit together, ModelError at the start of training for what
@@ -63,6 +69,7 @@ class LaserCallback(TrainerCallback):
         top: int | None = None,
         fraction: float | None = None,
         by: str = "snr_ratio",
+        trainer: Any = None,
     ) -> None:
         if when is not None and when not in WHEN:
             raise ConfigError(f"when: got {when!r}, expected one of {', '.join(WHEN)}, or None.")
@@ -81,57 +88,85 @@ class LaserCallback(TrainerCallback):
         self.top = top
         self.fraction = fraction
         self.by = by
+        self.trainer = trainer
         self.result: LaserResult | None = None
         self.selection: Any = None
         self._split: Split | None = None
+        if trainer is not None:
+            self._at_init(Training.of_trainer(trainer))
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
-    ) -> None:
-        trainer = _calling_trainer()
-        _refuse(trainer, args, model)
-        if self.when == "init":
-            self._laser(trainer, model)
-        if self.freeze_to is not None:
-            with undisturbed():
-                self.selection = self._freeze(args, model)
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        self._at_init(self._training(args, state, event))
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
     ) -> None:
-        trainer = _calling_trainer()
-        _refuse(trainer, args, model)
+        training = self._training(args, state, event)
+        self._check(training)
+        self._move(first=True)
+        if self.trainer is None and args.report_to and self.when is not None:
+            logger.warning(
+                "the laser's metrics go to the state's log_history; %s sends them to %s too.",
+                TRAINER,
+                ", ".join(args.report_to),
+            )
         if self.when == "before" and state.global_step > 0:
             logger.warning("resumed at step %d: the laser before training is not repeated.", state.global_step)
         elif self.when == "before":
-            trainer.log(self._laser(trainer, model))
+            training.log(self._laser(training))
         elif self.when == "init" and self.result is not None:
-            trainer.log(self._metrics(self.result))
+            training.log(self._metrics(self.result))
         elif self.when == "after":
-            self._check_what_training_would_be_lost_on(trainer, args, model)
+            self._check_what_training_would_be_lost_on(training)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any
-    ) -> None:
-        if self.when == "after":
-            trainer = _calling_trainer()
-            trainer.log(self._laser(trainer, model))
-            if self.result is not None:
-                written = self.result.save(_output(args), overwrite=True)
-                logger.info("the lasered model is in %s", written)
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        self._move(first=False)
+        if self.when != "after":
+            return
+        training = self._training(args, state, event)
+        training.log(self._laser(training))
+        if self.result is not None:
+            written = self.result.save(lasered_folder(args), overwrite=True)
+            logger.info("the lasered model is in %s", written)
+        if state.is_world_process_zero:
+            state.save_to_json(str(Path(str(args.output_dir)) / "trainer_state.json"))
 
-    def _check_what_training_would_be_lost_on(self, trainer: Any, args: TrainingArguments, model: Any) -> None:
+    def _training(self, args: TrainingArguments, state: TrainerState, event: Mapping[str, Any]) -> Training:
+        return Training.of_trainer(self.trainer) if self.trainer is not None else Training.of_event(args, state, event)
+
+    def _move(self, *, first: bool) -> None:
+        """Before the trainer's reporters, some of which close their run at the end of training; or after them, as a
+        run is opened where training begins. Without the trainer nothing moves."""
+        if self.trainer is None:
+            return
+        handler = self.trainer.callback_handler
+        others = [callback for callback in handler.callbacks if callback is not self]
+        handler.callbacks = [self, *others] if first else [*others, self]
+
+    def _check(self, training: Training) -> None:
+        check_sharding(training.args, training.model, lasers=self.when is not None)
+        weights_of(training.model).check_dense()
+
+    def _at_init(self, training: Training) -> None:
+        self._check(training)
+        if self.when == "init":
+            self._laser(training)
+        if self.freeze_to is not None:
+            with undisturbed():
+                self.selection = self._freeze(training.args, training.model)
+
+    def _check_what_training_would_be_lost_on(self, training: Training) -> None:
         """Raise now what would otherwise be raised after hours of training."""
-        unwrapped = trainer.accelerator.unwrap_model(model)
+        model = training.model
         if self.config.save == "factored":
-            _weights(unwrapped).keep_factors()
+            weights_of(model).keep_factors()
         if self.config.rank_by == "gradient":
-            check_predictable(_weights(unwrapped))
+            check_predictable(weights_of(model))
         with undisturbed():
-            self._split = read_pairs(self._rows(trainer), self.config)
-            check_output(_output(args), overwrite=True, inputs=(model_name(unwrapped),))
+            self._split = self._read_pairs(training)
+            check_output(lasered_folder(training.args), overwrite=True, inputs=(model_name(model),))
             check_rulers(self.config)
-            rulers, scorers = Rulers(unwrapped, trainer.processing_class, self.config), self.config.scorers
+            rulers, scorers = Rulers(model, training.tokenizer, self.config), self.config.scorers
             if "perplexity" in scorers:
                 rulers.windows()
             for pair in self._split.pairs if scorers & {"semantic", "margin"} else ():
@@ -139,17 +174,20 @@ class LaserCallback(TrainerCallback):
             if "semantic" in scorers and self.config.embedder != "self":
                 SentenceEmbedder(self.config.embedder, torch.device("cpu"), allow_pickle=self.config.allow_pickle)
 
-    def _laser(self, trainer: Any, model: Any) -> dict[str, float]:
+    def _read_pairs(self, training: Training) -> Split:
+        is_given = self.pairs is not None or not self.config.needs_pairs
+        return read_pairs(self.pairs if is_given else training.pairs(), self.config)
+
+    def _laser(self, training: Training) -> dict[str, float]:
         started = time.monotonic()
-        unwrapped = trainer.accelerator.unwrap_model(model)
         with undisturbed():
             self.result = laser_weights(
-                _weights(unwrapped),
-                trainer.processing_class,
-                self._split or read_pairs(self._rows(trainer), self.config),
+                weights_of(training.model),
+                training.tokenizer,
+                self._split or self._read_pairs(training),
                 config=self.config,
-                name=model_name(unwrapped),
-                progress=_LoggedProgress(),
+                name=model_name(training.model),
+                progress=TrainingProgress(is_quiet=bool(training.args.disable_tqdm)),
             )
         self._seconds = round(time.monotonic() - started, 3)
         return self._metrics(self.result)
@@ -170,19 +208,6 @@ class LaserCallback(TrainerCallback):
             metrics["laser/held_out_low"], metrics["laser/held_out_high"] = result.held_out.interval
         return metrics
 
-    def _rows(self, trainer: Any) -> Pairs | None:
-        if self.pairs is not None:
-            return self.pairs
-        for name in ("eval_dataset", "train_dataset"):
-            dataset: Any = getattr(trainer, name, None)
-            if {"chosen", "rejected"} <= set(getattr(dataset, "column_names", None) or ()):
-                return _without_end(dataset, trainer.processing_class.eos_token)
-        if not self.config.needs_pairs:
-            return None
-        raise PairsError(
-            "no preference pairs were given, and the trainer's data sets have no text to read them from. Pass pairs=..."
-        )
-
     def _freeze(self, args: TrainingArguments, model: Any) -> Any:
         if hasattr(model, "peft_config"):
             raise ModelError(
@@ -201,68 +226,3 @@ class LaserCallback(TrainerCallback):
             "training %d matrices, %d of %d parameters: %s", len(selection.names), trained, total, selection.rule
         )
         return selection
-
-
-class _LoggedProgress(Progress):
-    def fact(self, label: str, value: str) -> None:
-        if is_main():
-            logger.info("laser: %s: %s", label, value)
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Afterwards all random states of this process are as before."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
-
-
-def _without_end(rows: Iterable[Mapping[str, Any]], end: str | None) -> Iterator[dict[str, Any]]:
-    """Rows without the end token that TRL writes after each answer."""
-    for row in rows:
-        yield {
-            key: value.removesuffix(end) if end and key in ("chosen", "rejected") and isinstance(value, str) else value
-            for key, value in row.items()
-        }
-
-
-def _calling_trainer() -> Any:
-    """The trainer whose event this is: it hands itself to no callback, so it is looked up among the callers."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer):
-            return caller
-        frame = frame.f_back  # type: ignore[assignment]
-    raise ConfigError("LaserCallback is called by a transformers Trainer, and only by one.")
-
-
-def _output(args: TrainingArguments) -> Path:
-    return Path(str(args.output_dir)) / "lasered"
-
-
-def _weights(model: Any) -> Weights:
-    if not hasattr(model, "peft_config"):
-        return Weights(model)
-    from splaser_plugin.weights.adapted import MergedWeights
-
-    return MergedWeights(model)
-
-
-def _refuse(trainer: Any, args: TrainingArguments, model: Any) -> None:
-    """Raise ModelError for what can't be lasered inside this trainer."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    if args.deepspeed is not None or trainer.is_deepspeed_enabled:
-        raise ModelError(f"DeepSpeed keeps its own fp32 copies of the weights, which would undo the change. {OFFLINE}")
-    is_fsdp1 = trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2
-    if is_fsdp1 or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise ModelError(f"FSDP version 1 flattens the weights. Use FSDP version 2 (fsdp_version: 2). {OFFLINE}")
-    _weights(trainer.accelerator.unwrap_model(model)).check_dense()

@@ -12,6 +12,11 @@ from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Matrix, plain_name
 
 
+def weights_of(model: Any) -> Weights:
+    """The weights of a model as it computes with them, adapted or not. Raises ModelError as the two kinds do."""
+    return MergedWeights(model) if hasattr(model, "peft_config") else Weights(model)
+
+
 class MergedWeights(Weights):
     """Reads W + BA, and writes W so that W + BA is what was asked for; the adapters stay as they are.
 

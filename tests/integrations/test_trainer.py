@@ -2,15 +2,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import random
-import types
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPImageProcessorPil,
+    LlavaProcessor,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from splaser_plugin import LaserCallback, LaserConfig
 from splaser_plugin.artifacts.recipe import Recipe
@@ -93,9 +100,39 @@ def test_after_training_the_model_in_memory_on_disk_and_saved_later_are_the_same
         assert (tmp_path / "run" / "lasered" / name).is_file()
 
 
-def test_metrics_reach_the_log_history_and_the_reporters(trainer_of, pairs):
-    callback, logs = LaserCallback(when="after", pairs=pairs, config=CONFIG), Logs()
-    trainer = trainer_of(tiny_llama(), callback, logs)
+class Closing(TrainerCallback):
+    """A reporter that closes its run at the end of training, as MLflow's: keeps what came in time."""
+
+    def __init__(self):
+        self.seen = {}
+        self.is_open = False
+
+    def on_train_begin(self, args, state, control, **rest):
+        self.is_open = True
+
+    def on_log(self, args, state, control, logs=None, **rest):
+        if self.is_open:
+            self.seen.update(logs)
+
+    def on_train_end(self, args, state, control, **rest):
+        self.is_open = False
+
+
+def test_without_the_trainer_metrics_reach_the_log_history_and_trainer_state(trainer_of, pairs, tmp_path, caplog):
+    trainer = trainer_of(tiny_llama(), LaserCallback(when="after", pairs=pairs, config=CONFIG), report_to=["none"])
+    trainer.train()
+    assert "laser/score_after" in trainer.state.log_history[-1]
+    stored = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert stored["log_history"] == trainer.state.log_history
+    assert "LaserCallback(trainer=trainer, ...)" not in caplog.text
+
+
+@pytest.mark.parametrize("when", ["before", "init", "after"])
+def test_with_the_trainer_metrics_reach_all_its_reporters_while_their_runs_are_open(when, trainer_of, pairs):
+    logs = Closing()
+    trainer = trainer_of(tiny_llama(), logs)
+    callback = LaserCallback(when=when, pairs=pairs, config=CONFIG, trainer=trainer)
+    trainer.add_callback(callback)
     trainer.train()
     found = callback.result.search
     expected = {
@@ -107,7 +144,22 @@ def test_metrics_reach_the_log_history_and_the_reporters(trainer_of, pairs):
     }
     assert expected.items() <= logs.seen.items()
     assert logs.seen["laser/seconds"] > 0
-    assert expected.items() <= trainer.state.log_history[-1].items()
+    assert any(expected.items() <= logged.items() for logged in trainer.state.log_history)
+    names = [type(each).__name__ for each in trainer.callback_handler.callbacks]
+    assert names[-1] == "LaserCallback"
+    assert len(names) == len(set(names))
+
+
+def test_given_the_trainer_what_belongs_to_its_making_is_done_at_once(trainer_of, pairs):
+    model = tiny_llama()
+    before = states(model)
+    trainer = trainer_of(model)
+    callback = LaserCallback(when="init", pairs=pairs, config=CONFIG, freeze_to="top", top=1, trainer=trainer)
+    assert changed(before, states(model)) == steps_of(callback) != set()
+    lasered = states(model)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert changed(lasered, states(model)) == {name + ".weight" for name in callback.selection.names}
 
 
 def test_the_held_out_difference_is_a_metric(trainer_of):
@@ -267,15 +319,43 @@ def test_under_lora_the_merged_weights_are_lasered_and_saved_whole(trainer_of, p
         torch.testing.assert_close(model.eval()(ids).logits, lasered(ids).logits, rtol=1e-3, atol=1e-3)
 
 
-def test_pairs_come_from_the_trainers_own_data_if_they_have_text(trainer_of, pairs, tokenizer):
-    trainer = trainer_of(tiny_llama(), LaserCallback(when="after", config=CONFIG))
-    with pytest.raises(PairsError, match="no preference pairs were given"):
+def test_pairs_come_from_the_trainers_evaluation_data_if_it_has_text(trainer_of, pairs):
+    trainer = trainer_of(tiny_llama())
+    trainer.add_callback(LaserCallback(config=CONFIG, trainer=trainer))
+    with pytest.raises(PairsError, match=r"no preference pairs were given.*Pass pairs="):
         trainer.train()
-    callback = LaserCallback(when="after", config=CONFIG)
-    trainer = trainer_of(tiny_llama(), callback)
-    trainer.eval_dataset = Dataset.from_list(pairs)
+    parts = Dataset.from_list(pairs[:2]), Dataset.from_list(pairs[2:])
+    wanted = {row["prompt"] for row in pairs}
+    for data in (Dataset.from_list(pairs), dict(zip("ab", parts, strict=True))):
+        trainer = trainer_of(tiny_llama())
+        trainer.eval_dataset = data
+        callback = LaserCallback(config=CONFIG, trainer=trainer)
+        trainer.add_callback(callback)
+        trainer.train()
+        assert {pair.prompt for pair in callback.result.pairs} == wanted
+
+
+@pytest.mark.parametrize("when", ["init", "before", "after"])
+def test_without_the_trainer_and_without_pairs_what_to_give_is_said_before_training(when, trainer_of):
+    with pytest.raises(
+        PairsError, match=r"Pass pairs=\.\.\., or trainer\.add_callback\(LaserCallback\(trainer=trainer"
+    ):
+        trainer_of(tiny_llama(), LaserCallback(when=when, config=CONFIG)).train()
+
+
+def test_the_trainer_needs_a_tokenizer_or_a_processor_with_one(trainer_of, pairs, tokenizer):
+    trainer = trainer_of(tiny_llama(), LaserCallback(pairs=pairs, config=CONFIG))
+    for processing_class, message in (
+        (None, r"has no tokenizer\. Give it processing_class=tokenizer"),
+        (CLIPImageProcessorPil(), "is a CLIPImageProcessorPil, which reads no text"),
+    ):
+        trainer.processing_class = trainer.callback_handler.processing_class = processing_class
+        with pytest.raises(ModelError, match=message):
+            trainer.train()
+    processor = LlavaProcessor(image_processor=CLIPImageProcessorPil(), tokenizer=tokenizer, patch_size=16)
+    trainer.processing_class = trainer.callback_handler.processing_class = processor
     trainer.train()
-    assert len(callback.result.pairs) == len(pairs)
+    assert trainer.state.log_history[-1]["laser/matrices_tried"] == 4
 
 
 def test_a_trainer_without_pairs_can_be_lasered_by_perplexity(trainer_of, tmp_path):
@@ -345,30 +425,6 @@ def test_what_would_stop_the_laser_after_training_stops_it_before(trainer_of, pa
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         LaserCallback(**options)
-
-
-class Beginning(Trainer):
-    """Only says that training begins, since what is refused can't be set up here."""
-
-    def train(self):
-        self.callback_handler.on_train_begin(self.args, self.state, self.control)
-
-
-def test_deepspeed_is_refused(trainer_of, pairs):
-    trainer = trainer_of(tiny_llama(), LaserCallback(pairs=pairs))
-    trainer.__class__ = Beginning
-    trainer.is_deepspeed_enabled = True
-    with pytest.raises(ModelError, match=r"DeepSpeed keeps its own fp32 copies.*splaser laser.*--adapter DIR"):
-        trainer.train()
-
-
-def test_fsdp1_is_refused(trainer_of, pairs):
-    trainer = trainer_of(tiny_llama(), LaserCallback(pairs=pairs))
-    trainer.__class__ = Beginning
-    trainer.is_fsdp_enabled = True
-    trainer.accelerator.state.fsdp_plugin = types.SimpleNamespace(fsdp_version=1)
-    with pytest.raises(ModelError, match=r"FSDP version 1 flattens the weights.*fsdp_version: 2"):
-        trainer.train()
 
 
 def test_quantised_offloaded_and_encoder_decoder_models_are_refused(trainer_of, pairs):

@@ -46,21 +46,26 @@ def test_sft_trainer(pairs, tokenizer, tmp_path):
     assert same_on_disk(states(model), tmp_path / "lasered")
 
 
+@pytest.mark.parametrize("with_trainer", [False, True])
 @pytest.mark.parametrize("adapter", [None, LoraConfig(r=4, target_modules=["q_proj", "up_proj"])], ids=["full", "lora"])
-def test_dpo_trainer_with_pairs_from_its_own_data(adapter, pairs, tiny_folder, tokenizer, tmp_path):
-    callback = LaserCallback(when="after", config=CONFIG)
+def test_dpo_trainer_with_pairs_from_its_own_data(adapter, with_trainer, pairs, tiny_folder, tokenizer, tmp_path):
+    callback = LaserCallback(config=CONFIG)
     trainer = trl.DPOTrainer(
         str(tiny_folder),
         args=trl.DPOConfig(output_dir=str(tmp_path), **QUIET),
-        train_dataset=Dataset.from_list(pairs * 2),
-        eval_dataset=Dataset.from_list(pairs),
+        train_dataset=Dataset.from_list(pairs),
+        eval_dataset=Dataset.from_list(pairs[:3]),
         processing_class=tokenizer,
         peft_config=adapter,
-        callbacks=[callback],
+        callbacks=[] if with_trainer else [callback],
     )
+    if with_trainer:
+        callback = LaserCallback(config=CONFIG, trainer=trainer)
+        trainer.add_callback(callback)
     trainer.train()
-    assert [pair.prompt for pair in callback.result.pairs] == [row["prompt"] for row in pairs]
-    assert [pair.chosen for pair in callback.result.pairs] == [row["chosen"] for row in pairs]
+    expected = pairs[:3] if with_trainer else pairs
+    assert [pair.prompt for pair in callback.result.pairs] == [row["prompt"] for row in expected]
+    assert [pair.chosen for pair in callback.result.pairs] == [row["chosen"] for row in expected]
     assert callback.result.search.kept
     assert trainer.state.log_history[-1]["laser/matrices_kept"] == len(callback.result.search.kept)
     model = trainer.model

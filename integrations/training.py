@@ -1,0 +1,169 @@
+"""The training that a callback is a part of: what it has, where its metrics go, and what can't be done in it."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, extract_model_from_parallel
+from tqdm.auto import tqdm
+from transformers import TrainerState, TrainingArguments
+
+from splaser_plugin.distributed import is_main
+from splaser_plugin.errors import ModelError, PairsError
+from splaser_plugin.progress import Advance, Progress, ignore
+
+logger = logging.getLogger(__name__)
+
+OFFLINE = "Save the trained model and run `splaser laser` on the checkpoint (with `--adapter DIR` for a LoRA adapter)."
+TRAINER = "trainer.add_callback(LaserCallback(trainer=trainer, ...))"
+PAIR_COLUMNS = {"chosen", "rejected"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the callback uses of a training, from the trainer or from what its events hand over."""
+
+    args: TrainingArguments
+    model: Any
+    """Without DDP's or a compiler's wrapping."""
+    processing_class: Any
+    data: tuple[Any, ...]
+    """Data sets that may hold pairs, those to prefer first."""
+    log: Callable[[dict[str, float]], None]
+
+    @classmethod
+    def of_trainer(cls, trainer: Any) -> Training:
+        """All of it: evaluation data before training data, and metrics to each of the trainer's reporters."""
+        data = (trainer.eval_dataset, trainer.train_dataset)
+        return cls(trainer.args, unwrapped(trainer.model), trainer.processing_class, data, trainer.log)
+
+    @classmethod
+    def of_event(cls, args: TrainingArguments, state: TrainerState, event: Mapping[str, Any]) -> Training:
+        """What an event's arguments hold: the data that is trained on, and the state's history of metrics."""
+
+        def log(metrics: dict[str, float]) -> None:
+            epoch = {} if state.epoch is None else {"epoch": state.epoch}
+            state.log_history.append({**metrics, **epoch, "step": state.global_step})
+
+        data = (getattr(event.get("train_dataloader"), "dataset", None),)
+        return cls(args, unwrapped(event["model"]), event.get("processing_class"), data, log)
+
+    @property
+    def tokenizer(self) -> Any:
+        """Raises ModelError when the trainer has none."""
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        if tokenizer is None:
+            raise ModelError("the trainer has no tokenizer. Give it processing_class=tokenizer.")
+        if not hasattr(tokenizer, "eos_token_id"):
+            raise ModelError(
+                f"the trainer's processing_class is a {type(tokenizer).__name__}, which reads no text. "
+                "Give it a tokenizer, or a processor with one."
+            )
+        return tokenizer
+
+    def pairs(self) -> Iterator[dict[str, Any]]:
+        """Rows of the first data that has pairs as text, its parts by turns where it has several.
+
+        Raises PairsError when none has any.
+        """
+        for data in self.data:
+            parts = list(data.values()) if isinstance(data, Mapping) else [data]
+            parts = [part for part in parts if set(getattr(part, "column_names", None) or ()) >= PAIR_COLUMNS]
+            if parts:
+                by_turns = chain.from_iterable(zip_longest(*parts))
+                return _without_end((row for row in by_turns if row is not None), self.tokenizer.eos_token)
+        raise PairsError(
+            "no preference pairs were given, and the data at hand has no columns `chosen` and `rejected`. "
+            f"Pass pairs=..., or {TRAINER} for the trainer's evaluation data."
+        )
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers or PEFT model inside what a trainer or accelerate made of it."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def _without_end(rows: Iterable[Mapping[str, Any]], end: str | None) -> Iterator[dict[str, Any]]:
+    """Rows without the end token that TRL writes after each answer."""
+    for row in rows:
+        yield {
+            key: value.removesuffix(end) if end and key in PAIR_COLUMNS and isinstance(value, str) else value
+            for key, value in row.items()
+        }
+
+
+def check_sharding(args: TrainingArguments, model: Any, *, lasers: bool) -> None:
+    """Raise ModelError for what keeps the weights where they can't be read and changed.
+
+    lasers: whether the weights will be changed, and not only be read before training.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    shared = AcceleratorState()
+    is_deepspeed = args.deepspeed is not None or shared.distributed_type == DistributedType.DEEPSPEED
+    if is_deepspeed and lasers:
+        raise ModelError(f"DeepSpeed keeps its own fp32 copies of the weights, which would undo the change. {OFFLINE}")
+    plugin = getattr(shared, "fsdp_plugin", None)
+    is_fsdp1 = plugin is not None and plugin.fsdp_version == 1
+    if is_fsdp1 or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ModelError(
+            'FSDP version 1 flattens the weights. Use version 2: fsdp_config={"version": 2} in TrainingArguments, '
+            f"--fsdp_version 2 of accelerate launch, fsdp_version: 2 in Axolotl. {OFFLINE}"
+        )
+
+
+class TrainingProgress(Progress):
+    """Bars and results on stderr as the trainer's own, facts to the log.
+
+    is_quiet: no bars, as with `disable_tqdm`.
+    """
+
+    def __init__(self, *, is_quiet: bool) -> None:
+        self._is_quiet = is_quiet
+
+    def fact(self, label: str, value: str) -> None:
+        if is_main():
+            logger.info("laser: %s: %s", label, value)
+
+    def result(self, label: str, value: str) -> None:
+        if is_main():
+            tqdm.write(f"laser: {label}: {value}", file=sys.stderr)
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Advance]:
+        if self._is_quiet or not is_main():
+            yield ignore
+            return
+        with tqdm(total=total, desc=f"laser: {name}", leave=False) as bar:
+            yield bar.update
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Afterwards all random states of this process are as before."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+
+
+def lasered_folder(args: TrainingArguments) -> Path:
+    """Where the model lasered after training goes."""
+    return Path(str(args.output_dir)) / "lasered"
