@@ -17,6 +17,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 
 from splaser_plugin import LaserCallback, LaserConfig
@@ -333,6 +334,18 @@ def test_pairs_come_from_the_trainers_evaluation_data_if_it_has_text(trainer_of,
         trainer.add_callback(callback)
         trainer.train()
         assert {pair.prompt for pair in callback.result.pairs} == wanted
+
+
+def test_without_the_trainer_pairs_come_from_the_data_that_is_trained_on(trainer_of, pairs, tokens):
+    rows = [{**row, **pairs[place % 4]} for place, row in enumerate(tokens)]
+    callback = LaserCallback(config=CONFIG)
+    trainer = trainer_of(tiny_llama(), callback, remove_unused_columns=False)
+    trainer.train_dataset = Dataset.from_list(rows)
+    trainer.data_collator = lambda batch: default_data_collator(
+        [{key: row[key] for key in ("input_ids", "labels")} for row in batch]
+    )
+    trainer.train()
+    assert {pair.prompt for pair in callback.result.pairs} == {row["prompt"] for row in pairs}
 
 
 @pytest.mark.parametrize("when", ["init", "before", "after"])

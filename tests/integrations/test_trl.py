@@ -48,13 +48,15 @@ def test_sft_trainer(pairs, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("with_trainer", [False, True])
 @pytest.mark.parametrize("adapter", [None, LoraConfig(r=4, target_modules=["q_proj", "up_proj"])], ids=["full", "lora"])
-def test_dpo_trainer_with_pairs_from_its_own_data(adapter, with_trainer, pairs, tiny_folder, tokenizer, tmp_path):
-    callback = LaserCallback(config=CONFIG)
+def test_dpo_trainer_with_pairs_given_or_from_its_own_data(
+    adapter, with_trainer, pairs, tiny_folder, tokenizer, tmp_path
+):
+    callback = LaserCallback(pairs=None if with_trainer else pairs, config=CONFIG)
     trainer = trl.DPOTrainer(
         str(tiny_folder),
         args=trl.DPOConfig(output_dir=str(tmp_path), **QUIET),
         train_dataset=Dataset.from_list(pairs),
-        eval_dataset=Dataset.from_list(pairs[:3]),
+        eval_dataset=Dataset.from_list(pairs[::-1]),
         processing_class=tokenizer,
         peft_config=adapter,
         callbacks=[] if with_trainer else [callback],
@@ -63,7 +65,7 @@ def test_dpo_trainer_with_pairs_from_its_own_data(adapter, with_trainer, pairs, 
         callback = LaserCallback(config=CONFIG, trainer=trainer)
         trainer.add_callback(callback)
     trainer.train()
-    expected = pairs[:3] if with_trainer else pairs
+    expected = pairs[::-1] if with_trainer else pairs
     assert [pair.prompt for pair in callback.result.pairs] == [row["prompt"] for row in expected]
     assert [pair.chosen for pair in callback.result.pairs] == [row["chosen"] for row in expected]
     assert callback.result.search.kept
