@@ -24,9 +24,10 @@ models: setup
 demo: setup
 	$(BIN)/splaser demo --overwrite
 
-fix: setup
+fix: setup rooms
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python docs/draw_rooms.py
 
 check: lint types docs models
 	$(PYTEST) $(PARALLEL) -m "not browser and not real and not slow"

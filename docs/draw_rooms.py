@@ -26,32 +26,43 @@ BEGIN, END = "<!-- drawn by docs/draw_rooms.py -->\n", "<!-- end of what is draw
 
 WAYS = {
     "matrix": (
-        "checkpoints.checkpoint.read_tensors",
-        "spectra.spectrum.singular_values",
-        "spectra.edges.fit_edges",
-        "scanning.records.matrix_scan",
-        "search.candidates.choose_candidates",
-        "weights.in_memory.Weights.reduce",
-        "search.search.Judge.judge",
-        "artifacts.recipe.Recipe",
+        "read_tensors",
+        "singular_values",
+        "fit_edges",
+        "matrix_scan",
+        "choose_candidates",
+        "Weights.reduce",
+        "Judge.judge",
+        "Recipe",
     ),
     "pair": (
-        "data.sources.open_source",
-        "data.pairs.pairs_from_rows",
-        "search.verdict.split_by_prompt",
-        "generation.prompts.Prompter.tokens",
-        "generation.generator.Generator.answer",
-        "scoring.embedding.SentenceEmbedder",
-        "scoring.scores.SemanticScorer",
-        "search.verdict.compare",
-        "artifacts.report.write_report",
+        "open_source",
+        "pairs_from_rows",
+        "split_by_prompt",
+        "Prompter.tokens",
+        "Generator.answer",
+        "SentenceEmbedder",
+        "SemanticScorer",
+        "verdict.compare",
+        "write_report",
     ),
 }
-"""Where a matrix and a pair come past in `splaser laser`, in this order."""
+"""What a matrix and a pair come past in `splaser laser`, in this order. Where each is found out from the sources."""
 COLOURS = {"matrix": "#1565c0", "pair": "#c2410c"}
 
 WIDTH, MARGIN, GAP = 980, 14, 24
 TITLE, STOP, PADDING = 22, 24, 10
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A class or function on a way. place: its dotted name inside the package; does: its docstring's first sentence."""
+
+    way: str
+    number: int
+    name: str
+    place: str
+    does: str
 
 
 @dataclass
@@ -113,28 +124,6 @@ def source_of(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def summary(name: str) -> str:
-    """The first sentence of the docstring of a module, class, function or method. Raises LookupError without one."""
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        path = source_of(".".join(parts[:length]))
-        if path.is_file():
-            node: ast.AST = ast.parse(path.read_text(encoding="utf-8"))
-            break
-    else:
-        raise LookupError(f"{name}: no such module")
-    for part in parts[length:]:
-        inside = [child for child in ast.iter_child_nodes(node) if getattr(child, "name", None) == part]
-        if not inside:
-            raise LookupError(f"{name}: {path} has no {part}")
-        node = inside[-1]
-    docstring = ast.get_docstring(node)  # type: ignore[arg-type]
-    if not docstring:
-        raise LookupError(f"{name}: it has no docstring")
-    first = " ".join(docstring.split("\n\n")[0].split())
-    return first if first.endswith(".") else f"{first}."
-
-
 def modules_of(room: str) -> list[str]:
     """Names of a room's modules."""
     folder = source_of(room)
@@ -143,23 +132,53 @@ def modules_of(room: str) -> list[str]:
     return sorted(file.stem for file in folder.parent.glob("*.py") if file.stem != "__init__")
 
 
-def stops_in(room: str) -> list[tuple[str, int, str]]:
-    """(way, number, name inside the room) of the stops in a room."""
-    return [
-        (way, number, name.removeprefix(f"{room}.").split(".", 1)[1])
-        for way, names in WAYS.items()
-        for number, name in enumerate(names, 1)
-        if name.startswith(f"{room}.")
-    ]
+def first_sentence(name: str, docstring: str | None) -> str:
+    if not docstring:
+        raise LookupError(f"{name} has no docstring for docs/architecture.md")
+    first = " ".join(docstring.split("\n\n")[0].split())
+    return first if first.endswith(".") else f"{first}."
 
 
-def place(rows: list[list[str]]) -> tuple[dict[str, Box], float]:
+def definitions(rooms: list[str]) -> dict[str, str | None]:
+    """The docstrings of all classes, functions and methods, by dotted name."""
+    found = {}
+
+    def visit(node: ast.AST, name: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef):
+                found[f"{name}.{child.name}"] = ast.get_docstring(child)
+                if isinstance(child, ast.ClassDef):
+                    visit(child, f"{name}.{child.name}")
+
+    for room in rooms:
+        for module in modules_of(room):
+            name = f"{room}.{module}"
+            visit(ast.parse(source_of(name).read_text(encoding="utf-8")), name)
+    return found
+
+
+def stops(rooms: list[str]) -> dict[str, list[Stop]]:
+    """The stops in each room. Raises LookupError when one isn't there, or is there twice."""
+    known = definitions(rooms)
+    found: dict[str, list[Stop]] = {room: [] for room in rooms}
+    for way, names in WAYS.items():
+        for number, name in enumerate(names, 1):
+            places = [place for place in known if place.endswith(f".{name}")]
+            if len(places) != 1:
+                raise LookupError(f"WAYS of docs/draw_rooms.py has {name}, and the code {places or 'nothing of it'}")
+            [place] = places
+            room = max((room for room in rooms if place.startswith(f"{room}.")), key=len)
+            found[room].append(Stop(way, number, name, place, first_sentence(place, known[place])))
+    return found
+
+
+def place(rows: list[list[str]], inside: dict[str, list[Stop]]) -> tuple[dict[str, Box], float]:
     """A box for each room, and the height of the whole picture."""
     boxes, y = {}, float(MARGIN)
     for row in rows:
         width = min(226.0, (WIDTH - 2 * MARGIN - GAP * (len(row) - 1)) / len(row))
         x = (WIDTH - len(row) * width - (len(row) - 1) * GAP) / 2
-        height = PADDING * 2 + TITLE + max(len(stops_in(room)) for room in row) * STOP
+        height = PADDING * 2 + TITLE + max(len(inside[room]) for room in row) * STOP
         for room in row:
             boxes[room] = Box(x, y, width, height)
             x += width + GAP
@@ -167,9 +186,9 @@ def place(rows: list[list[str]]) -> tuple[dict[str, Box], float]:
     return boxes, y - GAP - 8 + MARGIN
 
 
-def draw(rows: list[list[str]]) -> str:
+def draw(rows: list[list[str]], inside: dict[str, list[Stop]]) -> str:
     """The picture as SVG."""
-    boxes, height = place(rows)
+    boxes, height = place(rows, inside)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" '
         'font-family="system-ui, sans-serif" font-size="13">',
@@ -179,7 +198,7 @@ def draw(rows: list[list[str]]) -> str:
         "</defs>",
         *draw_legend(),
     ]
-    for importer, imported in sorted(imports([room for row in rows for room in row])):
+    for importer, imported in sorted(imports(list(boxes))):
         a, b = boxes[importer], boxes[imported]
         y, end = a.y + a.height, b.y - 2
         lines.append(
@@ -189,10 +208,10 @@ def draw(rows: list[list[str]]) -> str:
     places: dict[tuple[str, int], tuple[Box, float]] = {}
     for room, box in boxes.items():
         lines += draw_room(room, box)
-        for row_number, (way, number, name) in enumerate(stops_in(room)):
-            y = box.y + PADDING + TITLE + row_number * STOP + STOP / 2
-            places[way, number] = box, y
-            lines += draw_stop(box, y, way, number, name)
+        for line_number, stop in enumerate(inside[room]):
+            y = box.y + PADDING + TITLE + line_number * STOP + STOP / 2
+            places[stop.way, stop.number] = box, y
+            lines += draw_stop(box, y, stop)
     for way, names in WAYS.items():
         for number in range(1, len(names)):
             lines.append(draw_step(places[way, number], places[way, number + 1], way))
@@ -215,15 +234,15 @@ def draw_room(room: str, box: Box) -> list[str]:
     ]
 
 
-def draw_stop(box: Box, y: float, way: str, number: int, name: str) -> list[str]:
+def draw_stop(box: Box, y: float, stop: Stop) -> list[str]:
     """A matrix's at the room's left side, a pair's at the right."""
-    left = way == "matrix"
+    left = stop.way == "matrix"
     x, text_x, anchor = (box.x + 20, box.x + 36, "start") if left else (box.end - 20, box.end - 36, "end")
     return [
-        f'<circle cx="{x:.0f}" cy="{y:.0f}" r="9" fill="{COLOURS[way]}"/>',
-        f'<text x="{x:.0f}" y="{y + 4:.0f}" text-anchor="middle" font-size="11" fill="#ffffff">{number}</text>',
+        f'<circle cx="{x:.0f}" cy="{y:.0f}" r="9" fill="{COLOURS[stop.way]}"/>',
+        f'<text x="{x:.0f}" y="{y + 4:.0f}" text-anchor="middle" font-size="11" fill="#ffffff">{stop.number}</text>',
         f'<text x="{text_x:.0f}" y="{y + 4:.0f}" text-anchor="{anchor}" font-size="12" fill="#1f2933">'
-        f"{escape(name)}</text>",
+        f"{escape(stop.name)}</text>",
     ]
 
 
@@ -257,16 +276,17 @@ def draw_legend() -> list[str]:
     ]
 
 
-def tables(rows: list[list[str]]) -> Iterator[str]:
-    """The Markdown under the picture: the ways' stops, and every room with its modules."""
-    for way, names in WAYS.items():
+def tables(rows: list[list[str]], inside: dict[str, list[Stop]]) -> Iterator[str]:
+    """The Markdown under the picture: the ways' stops, and every room."""
+    for way in WAYS:
         yield f"\n## The way of a {way}\n\n| | where | what happens |\n| --- | --- | --- |\n"
-        for number, name in enumerate(names, 1):
-            yield f"| {number} | `{name}` | {summary(name)} |\n"
-    yield "\n## The rooms\n\n| room | what is in it | modules |\n| --- | --- | --- |\n"
-    for room in [room for row in rows for room in row]:
-        modules = ", ".join(f"`{module}`" for module in modules_of(room)) or "one module"
-        yield f"| `{room}` | {summary(room)} | {modules} |\n"
+        passed = [stop for stops_there in inside.values() for stop in stops_there if stop.way == way]
+        for stop in sorted(passed, key=lambda stop: stop.number):
+            yield f"| {stop.number} | `{stop.place}` | {stop.does} |\n"
+    yield "\n## The rooms\n\n| room | what is in it |\n| --- | --- |\n"
+    for room in inside:
+        docstring = ast.get_docstring(ast.parse(source_of(room).read_text(encoding="utf-8")))
+        yield f"| `{room}` | {first_sentence(room, docstring)} |\n"
 
 
 def main() -> None:
@@ -274,13 +294,14 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the files are out of date")
     arguments = parser.parse_args()
     rows = layers()
+    inside = stops([room for row in rows for room in row])
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     after = rest.partition(END)[2]
-    drawn = {PICTURE: draw(rows), PAGE: before + BEGIN + "".join(tables(rows)) + "\n" + END + after}
+    drawn = {PICTURE: draw(rows, inside), PAGE: before + BEGIN + "".join(tables(rows, inside)) + "\n" + END + after}
     for path, text in drawn.items():
         if arguments.check and (not path.is_file() or path.read_text(encoding="utf-8") != text):
-            sys.exit(f"{path.relative_to(ROOT)} isn't what the code says. Draw it anew: make rooms && {parser.prog}")
+            sys.exit(f"{path.relative_to(ROOT)} isn't what the code says. Draw it anew: make fix")
         if not arguments.check:
             path.write_text(text, encoding="utf-8")
 
