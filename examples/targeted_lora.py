@@ -14,10 +14,8 @@ from datasets import load_dataset
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from splaser_plugin import run_scan
+from splaser_plugin import choose, lora_config, scan
 from splaser_plugin.cli.demo import prepare_model
-from splaser_plugin.integrations.peft import lora_config
-from splaser_plugin.scanning.selection import choose
 
 DATA = Path(__file__).parent / "data"
 
@@ -30,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
 
     folder = prepare_model(Path(".cache"))
-    selection = choose(run_scan(folder), top=options.top)
+    selection = choose(scan(folder), top=options.top)
     print(f"training {len(selection.names)} of {selection.considered} matrices: {selection.rule}")
     trainer = DPOTrainer(
         model=str(folder),

@@ -10,7 +10,7 @@ import pytest
 
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.config.stages import CompareConfig
-from splaser_plugin.jobs.compare import compare_models
+from splaser_plugin.jobs.compare import compare
 from splaser_plugin.progress import Progress
 from tests.builders import EXAMPLE_PAIRS, QUICK
 
@@ -69,5 +69,5 @@ def test_what_a_stopped_run_has_measured_is_counted_at_once(tiny_folder, tmp_pat
 def test_a_comparison_counts_pairs_twice_and_windows(text, tiny_folder, minilm):
     told = Phases()
     config = CompareConfig(max_new_tokens=5, window=16, samples=9, device="cpu", embedder=str(minilm), text=text)
-    compare_models([tiny_folder], PAIRS, config=config, progress=told)
+    compare([tiny_folder], PAIRS, config=config, progress=told)
     assert told.totals["measuring"] == pytest.approx(sum(told.steps["measuring"])) == 3 * 9

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from splaser_plugin import __version__
 from splaser_plugin.cli.options import options
-from splaser_plugin.config.stages import CompareConfig, LaserConfig, ScanConfig
+from splaser_plugin.config.stages import ApplyConfig, CompareConfig, LaserConfig, ScanConfig
 from splaser_plugin.errors import ConfigError, SplaserError, on_command_line, printable
 
 if TYPE_CHECKING:
@@ -109,7 +109,8 @@ def scan(
     progress = _progress(quiet, verbose, "scanning.scan", transformers=model.endswith(".gguf") or config.allow_pickle)
     from splaser_plugin.distributed import is_main, join_processes
     from splaser_plugin.files.output import check_names_file
-    from splaser_plugin.scanning.scan import run_scan, write_json
+    from splaser_plugin.scanning.scan import scan as run_scan
+    from splaser_plugin.scanning.scan import write_json
     from splaser_plugin.scanning.selection import top_by_type
 
     if top_json is not None:
@@ -164,37 +165,23 @@ def laser(
 
 
 @app.command()
+@options(config=ApplyConfig)
 def apply(
     *,
     recipe: Annotated[Path, typer.Argument(help="recipe.json of a laser run.")],
     model: Model,
     output: Output,
-    device: Annotated[str, typer.Option(help="Device to compute on.")] = "auto",
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load weights that are pickled (.bin).")] = False,
+    config: ApplyConfig,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Rebuild a lasered model from its recipe and the base model."""
-    from splaser_plugin.files.output import check_output, check_space, held, whole_folder
-
-    path = check_output(output, overwrite=overwrite, inputs=(model, recipe))
-    from splaser_plugin.artifacts.card import model_card
-    from splaser_plugin.artifacts.recipe import Recipe
-    from splaser_plugin.jobs.apply import lasered_weights
-    from splaser_plugin.weights.factored_folder import save_model
-
-    loaded = Recipe.load(recipe)
     progress = _progress(quiet, verbose, "jobs.apply")
-    with held(path):
-        lasered, tokenizer = lasered_weights(loaded, model, device=device, allow_pickle=allow_pickle, progress=progress)
-        check_space(path, lasered.size)
-        with whole_folder(path, needed=lasered.size) as folder:
-            save_model(lasered, folder, None)
-            tokenizer.save_pretrained(folder)
-            loaded.save(folder / "recipe.json")
-            model_card(loaded).save(folder / "README.md")
-    progress.result("reduced", f"{len(loaded.steps)} matrices")
+    from splaser_plugin.jobs.apply import apply as run_apply
+
+    result = run_apply(recipe, model, config=config, output=output, overwrite=overwrite, progress=progress)
+    progress.result("reduced", f"{len(result.recipe.steps)} matrices")
     progress.result("model", str(output))
 
 
@@ -211,13 +198,10 @@ def compare(
     verbose: Verbose = False,
 ) -> None:
     """Measure models on the same pairs and text, each against the first with 95 % intervals."""
-    from splaser_plugin.files.output import check_file
+    from splaser_plugin.jobs.compare import compare as run_compare
 
-    check_file(output, replaceable="splaser.comparison/1")
-    from splaser_plugin.jobs.compare import compare_models
-
-    found = compare_models(models, pairs, config=config, progress=_progress(quiet, verbose, "jobs.compare"))
-    found.save(output)
+    progress = _progress(quiet, verbose, "jobs.compare")
+    found = run_compare(models, pairs, config=config, output=output, progress=progress)
     if as_json:
         print(json.dumps(found.to_dict(), allow_nan=False))
     _show_comparison(found, output)

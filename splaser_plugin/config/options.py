@@ -33,6 +33,9 @@ def stage(options: type[_Class]) -> type[_Class]:
     A value or a name that can't be raises ConfigError, which says what was expected.
     """
     made: Any = dataclass(frozen=True, kw_only=True, config=CHECKS)(options)
+    for base in made.__mro__[1:-1]:  # pydantic reads the docstrings of a class's own fields only
+        for name, field in getattr(base, "__pydantic_fields__", {}).items():
+            made.__pydantic_fields__[name].description = made.__pydantic_fields__[name].description or field.description
     check: Callable[..., None] = made.__init__
 
     @functools.wraps(check)

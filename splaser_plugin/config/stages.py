@@ -39,6 +39,14 @@ class LoadConfig(Options):
 
 
 @stage
+class ApplyConfig(LoadConfig):
+    """How a recipe is applied."""
+
+    device: str = "auto"
+    """Device to compute on: auto, cpu, cuda, cuda:1, mps."""
+
+
+@stage
 class ScanConfig(LoadConfig):
     """How a scan is done."""
 

@@ -2,50 +2,108 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from splaser_plugin.artifacts.card import model_card
 from splaser_plugin.artifacts.recipe import Recipe, carry_out
+from splaser_plugin.config.stages import ApplyConfig
+from splaser_plugin.errors import ModelError
+from splaser_plugin.files.output import check_output, check_space, held, whole_folder
 from splaser_plugin.progress import SILENT, Progress
+from splaser_plugin.weights.factored_folder import save_model
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import load_model
 
 
-def apply_recipe(
+@dataclass(frozen=True)
+class ApplyResult:
+    """A lasered model, rebuilt."""
+
+    recipe: Recipe
+    weights: Weights
+    tokenizer: Any
+    """None where a loaded model was given."""
+
+    @property
+    def model(self) -> Any:
+        """The model, of transformers' own class."""
+        return self.weights.model
+
+    def __repr__(self) -> str:
+        return f"ApplyResult({self.recipe.model!r}, {len(self.recipe.steps)} matrices reduced)"
+
+    def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the model, its tokenizer, recipe and card to a folder, or nothing.
+
+        Raises:
+            ModelError: There is no tokenizer, since a loaded model was given.
+            OutputError: The folder exists and isn't empty, or can't be written.
+        """
+        if self.tokenizer is None:
+            raise ModelError("a loaded model has no tokenizer to write. Save both with their save_pretrained.")
+        path = check_output(out, overwrite=overwrite, inputs=(self.recipe.model,))
+        with held(path):
+            self._write(path)
+        return path
+
+    def _write(self, path: Path) -> None:
+        check_space(path, self.weights.size)
+        with whole_folder(path, needed=self.weights.size) as folder:
+            save_model(self.weights, folder, None)
+            self.tokenizer.save_pretrained(folder)
+            self.recipe.save(folder / "recipe.json")
+            model_card(self.recipe).save(folder / "README.md")
+
+
+def apply(
     recipe: Recipe | str | Path,
     model: str | Path | nn.Module,
     *,
-    device: str = "auto",
-    allow_pickle: bool = False,
+    config: ApplyConfig | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress = SILENT,
-) -> tuple[Any, Any]:
-    """The lasered model from its recipe and the base model, and the tokenizer (None for a loaded model).
+) -> ApplyResult:
+    """Rebuild a lasered model from its recipe and the base model.
 
-    device, allow_pickle: see `load_model`. Raises RecipeError when the model isn't the recipe's.
+    Args:
+        recipe: A recipe, or the path of a recipe.json.
+        model: Folder or hub id of the base model, or the loaded one, which is changed in place.
+        config: Device, and whether pickled weights are loaded.
+        output: Folder to write, as `ApplyResult.save` does.
+        overwrite: Replace the output of an earlier run.
+        progress: What is told of the work.
+
+    Raises:
+        RecipeError: The recipe is damaged, or the model isn't the recipe's.
+        OutputError: The output can't be written.
     """
-    weights, tokenizer = lasered_weights(recipe, model, device=device, allow_pickle=allow_pickle, progress=progress)
-    return weights.model, tokenizer
+    config = config or ApplyConfig()
+    if output is None:
+        return _apply(recipe, model, config, progress)
+    inputs = tuple(given for given in (model, recipe) if isinstance(given, (str, Path)))
+    path = check_output(output, overwrite=overwrite, inputs=inputs)
+    with held(path):
+        result = _apply(recipe, model, config, progress)
+        result._write(path)
+    return result
 
 
-def lasered_weights(
-    recipe: Recipe | str | Path,
-    model: str | Path | nn.Module,
-    *,
-    device: str = "auto",
-    allow_pickle: bool = False,
-    progress: Progress = SILENT,
-) -> tuple[Weights, Any]:
-    """The same as `apply_recipe`, as weights that `factored.save_model` can write."""
+def _apply(
+    recipe: Recipe | str | Path, model: str | Path | nn.Module, config: ApplyConfig, progress: Progress
+) -> ApplyResult:
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     tokenizer = None
     loaded: Any = model
     if not isinstance(model, nn.Module):
         adapter = recipe.settings.get("adapter", "")
         loaded, tokenizer = load_model(
-            model, device=device, dtype=recipe.dtype, adapter=adapter, allow_pickle=allow_pickle
+            model, device=config.device, dtype=recipe.dtype, adapter=adapter, allow_pickle=config.allow_pickle
         )
     weights = Weights(loaded)
     carry_out(recipe, weights, progress=progress)
-    return weights, tokenizer
+    return ApplyResult(recipe, weights, tokenizer)

@@ -17,6 +17,7 @@ from splaser_plugin.data.pairs import PairSet, PairSource, read_pairs_from
 from splaser_plugin.data.split import LEAST
 from splaser_plugin.data.windows import open_text
 from splaser_plugin.errors import ConfigError, PairsError
+from splaser_plugin.files.output import check_file
 from splaser_plugin.progress import SILENT, Progress, counting
 from splaser_plugin.scanning.records import write_json
 from splaser_plugin.scoring.margin import MarginScorer
@@ -25,6 +26,7 @@ from splaser_plugin.scoring.scorers import Material, Rulers
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.statistics import can_reach, paired_bootstrap
+from splaser_plugin.tables import Table
 from splaser_plugin.weights.loading import check_source, load_model
 
 SCHEMA = "splaser.comparison/1"
@@ -81,7 +83,9 @@ RATIOS = ("perplexity", "tokens_per_s")
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Table):
+    """Models measured on the same items."""
+
     models: tuple[Measured, ...]
     pairs: PairSet
     config: CompareConfig
@@ -89,6 +93,20 @@ class Comparison:
     def figures(self) -> list[dict[str, Figure]]:
         """Of each model, metric to figure; without perplexity where there was no text."""
         return [self._figures(model) for model in self.models]
+
+    def __repr__(self) -> str:
+        names = ", ".join(repr(model.model) for model in self.models)
+        return f"Comparison({names}; {len(self.pairs)} pairs)"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One of each model: its figures, and the change of each against the first."""
+        rows = []
+        for model, figures in zip(self.models, self.figures(), strict=True):
+            row: dict[str, Any] = {"model": model.model}
+            for name, figure in figures.items():
+                row |= {name: figure.value, f"{name} change": figure.change, f"{name} interval": figure.interval}
+            rows.append(row)
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -159,19 +177,29 @@ def _why(*values: float | None) -> str | None:
     return UNBOUNDED if None in values else None
 
 
-def compare_models(
+def compare(
     models: Sequence[str | Path],
     pairs: PairSource,
     *,
     config: CompareConfig | None = None,
+    output: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> Comparison:
     """Measure models on the same pairs and, if the configuration names one, the same text.
 
-    models: folders, .gguf files or hub ids; loaded one after the other, never two at once. pairs: see `laser`, at
-    least 2. Raises a SplaserError before the first is loaded when any of it isn't there.
+    Args:
+        models: Folders, .gguf files or hub ids, the first the base; loaded one after the other, never two at once.
+        pairs: See `laser`; at least 2.
+        config: What is measured.
+        output: JSON file to write, as `Comparison.save` does.
+        progress: What is told of the work.
+
+    Raises:
+        SplaserError: Before the first model is loaded, when any of it isn't there; later when one can't be measured.
     """
     config = config or CompareConfig()
+    if output is not None:
+        check_file(output, replaceable=SCHEMA)
     if not models:
         raise ConfigError("no model was given. Name at least one, the one to compare the others with first.")
     for model in models:
@@ -186,7 +214,10 @@ def compare_models(
     for model in models:
         measured.append(_measure(str(model), pair_set, config, measured[0] if measured else None, progress))
         gc.collect()
-    return Comparison(tuple(measured), pair_set, config)
+    found = Comparison(tuple(measured), pair_set, config)
+    if output is not None:
+        found.save(output)
+    return found
 
 
 def _measure(name: str, pairs: PairSet, config: CompareConfig, first: Measured | None, progress: Progress) -> Measured:

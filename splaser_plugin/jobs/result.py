@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -26,6 +26,11 @@ from splaser_plugin.search.verdict import HeldOut
 from splaser_plugin.weights.factored_folder import parameter_counts, save_model
 from splaser_plugin.weights.in_memory import Weights
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from splaser_plugin.search.candidates import Candidate
+
 NO_PAIRS = "none"
 """Source of the pairs where there are none."""
 
@@ -42,6 +47,38 @@ class LaserResult:
     split: Split
     held_out: HeldOut | None
     """The verdict; None where no pairs are held out."""
+
+    def __repr__(self) -> str:
+        score = f"{self.score_before:+.4f} -> {self.score_after:+.4f}"
+        kept = f"{len(self.kept)} of {len(self.search.trials)} candidates kept"
+        return f"LaserResult({self.recipe.model!r}, {kept}, score {score}, {self.verdict or 'no verdict'})"
+
+    def _repr_html_(self) -> str:
+        return self.search._repr_html_()
+
+    def to_dataframe(self) -> DataFrame:
+        """The trials of the search, one a row, as a `pandas.DataFrame`."""
+        return self.search.to_dataframe()
+
+    @property
+    def score_before(self) -> float:
+        """Mean score of the model as it came, on the pairs that were searched on."""
+        return self.search.baseline.mean
+
+    @property
+    def score_after(self) -> float:
+        """Mean score of the result, on the same pairs: better than on new ones, since the search chose by it."""
+        return self.search.final.mean
+
+    @property
+    def kept(self) -> tuple[Candidate, ...]:
+        """What was kept, in order."""
+        return self.search.kept
+
+    @property
+    def verdict(self) -> str | None:
+        """What the held-out pairs say: `better`, `worse` or `no difference ...`; None where none are held out."""
+        return self.held_out.verdict if self.held_out else None
 
     @property
     def pairs(self) -> PairSet:

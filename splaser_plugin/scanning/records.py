@@ -18,6 +18,7 @@ from splaser_plugin.files import reading
 from splaser_plugin.files.output import whole_file
 from splaser_plugin.files.typed import check_types
 from splaser_plugin.spectra.edges import EdgeFit, fit_edges
+from splaser_plugin.tables import Table
 from splaser_plugin.weights.matrices import Matrix, Skipped
 
 SCHEMA = "splaser.scan/1"
@@ -64,7 +65,7 @@ class MatrixScan:
 
 
 @dataclass(frozen=True)
-class Scan:
+class Scan(Table):
     """The scan of one model."""
 
     model: str
@@ -78,6 +79,24 @@ class Scan:
     precision: str = "auto"
     version: str = ""
     """Of the program that made it; empty when it was put together otherwise."""
+
+    def __repr__(self) -> str:
+        left_out = f", {len(self.skipped)} parameters left out" if self.skipped else ""
+        return f"Scan({self.model!r}, edge={self.edge!r}, {len(self.matrices)} matrices{left_out})"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One of each matrix, with what its edge found: threshold, rank, snr, snr_ratio."""
+        return [
+            {
+                "name": matrix.name,
+                "type": matrix.type,
+                "block": matrix.block,
+                "rows": matrix.shape[0],
+                "columns": matrix.shape[1],
+                **asdict(matrix.edges[self.edge]),
+            }
+            for matrix in self.matrices
+        ]
 
     def ranked(self, by: str = "snr", edge: str | None = None) -> list[MatrixScan]:
         """Matrices from the lowest to the highest `by` (a number of `EdgeFit`), never tied by file order.

@@ -32,7 +32,7 @@ __all__ = [
     "matrix_scan",
     "rank_key",
     "read_json",
-    "run_scan",
+    "scan",
     "scan_checkpoint",
     "scan_model",
     "write_json",
@@ -42,19 +42,30 @@ BATCH_ENTRIES = 2**20
 """Most entries of experts that are computed together: 8 MiB in float64, of which a handful of copies are needed."""
 
 
-def run_scan(
+def scan(
     model: str | Path | nn.Module,
     *,
     config: ScanConfig | None = None,
     output: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> Scan:
-    """Scan a model: a loaded one where it is, a folder of safetensors or a hub id straight from disk.
+    """Scan a model: singular values of every weight matrix, split into signal and noise. Nothing is changed.
 
-    A .gguf file, and pickled weights where the configuration allows them, are loaded first. output: scan.json to
-    write; with it nothing is computed twice: what a scan that was killed had finished is taken from its journal,
-    and a finished scan of the same weights as it is.
-    Raises CheckpointError, ModelError, MatrixError or SpectrumError; with `output` OutputError.
+    Args:
+        model: A loaded model, which is scanned where it is; a folder of safetensors or a hub id, straight from disk; a
+            .gguf file, or pickled weights where the configuration allows them, which are loaded first.
+        config: Edge, patterns of names, precision.
+        output: scan.json to write. With it nothing is computed twice: what a scan that was killed had finished is
+            taken from its journal, and a finished scan of the same weights as it is.
+        progress: What is told of the work.
+
+    Returns:
+        The scan, with every edge placed in each spectrum.
+
+    Raises:
+        CheckpointError, ModelError, MatrixError: The model can't be read, or is of a kind that can't be scanned.
+        SpectrumError: Singular values can't be computed; the message names the matrix.
+        OutputError: The output can't be written.
     """
     if output is not None:
         _check_output(output)
@@ -108,7 +119,7 @@ def scan_model(
 ) -> Scan:
     """Scan a loaded model where it is: on its device, one matrix at a time.
 
-    name, identity: how the model and its weights are called in the result. output: see `run_scan`; weights of
+    name, identity: how the model and its weights are called in the result. output: see `scan`; weights of
     one `identity` are taken for the same.
     Raises MatrixError, ModelError or SpectrumError, the last with the matrix's name; with `output` OutputError.
     """
@@ -136,7 +147,7 @@ def scan_checkpoint(
 ) -> Scan:
     """Scan safetensors straight from disk, holding one matrix (or a batch of small experts) and the next one.
 
-    output: see `run_scan`. Several processes each read their own part of the matrices; the result is the same
+    output: see `scan`. Several processes each read their own part of the matrices; the result is the same
     to the last bit where each computes on as many threads as the one.
     Raises CheckpointError, MatrixError or SpectrumError; with `output` OutputError.
     """

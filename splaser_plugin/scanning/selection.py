@@ -12,6 +12,7 @@ from splaser_plugin.config.stages import SelectConfig
 from splaser_plugin.errors import ConfigError, MatrixError, RankError, nearest
 from splaser_plugin.scanning.scan import MatrixScan, Scan
 from splaser_plugin.scanning.spectrum_format import PublishedScan, PublishedSnr
+from splaser_plugin.tables import Table
 from splaser_plugin.weights.matrices import compile_pattern, looks_like_embedding
 
 HEADS = frozenset({"lm_head", "embed_out"})
@@ -35,7 +36,7 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Table):
     """The matrices chosen from one scan, and what they were chosen by."""
 
     model: str
@@ -55,8 +56,19 @@ class Selection:
     tied: tuple[str, ...]
     """Chosen matrices that share their weight with another module."""
 
+    def __repr__(self) -> str:
+        return f"Selection({self.model!r}, {len(self.matrices)} of {self.considered} matrices: {self.rule})"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One of each chosen matrix."""
+        return [
+            {"name": matrix.name, "type": matrix.type, "shape": matrix.shape, self.config.by: matrix.value}
+            for matrix in self.matrices
+        ]
+
     @property
     def names(self) -> list[str]:
+        """Module names, as `lora_config` and freezing take them."""
         return [matrix.name for matrix in self.matrices]
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from splaser_plugin.distributed import my_part
 from splaser_plugin.progress import SILENT, Progress, counting
@@ -12,6 +13,7 @@ from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.candidates import Candidate
 from splaser_plugin.search.journal import Journal
 from splaser_plugin.search.judge import Judge, Judgement, judged
+from splaser_plugin.tables import Table
 from splaser_plugin.weights.in_memory import Weights
 
 
@@ -29,12 +31,33 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(Table):
+    """Every candidate that a search tried, and the scores before and after."""
+
     baseline: Scores
     """The model as it came."""
     final: Scores
     """The model with everything that was kept."""
     trials: tuple[Trial, ...]
+
+    def __repr__(self) -> str:
+        score = f"{self.baseline.mean:+.4f} -> {self.final.mean:+.4f}"
+        return f"SearchResult({len(self.kept)} of {len(self.trials)} candidates kept, score {score})"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One of each trial, in the order tried."""
+        return [
+            {
+                "name": trial.candidate.matrix.name,
+                "rank": trial.candidate.rank,
+                "full_rank": min(trial.candidate.matrix.shape),
+                "verdict": trial.judgement.verdict,
+                "score": trial.judgement.scores.mean if trial.judgement.scores else None,
+                "compared_with": trial.judgement.best_before,
+                "seconds": round(trial.elapsed_s, 3),
+            }
+            for trial in self.trials
+        ]
 
     @property
     def kept(self) -> tuple[Candidate, ...]:

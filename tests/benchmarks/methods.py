@@ -24,7 +24,7 @@ import torch
 from splaser_plugin.cli.demo import prepare_embedder, prepare_model
 from splaser_plugin.config.stages import CompareConfig, LaserConfig
 from splaser_plugin.data.pairs import load_pairs
-from splaser_plugin.jobs.compare import compare_models
+from splaser_plugin.jobs.compare import compare as compare_models
 from splaser_plugin.jobs.laser import LaserResult, laser
 
 ROOT = Path(__file__).parents[2]

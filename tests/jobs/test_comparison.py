@@ -19,7 +19,7 @@ from splaser_plugin.config.stages import CompareConfig
 from splaser_plugin.data.pairs import PairSet, pairs_from_rows
 from splaser_plugin.errors import CheckpointError, ConfigError, PairsError, TextError
 from splaser_plugin.generation.prompts import Prompter
-from splaser_plugin.jobs.compare import OTHER_TOKENS, UNBOUNDED, Comparison, Measured, compare_models
+from splaser_plugin.jobs.compare import OTHER_TOKENS, UNBOUNDED, Comparison, Measured, compare
 from splaser_plugin.scoring.scores import Scores
 from tests.builders import tiny_llama
 from tests.reference import one_token_at_a_time
@@ -43,7 +43,7 @@ def settings(minilm, text):
 
 @pytest.fixture
 def compared(tiny_folder, other_folder, pairs, settings):
-    return compare_models([tiny_folder, other_folder], pairs, config=CompareConfig(**settings))
+    return compare([tiny_folder, other_folder], pairs, config=CompareConfig(**settings))
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def test_semantic_scores_are_those_of_a_laser_runs_baseline(compared, tiny_folde
 
 
 def test_a_model_against_itself_has_no_difference_at_all(tiny_folder, pairs, settings):
-    figures = compare_models([tiny_folder] * 2, pairs, config=CompareConfig(**settings)).figures()[1]
+    figures = compare([tiny_folder] * 2, pairs, config=CompareConfig(**settings)).figures()[1]
     for name, none in (("semantic", 0.0), ("margin", 0.0), ("likelier", 0.0), ("perplexity", 1.0)):
         assert figures[name].change == none
         assert figures[name].interval is None
@@ -147,7 +147,7 @@ def test_only_the_files_that_are_loaded_count(tiny_folder, pairs, settings, tmp_
     model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
     shards = list((tmp_path / "model").glob("model-*.safetensors"))
     shutil.copy(shards[0], tmp_path / "model" / "consolidated.safetensors")
-    found = compare_models([tmp_path / "model"], pairs, config=CompareConfig(**settings)).figures()[0]
+    found = compare([tmp_path / "model"], pairs, config=CompareConfig(**settings)).figures()[0]
     assert len(shards) > 1
     assert found["file_bytes"].value == sum(shard.stat().st_size for shard in shards)
 
@@ -155,7 +155,7 @@ def test_only_the_files_that_are_loaded_count(tiny_folder, pairs, settings, tmp_
 def test_without_a_text_or_rejected_answers_their_metrics_are_left_out(tiny_folder, minilm):
     rows = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("yes", "no", "maybe")]
     config = CompareConfig(**{**QUICK, "embedder": str(minilm)})
-    found = compare_models([tiny_folder], rows, config=config)
+    found = compare([tiny_folder], rows, config=config)
     assert set(found.figures()[0]) == {"semantic", "margin", "parameters", "file_bytes", "tokens_per_s"}
     assert found.to_dict()["windows"] == 0
 
@@ -167,7 +167,7 @@ def test_figures_a_token_are_not_compared_between_tokenizers(tiny_folder, pairs,
     changed = AutoTokenizer.from_pretrained(tiny_folder)
     changed.add_tokens(["France"])
     changed.save_pretrained(tmp_path / "model")
-    found = compare_models([tiny_folder, tmp_path / "model"], pairs, config=CompareConfig(**settings))
+    found = compare([tiny_folder, tmp_path / "model"], pairs, config=CompareConfig(**settings))
     figures = found.figures()[1]
     for name in ("margin", "perplexity"):
         assert (figures[name].change, figures[name].interval, figures[name].reason) == (None, None, OTHER_TOKENS)
@@ -207,13 +207,13 @@ def test_a_file_that_is_not_ours_is_not_overwritten(splaser, tiny_folder, pairs_
 def test_what_is_missing_is_told_before_any_model_is_loaded(tiny_folder, pairs, settings, monkeypatch):
     monkeypatch.setattr("splaser_plugin.jobs.compare.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(CheckpointError, match=r"\./nowhere: there is no such model folder"):
-        compare_models([tiny_folder, "./nowhere"], pairs, config=CompareConfig(**settings))
+        compare([tiny_folder, "./nowhere"], pairs, config=CompareConfig(**settings))
     with pytest.raises(TextError, match=r"nothing\.txt: there is no such file"):
-        compare_models([tiny_folder], pairs, config=CompareConfig(text="nothing.txt"))
+        compare([tiny_folder], pairs, config=CompareConfig(text="nothing.txt"))
     with pytest.raises(PairsError, match="1 pair, expected at least 2"):
-        compare_models([tiny_folder], pairs[:1])
+        compare([tiny_folder], pairs[:1])
     with pytest.raises(ConfigError, match="no model was given"):
-        compare_models([], pairs)
+        compare([], pairs)
     with pytest.raises(ConfigError, match="embedder self: each model would be its own ruler"):
         CompareConfig(embedder="self")
 
@@ -231,7 +231,7 @@ def test_a_model_stored_in_factors_is_compared_by_what_it_stores(tiny_folder, pa
         tolerance=10.0,
     )
     result = laser(tiny_folder, pairs, config=config, output=tmp_path / "factored")
-    figures = compare_models([tiny_folder, tmp_path / "factored"], pairs, config=CompareConfig(**settings)).figures()[1]
+    figures = compare([tiny_folder, tmp_path / "factored"], pairs, config=CompareConfig(**settings)).figures()[1]
     assert figures["parameters"].change == -result.search.parameters_removed < 0
     assert figures["file_bytes"].change < 0
     assert figures["perplexity"].change != 1.0

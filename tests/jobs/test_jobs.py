@@ -11,9 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import splaser_plugin
-from splaser_plugin import LaserConfig, laser, run_scan
+from splaser_plugin import LaserConfig, laser
+from splaser_plugin import scan as run_scan
 from splaser_plugin.artifacts import recipe
 from splaser_plugin.artifacts.recipe import Recipe, Step
+from splaser_plugin.config.stages import ApplyConfig
 from splaser_plugin.errors import (
     CheckpointError,
     ConfigError,
@@ -24,7 +26,7 @@ from splaser_plugin.errors import (
     RecipeError,
 )
 from splaser_plugin.files.output import check_output, whole_folder
-from splaser_plugin.jobs.apply import apply_recipe
+from splaser_plugin.jobs.apply import apply
 from splaser_plugin.weights.loading import load_model
 from tests.builders import QUICK, THREE_PAIRS, changed, states, tiny_llama
 
@@ -55,9 +57,9 @@ def test_only_the_recipes_matrices_differ_from_the_base_and_have_its_rank(lasere
 
 def test_applying_the_recipe_gives_the_same_bits(lasered, tiny_folder):
     result, out = lasered
-    model, tokenizer = apply_recipe(out / "recipe.json", tiny_folder, device="cpu")
-    assert not changed(model.state_dict(), result.model.state_dict())
-    assert tokenizer.chat_template == result.tokenizer.chat_template
+    rebuilt = apply(out / "recipe.json", tiny_folder, config=ApplyConfig(device="cpu"))
+    assert not changed(rebuilt.model.state_dict(), result.model.state_dict())
+    assert rebuilt.tokenizer.chat_template == result.tokenizer.chat_template
 
 
 def test_a_recipe_reaches_what_only_its_patterns_name(lasered):
@@ -65,10 +67,10 @@ def test_a_recipe_reaches_what_only_its_patterns_name(lasered):
     base = tiny_llama()
     step = Step("lm_head", 5, "mp", 1.0, tuple(base.lm_head.weight.shape))
     recipe = replace(result.recipe, steps=(step,), settings={**result.recipe.settings, "include": ["lm_head"]})
-    model, _ = apply_recipe(recipe, base)
+    model = apply(recipe, base).model
     assert torch.linalg.matrix_rank(model.lm_head.weight.double(), rtol=1e-5) == 5
     with pytest.raises(RecipeError, match=r"setting 'exclude' is 7, expected a list of patterns"):
-        apply_recipe(replace(recipe, settings={"exclude": 7}), tiny_llama())
+        apply(replace(recipe, settings={"exclude": 7}), tiny_llama())
 
 
 def test_results_hold_every_score(lasered):
@@ -132,7 +134,7 @@ def test_a_recipe_for_other_weights_is_refused_and_nothing_changes(lasered):
     other = tiny_llama(seed=1)
     before = states(other)
     with pytest.raises(RecipeError, match=r"the recipe was made for weights .* but this model's are .*base model"):
-        apply_recipe(result.recipe, other)
+        apply(result.recipe, other)
     assert not changed(states(other), before)
 
 

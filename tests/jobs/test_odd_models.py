@@ -12,7 +12,7 @@ import torch
 
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.errors import ScoreError, SplaserError
-from splaser_plugin.scanning.scan import run_scan
+from splaser_plugin.scanning.scan import scan as run_scan
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.weights.in_memory import Weights
 from tests.builders import FLAGS, tiny_llama

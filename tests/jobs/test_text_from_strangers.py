@@ -204,7 +204,7 @@ def damaged(draw, stored):
 
 @pytest.fixture(scope="module")
 def whole_scan(tmp_path_factory):
-    from splaser_plugin.scanning.scan import run_scan
+    from splaser_plugin.scanning.scan import scan as run_scan
     from tests.conftest import tiny_llama
 
     return run_scan(tiny_llama()).to_dict()
@@ -240,7 +240,7 @@ def whole_recipe():
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_recipe_with_any_value_wrong_is_refused_or_applied(whole_recipe, tiny_model, tmp_path, data):
-    from splaser_plugin.jobs.apply import apply_recipe
+    from splaser_plugin.jobs.apply import apply
     from splaser_plugin.weights.in_memory import Weights
 
     file = tmp_path / "recipe.json"
@@ -248,7 +248,7 @@ def test_a_recipe_with_any_value_wrong_is_refused_or_applied(whole_recipe, tiny_
     file.write_text(json.dumps(damaged(data.draw, stored)))
     try:
         recipe = Recipe.load(file)
-        apply_recipe(recipe, tiny_model)
+        apply(recipe, tiny_model)
     except SplaserError as error:
         assert printable(str(error))
 

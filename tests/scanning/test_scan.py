@@ -19,7 +19,8 @@ from splaser_plugin.cli.demo import MODEL_WHEEL, _wheel
 from splaser_plugin.config.stages import ScanConfig
 from splaser_plugin.errors import OutputError, RecipeError, SpectrumError
 from splaser_plugin.progress import Progress
-from splaser_plugin.scanning.scan import Scan, run_scan, scan_checkpoint, scan_model
+from splaser_plugin.scanning.scan import Scan, scan_checkpoint, scan_model
+from splaser_plugin.scanning.scan import scan as run_scan
 from splaser_plugin.weights.in_memory import Weights
 from tests.benchmarks.scan_memory import measure, write_llama
 from tests.builders import SPLASER, accelerate, save_sharded, save_single, tiny_llama, torchrun
@@ -424,7 +425,7 @@ def test_two_processes_each_read_their_own_part_and_go_on_with_what_one_left(tmp
         from pathlib import Path
         from splaser_plugin.checkpoints import checkpoint
         from splaser_plugin.distributed import join_processes, process_index
-        from splaser_plugin.scanning.scan import run_scan
+        from splaser_plugin.scanning.scan import scan as run_scan
 
         read, read_one = [], checkpoint._read_tensor
         def spy(file, stored, file_bytes):

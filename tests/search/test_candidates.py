@@ -13,7 +13,7 @@ from splaser_plugin.errors import ConfigError, MatrixError
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.generation.teacher_forcing import forced_means
 from splaser_plugin.jobs import laser as jobs
-from splaser_plugin.jobs.apply import apply_recipe
+from splaser_plugin.jobs.apply import apply
 from splaser_plugin.progress import Progress
 from splaser_plugin.scanning.scan import scan_model
 from splaser_plugin.scoring.margin import MarginScorer
@@ -223,7 +223,7 @@ def test_a_run_with_a_ladder_says_what_was_predicted_and_can_be_rebuilt(rank_by,
         assert predicted == sorted(predicted, reverse=True)
     assert result.recipe.settings["ranks"] == "mp,0.75,0.4"
     result.recipe.save(tmp_path / "recipe.json")
-    rebuilt, _ = apply_recipe(tmp_path / "recipe.json", tiny_folder, device="cpu")
+    rebuilt = apply(tmp_path / "recipe.json", tiny_folder).model
     assert any(step.threshold is None for step in result.recipe.steps), "this run has to keep a fraction"
     card = (result.save(tmp_path / "saved") / "README.md").read_text()
     assert "| edge or share kept | threshold |" in card

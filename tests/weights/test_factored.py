@@ -17,9 +17,9 @@ from splaser_plugin import LaserConfig, expand, laser, load
 from splaser_plugin.cli.app import main
 from splaser_plugin.errors import CheckpointError, ModelError, OutputError
 from splaser_plugin.integrations.peft import merge_and_unload
-from splaser_plugin.jobs.apply import apply_recipe
+from splaser_plugin.jobs.apply import apply
 from splaser_plugin.jobs.expand import expand_folder
-from splaser_plugin.scanning.scan import run_scan
+from splaser_plugin.scanning.scan import scan as run_scan
 from splaser_plugin.spectra import spectrum
 from splaser_plugin.weights.factored import CONFIG_KEY, FactoredLinear, factorize, is_factorable
 from splaser_plugin.weights.factored_folder import save_model
@@ -382,7 +382,7 @@ def test_a_dense_run_is_untouched_by_all_this(tiny_folder):
 
 def test_the_recipe_reproduces_the_factors(run, tiny_folder, tmp_path, monkeypatch):
     result, out = run
-    model, _ = apply_recipe(out / "recipe.json", tiny_folder, device="cpu")
+    model = apply(out / "recipe.json", tiny_folder).model
     assert same_state(model, result.model)
     again = tmp_path / "again"
     call(monkeypatch, "apply", out / "recipe.json", tiny_folder, "-o", again, "--device", "cpu")

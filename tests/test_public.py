@@ -1,0 +1,156 @@
+"""The public names: typed, documented, and with results that can be looked at."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import splaser_plugin
+from splaser_plugin import LaserConfig, SelectConfig, choose, laser
+from splaser_plugin.errors import ConfigError
+from tests.builders import QUICK
+from tests.conftest import ROOT
+from tests.report_data import made_up_scan
+
+SCRIPT = """
+from pathlib import Path
+import splaser_plugin as s
+
+found: s.Scan = s.scan("m", config=s.ScanConfig(edge="mp"), output="scan.json", progress=s.Progress())
+same: s.Scan = s.Scan.load("scan.json")
+selection: s.Selection = s.choose(found, s.SelectConfig(top=3, by="snr"))
+published = s.choose(s.load_scan("scan.json"), fraction=0.5).names
+names: list[str] = selection.names
+config = s.LaserConfig(candidates=3, objective="compress", save="factored")
+result: s.LaserResult = s.laser("m", s.load_pairs("p.jsonl"), config=config, output=Path("out"))
+gain: float = result.score_after - result.score_before
+verdict: str | None = result.verdict
+ranks: list[int] = [candidate.rank for candidate in result.kept]
+saved: Path = result.save("again")
+recipe: s.Recipe = result.recipe
+applied: s.ApplyResult = s.apply(recipe, "m", config=s.ApplyConfig(device="cpu"))
+compared: s.Comparison = s.compare(["a", "b"], "p.jsonl", config=s.CompareConfig(samples=4))
+compared.save("c.json")
+callback = s.LaserCallback(when="after", config=config)
+frozen = s.FreezeCallback(names)
+lora = s.lora_config(selection, rank=8)
+pairs: s.PairSet = s.load_pairs("p.jsonl")
+model = s.expand(s.load("m"))
+version: str = s.__version__
+table = found.to_dataframe()
+try:
+    pass
+except s.SplaserError as error:
+    text: str = str(error)
+"""
+WRONG = {
+    's.LaserConfig(objective="small")': "Literal",
+    "s.LaserConfig(candidate=3)": "candidate",
+    's.laser("m", "p", config=s.ScanConfig())': "LaserConfig",
+    's.scan("m").score_before': "score_before",
+    's.SelectConfig(top="3")': "int",
+}
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """Run mypy --strict on a script, with the package as it is installed beside it."""
+    folder = tmp_path_factory.mktemp("typed")
+    (folder / "splaser_plugin").symlink_to(ROOT / "splaser_plugin")
+    installed = folder / "site"
+    installed.mkdir()
+    package = installed / "splaser_plugin"
+    package.mkdir()
+    for path in (ROOT / "splaser_plugin").iterdir():
+        (package / path.name).symlink_to(path)
+    (package / "integrations").symlink_to(ROOT / "integrations")
+
+    def run(text: str) -> subprocess.CompletedProcess[str]:
+        (folder / "script.py").write_text(text)
+        options = ["--strict", "--ignore-missing-imports", "--follow-imports=silent", "--cache-dir", folder / "cache"]
+        return subprocess.run(
+            [sys.executable, "-m", "mypy", *options, "script.py"],
+            cwd=folder,
+            env={**os.environ, "MYPYPATH": str(installed)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_script_that_uses_every_public_name_passes_strict_type_checks(checked):
+    for name in set(splaser_plugin.__all__) - {"ScanConfig"}:
+        assert f"s.{name}" in SCRIPT, name
+    result = checked(SCRIPT)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.slow
+def test_wrong_uses_are_seen_by_the_type_checker(checked):
+    result = checked("import splaser_plugin as s\n" + "\n".join(WRONG) + "\n")
+    for line, (use, part) in enumerate(WRONG.items(), start=2):
+        errors = [text for text in result.stdout.splitlines() if text.startswith(f"script.py:{line}: error")]
+        assert any(part in text for text in errors), (use, result.stdout)
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (Path(splaser_plugin.__file__).parent / "py.typed").is_file()
+
+
+def test_every_option_is_explained_and_has_its_choices():
+    for config in (splaser_plugin.ScanConfig, LaserConfig, SelectConfig, splaser_plugin.ApplyConfig):
+        for name, field in config.fields().items():
+            assert field.description, (config, name)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LaserConfig(candidate=3), "option 'candidate' is not known; nearest: candidates"),
+        (lambda: LaserConfig(max_new_tokens=0), "max_new_tokens: got 0, expected at least 1"),
+        (lambda: SelectConfig(by="sigma"), "by: got 'sigma', expected one of snr_ratio, snr, rank"),
+        (lambda: LaserConfig(include=3), "include: got 3, expected a list of text"),
+    ],
+)
+def test_a_wrong_option_is_named_as_python_callers_write_it(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_results_are_short_in_words_and_tables_in_a_notebook():
+    scan = made_up_scan(3)
+    selection = choose(scan, top=2)
+    assert repr(scan) == "Scan('somebody/model', edge='iqr', 9 matrices, 1 parameters left out)"
+    assert repr(selection) == (
+        "Selection('somebody/model', 6 of 9 matrices: top 2 of each module type by snr_ratio (edge iqr))"
+    )
+    table = scan.to_dataframe()
+    assert list(table["name"]) == [matrix.name for matrix in scan.matrices]
+    assert list(table["snr"]) == [matrix.edges["iqr"].snr for matrix in scan.matrices]
+    assert list(selection.to_dataframe()["name"]) == selection.names
+    assert "<table" in scan._repr_html_() and "model.layers.0.mlp.down_proj" in selection._repr_html_()
+
+
+def test_names_in_tables_are_text(tmp_path):
+    scan = made_up_scan(1, model="<script>")
+    named = scan.matrices[0].__class__(**{**vars(scan.matrices[0]), "name": "<script>alert(1)</script>"})
+    changed = scan.__class__(**{**vars(scan), "matrices": (named,)})
+    assert "<script>" not in changed._repr_html_()
+
+
+def test_a_laser_result_says_what_it_found(tiny_folder, pairs):
+    result = laser(tiny_folder, pairs, config=LaserConfig(**{**QUICK, "candidates": 2}))
+    assert (result.score_before, result.score_after) == (result.search.baseline.mean, result.search.final.mean)
+    assert result.kept == result.search.kept
+    assert result.verdict is None
+    assert f"{len(result.kept)} of 2 candidates kept" in repr(result) and len(repr(result)) < 300
+    table = result.to_dataframe()
+    assert list(table["verdict"]) == [trial.judgement.verdict for trial in result.search.trials]
+    assert list(table["rank"]) == [trial.candidate.rank for trial in result.search.trials]
