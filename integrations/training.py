@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType, extract_model_from_parallel
 from tqdm.auto import tqdm
 from transformers import TrainerState, TrainingArguments
 
-from splaser_plugin.distributed import is_main
+from splaser_plugin.distributed import best_device, is_main
 from splaser_plugin.errors import ModelError, PairsError
 from splaser_plugin.progress import Advance, Progress, ignore
 
@@ -151,17 +151,14 @@ class TrainingProgress(Progress):
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Afterwards all random states of this process are as before."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    """Afterwards all random states of this process are as before: Python's, numpy's, and torch's on every device."""
+    python, numpy = random.getstate(), np.random.get_state()
     try:
-        yield
+        with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=best_device().type):
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
 
 
 def lasered_folder(args: TrainingArguments) -> Path:

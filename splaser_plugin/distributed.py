@@ -130,8 +130,9 @@ def _is_on() -> bool:
 
 def best_device() -> torch.device:
     """The accelerator of this process, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", process_index() % torch.cuda.device_count())
-    if torch.backends.mps.is_available():
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return torch.device("cpu")
+    if accelerator.type == "mps":  # there is only one, and it goes by its plain name
         return torch.device("mps")
-    return torch.device("cpu")
+    return torch.device(accelerator.type, process_index() % torch.accelerator.device_count())

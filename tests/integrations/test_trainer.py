@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import random
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from transformers import (
 from splaser_plugin import LaserCallback, LaserConfig
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.errors import ConfigError, EmbedderError, ModelError, OutputError, PairsError, TextError
+from splaser_plugin.integrations.training import undisturbed
 from splaser_plugin.weights.adapted import MergedWeights
 from splaser_plugin.weights.in_memory import Weights
 from tests.builders import ROOT, changed, states, tiny_llama
@@ -83,6 +85,22 @@ class Logs(TrainerCallback):
 
 def steps_of(callback):
     return {step.name + ".weight" for step in callback.result.recipe.steps}
+
+
+@pytest.mark.parametrize("raised", [None, ValueError])
+def test_undisturbed_random_numbers_go_on_as_if_nothing_had_been_drawn(raised):
+    def draw():
+        return random.random(), np.random.random(), torch.rand(1).item()
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = draw(), draw()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    first = draw()
+    with suppress(ValueError), undisturbed():
+        draw()
+        if raised:
+            raise raised
+    assert (first, draw()) == expected
 
 
 def test_after_training_the_model_in_memory_on_disk_and_saved_later_are_the_same(trainer_of, pairs, tmp_path):
