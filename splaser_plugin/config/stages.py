@@ -160,6 +160,8 @@ class CompareConfig(MeasureConfig):
 class LaserConfig(ScanConfig, MeasureConfig):
     """How a laser run is done: what is measured, and the search."""
 
+    scan: str = ""
+    """scan.json of these weights, from disk or in memory, to be used instead of a new scan."""
     held_out_fraction: float = Field(default=0.3, ge=0, le=0.9)
     """Part of the pairs kept for the verdict at the end; 0 searches on all."""
     held_out: str = ""

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from splaser_plugin.artifacts.recipe import Recipe, Step, versions
@@ -13,7 +14,7 @@ from splaser_plugin.config.stages import SCORERS, LaserConfig, parse_ranks
 from splaser_plugin.data.pairs import pairs_sha256
 from splaser_plugin.data.split import Split, split_windows
 from splaser_plugin.distributed import my_part
-from splaser_plugin.errors import ModelError
+from splaser_plugin.errors import ModelError, RecipeError
 from splaser_plugin.files.output import size
 from splaser_plugin.progress import SILENT, Progress, counting
 from splaser_plugin.scanning.scan import Scan, scan_model
@@ -130,6 +131,7 @@ def scan_weights(run: Run, measures: Measures) -> Scan:
     """The scan of the weights. From here on the journal holds what the results depend on."""
     config, split = run.config, measures.split
     identity = run.weights.identity()
+    given = scan_of_these_weights(config, run.matrices, identity) if config.scan else None
     windows = [measures.searched.windows, measures.apart and measures.apart.windows]
     left = run.journal.begin(
         {
@@ -145,10 +147,35 @@ def scan_weights(run: Run, measures: Measures) -> Scan:
     if left:
         run.progress.fact("going on", f"{left} measurements were left by a run that was stopped; none is made again")
 
+    if given is not None:
+        run.progress.fact("scan", f"{config.scan}, of these weights")
+        return given
+
     def scanned() -> Scan:
         return scan_model(run.weights, config=config, name=run.name, identity=identity, progress=run.progress)
 
     return run.journal.once("scan", (), scanned, Scan.to_dict, Scan.from_dict)
+
+
+def scan_of_these_weights(config: LaserConfig, matrices: Sequence[Matrix], identity: str) -> Scan:
+    """The scan that `config.scan` names, of `matrices` alone and at the configuration's edge.
+
+    Raises RecipeError when it is damaged, was made of other weights, or lacks a matrix.
+    """
+    stored = Scan.load(Path(config.scan).expanduser())
+    if stored.weights != identity:
+        raise RecipeError(
+            f"--scan {config.scan}: of the weights {stored.weights[:12]} of {stored.model}, and these are "
+            f"{identity[:12]}. Scan this model anew with splaser scan, or leave --scan out."
+        )
+    found = {matrix.name: matrix for matrix in stored.matrices}
+    for matrix in matrices:
+        if matrix.name not in found or found[matrix.name].shape != matrix.shape:
+            raise RecipeError(
+                f"--scan {config.scan}: it has no {matrix.name} of shape {matrix.shape}. Scan with the same --include "
+                "and --exclude, or leave --scan out."
+            )
+    return replace(stored, edge=config.edge, matrices=tuple(found[matrix.name] for matrix in matrices))
 
 
 def order_candidates(run: Run, measures: Measures, scan: Scan) -> list[Candidate]:
