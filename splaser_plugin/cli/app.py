@@ -316,8 +316,8 @@ def _show_comparison(found: Comparison, output: Path) -> None:
     names = [Path(model.model).name or model.model for model in found.models]
     for table in comparison_tables(names, found.figures()):
         console.print(table)
-    told = f"Changes and their 95 % intervals are against {names[0]}. Written to {output}."
-    console.print(escape(told), soft_wrap=True)
+    note = f"Changes and their 95 % intervals are against {names[0]}. Written to {output}."
+    console.print(escape(note), soft_wrap=True)
 
 
 def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:

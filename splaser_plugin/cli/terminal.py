@@ -34,7 +34,7 @@ LATEST = 10
 
 
 class Level(IntEnum):
-    """How much is told."""
+    """How much is printed."""
 
     QUIET = -1
     """Only what came out."""
@@ -167,7 +167,7 @@ class _Steps(ProgressColumn):
 
 
 class _Left(ProgressColumn):
-    """Time left, where it can be told."""
+    """Time left, where it can be estimated."""
 
     def render(self, task: Task) -> Text:
         left = task.time_remaining
@@ -177,7 +177,7 @@ class _Left(ProgressColumn):
 
 
 def escape(text: str) -> str:
-    """Names and texts from strangers, as they may be printed: without rich's markup or control characters."""
+    """Untrusted names and texts, as they may be printed: without rich's markup or control characters."""
     return without_markup(printable(text))
 
 
@@ -217,7 +217,7 @@ class _Form(NamedTuple):
         if figure.change is not None:
             lines.append(self.sign + self.change.format(figure.change))
         if figure.interval is not None:
-            lines.append(" to ".join(self.change.format(each) for each in figure.interval))
+            lines.append(" to ".join(self.change.format(end) for end in figure.interval))
         return "\n".join(lines)
 
 

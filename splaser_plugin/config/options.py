@@ -70,19 +70,19 @@ class Options:
             cls.__init__.__wrapped__(object.__new__(cls), **{name: value})  # type: ignore[attr-defined]
         except ValidationError as error:
             raise ConfigError(_message(error, cls, {name: value})) from error
-        except ConfigError:  # of options that don't go together, which is told once all of them are there
+        except ConfigError:  # of options that don't go together, which is checked once all of them are there
             return
 
     @property
     def changes(self) -> dict[str, Any]:
         """The options that aren't at their defaults."""
         return {
-            name: getattr(self, name) for name, each in self.fields().items() if getattr(self, name) != each.default
+            name: getattr(self, name) for name, field in self.fields().items() if getattr(self, name) != field.default
         }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in a JSON or YAML file."""
-        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
@@ -128,7 +128,7 @@ def plain_type(field: FieldInfo) -> type:
     """What a value of this option is in a YAML file or as a flag: bool, int, float, str, or list for several texts."""
     kind: Any = field.annotation
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        kind = next(each for each in typing.get_args(kind) if each is not type(None))
+        kind = next(member for member in typing.get_args(kind) if member is not type(None))
     if typing.get_origin(kind) is tuple:
         return list
     return kind if kind in (bool, int, float) else str

@@ -152,7 +152,7 @@ class CompareConfig(MeasureConfig):
     def __post_init__(self) -> None:
         if self.embedder == "self":
             raise ConfigError(
-                "--embedder self: each model would be its own ruler. Give a sentence-transformers model (folder or id)."
+                "--embedder self: each model would measure itself. Give a sentence-transformers model (folder or id)."
             )
 
 
@@ -284,22 +284,22 @@ class LaserConfig(ScanConfig, MeasureConfig):
 
 
 def parse_ranks(text: str) -> tuple[str | float, ...]:
-    """The rungs of `--ranks`: names of edges, and fractions of a matrix's components to keep.
+    """What `--ranks` asks for: names of edges, and fractions of a matrix's components to keep.
 
     Raises ConfigError for a part that is neither, and for one that is given twice.
     """
-    rungs: list[str | float] = []
+    ranks: list[str | float] = []
     for part in text.split(",") if text.strip() else ():
-        rung = part.strip()
-        value = rung if rung in EDGES else _fraction(rung)
+        name = part.strip()
+        value = name if name in EDGES else _fraction(name)
         if value is None:
             raise ConfigError(
-                f"--ranks: '{rung}' in '{text}' is neither an edge ({', '.join(EDGES)}) nor a fraction between 0 and 1."
+                f"--ranks: '{name}' in '{text}' is neither an edge ({', '.join(EDGES)}) nor a fraction between 0 and 1."
             )
-        if value in rungs:
-            raise ConfigError(f"--ranks: '{rung}' stands twice in '{text}'. Leave one out.")
-        rungs.append(value)
-    return tuple(rungs)
+        if value in ranks:
+            raise ConfigError(f"--ranks: '{name}' stands twice in '{text}'. Leave one out.")
+        ranks.append(value)
+    return tuple(ranks)
 
 
 def _fraction(text: str) -> float | None:

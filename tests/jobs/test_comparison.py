@@ -214,7 +214,7 @@ def test_what_is_missing_is_told_before_any_model_is_loaded(tiny_folder, pairs, 
         compare([tiny_folder], pairs[:1])
     with pytest.raises(ConfigError, match="no model was given"):
         compare([], pairs)
-    with pytest.raises(ConfigError, match="embedder self: each model would be its own ruler"):
+    with pytest.raises(ConfigError, match="embedder self: each model would measure itself"):
         CompareConfig(embedder="self")
 
 
