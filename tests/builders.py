@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -164,3 +166,14 @@ def accelerate() -> list[str]:
     flags = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     free_port = ["--main_process_port", "0"]
     return [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), *free_port]
+
+
+def run_python(script: str, *arguments: str, **environment: str) -> str:
+    """What a script prints in a fresh interpreter."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
