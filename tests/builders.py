@@ -25,7 +25,7 @@ EXAMPLE_HELD_OUT = ROOT / "examples" / "data" / "held_out.jsonl"
 
 QUICK = {"embedder": "self", "max_new_tokens": 6, "candidates": 6, "device": "cpu", "edge": "mp"}
 """Options of a laser run of the tiny model that ends in a second and keeps something."""
-TO_RESUME = {**QUICK, "edge": "iqr", "seed": 1, "held_out_fraction": 0.5, "screen": "margin"}
+TO_RESUME = {**QUICK, "edge": "iqr", "seed": 1, "held_out_fraction": 0.5, "guard": "margin:5.0"}
 """Options of a laser run with every kind of measurement, whose journal is cut by the tests."""
 FLAGS = ["--embedder", "self", "--max-new-tokens", "6", "--candidates", "4", "--device", "cpu", "--edge", "mp"]
 """`QUICK` with fewer candidates, on the command line."""

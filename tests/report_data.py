@@ -55,7 +55,7 @@ def made_up_results(scan: Scan, *, pairs: int = 20, held_out: int = 8) -> dict[s
     baseline, final = scores(pairs, 0.0, "old"), scores(pairs, 0.1, "new")
     ends = {"kept": final["per_pair"], "restored": baseline["per_pair"], "stopped": final["per_pair"][:10]}
     candidates = []
-    for matrix, (verdict, values) in zip(scan.matrices, [*ends.items(), ("screened", [])], strict=False):
+    for matrix, (verdict, values) in zip(scan.matrices, [*ends.items(), ("failed", [])], strict=False):
         best = baseline["per_pair"] if verdict == "kept" else final["per_pair"]
         candidates.append(
             {
@@ -66,7 +66,7 @@ def made_up_results(scan: Scan, *, pairs: int = 20, held_out: int = 8) -> dict[s
                 "verdict": verdict,
                 "score": float(np.mean(values)) if values else None,
                 "best_before": float(np.mean(best[: len(values)])) if values else None,
-                "screen_change": -0.25,
+                "reason": "answers are empty" if verdict == "failed" else None,
                 "pairs_scored": list(range(len(values))),
                 "per_pair": values,
                 "generated_tokens": 10,

@@ -31,7 +31,7 @@ class Attempt:
     full_rank: int
     verdict: str
     score: float | None
-    """Mean over the items it was scored on; None: it was screened out."""
+    """Mean over the items it was scored on; None: it can't be scored."""
     change: float | None
     """That mean minus that of the model it was compared with, on the same items."""
     interval: Interval | None
@@ -211,7 +211,7 @@ def _interval(differences: Sequence[float]) -> Interval | None:
 def _reason(candidate: Mapping[str, Any], items: str, with_best: bool) -> str:
     """items: how many it was scored on, and of what."""
     kept = "better than the best before it" if with_best else "by its test not worse than the base by the tolerance"
-    screened, guard_loss = candidate.get("screen_change") or 0.0, candidate.get("guard_loss")
+    guard_loss = candidate.get("guard_loss")
     guarded = (
         f"measured {guard_loss:.4f}, over its limit"
         if guard_loss is not None
@@ -221,7 +221,6 @@ def _reason(candidate: Mapping[str, Any], items: str, with_best: bool) -> str:
         "kept": f"{kept}, on all {items}",
         "restored": f"scored on all {items} and not accepted by the rule of this run; put back bit for bit",
         "stopped": f"after {items} a bound said that it can't be accepted any more; put back bit for bit",
-        "screened": f"the screen's score fell by {-screened:.4f}, so it was not scored",
         "guarded": f"accepted on all {items}, but the guard {guarded}; put back",
         "failed": f"it can't be scored: {candidate.get('reason')}; put back bit for bit",
     }.get(candidate["verdict"], "")

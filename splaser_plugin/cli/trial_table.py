@@ -28,9 +28,7 @@ def trial_line(number: int, trial: Trial, *, verbose: bool = False) -> Text:
     if judgement.reason is not None:
         line.append(f"failed: {printable(judgement.reason)}")
         return line
-    if judgement.scores is None or judgement.best_before is None:
-        line.append(f"screen {judgement.screen_change:+.4f}  ")
-    else:
+    if judgement.scores is not None:
         line.append(f"score {judgement.scores.mean:+.4f} ({_change(judgement)})  ")
     line.append(_outcome(judgement, " after {} items"))
     if verbose:
@@ -93,9 +91,9 @@ def _rank(candidate: Candidate) -> str:
 
 
 def _change(judgement: Judgement) -> str:
-    """Of the score, or of the screen where that is all there is."""
+    """Of the score."""
     if judgement.scores is None or judgement.best_before is None:
-        return "" if judgement.screen_change is None else f"{judgement.screen_change:+.4f}"
+        return ""
     return f"{judgement.scores.mean - judgement.best_before:+.4f}"
 
 

@@ -192,8 +192,6 @@ class LaserConfig(ScanConfig, MeasureConfig):
     losses on a few pairs can go unseen."""
     race: bool = True
     """Stop scoring a candidate that can't win any more."""
-    screen: Literal["none", "margin"] = "none"
-    """Cheap score that rules out candidates before any answer."""
     save: Literal["dense", "factored"] = "dense"
     """Reduced matrices on disk: whole, or as two factors where smaller."""
 
@@ -215,14 +213,6 @@ class LaserConfig(ScanConfig, MeasureConfig):
             raise ConfigError(f"{flag} needs a text: give --text FILE, or a hub data set's name.")
 
     def _refuse_contradictions(self) -> None:
-        if self.screen != "none" and self.acceptance == "harmless":
-            asked = "--accept harmless" if self.accept == "harmless" else "--objective compress"
-            raise ConfigError(
-                f"--screen {self.screen} with {asked}: the screen drops what is worse than the best so far, even far "
-                "within --tolerance. Leave --screen out."
-            )
-        if self.screen == self.scorer:
-            raise ConfigError(f"--screen {self.screen}: it is the scorer itself, and rules out nothing before it.")
         if self.tolerance == 0 and self.acceptance == "harmless":
             raise ConfigError(
                 "--tolerance 0 with --accept harmless: no test can tell a loss from none, so nothing would be kept. "
@@ -264,13 +254,12 @@ class LaserConfig(ScanConfig, MeasureConfig):
     def needs_pairs(self) -> bool:
         """Whether anything that is measured takes preference pairs."""
         guarded = self.guard_scorer not in ("", "perplexity")
-        return self.unit == "pairs" or self.screen == "margin" or self.rank_by == "gradient" or guarded
+        return self.unit == "pairs" or self.rank_by == "gradient" or guarded
 
     @property
     def scorers(self) -> set[str]:
         """Names of all that the model is measured by."""
-        margin = self.screen == "margin" or self.rank_by == "gradient"
-        return {self.scorer, self.guard_scorer, "margin" if margin else self.scorer} - {""}
+        return {self.scorer, self.guard_scorer, "margin" if self.rank_by == "gradient" else self.scorer} - {""}
 
     @property
     def guard_scorer(self) -> str:

@@ -206,7 +206,6 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "verdict": judgement.verdict,
         "score": scores.mean if scores else None,
         "best_before": judgement.best_before,
-        "screen_change": judgement.screen_change,
         "guard_loss": judgement.guard_loss,
         "reason": judgement.reason,
         "pairs_scored": list(scores.items) if scores else [],

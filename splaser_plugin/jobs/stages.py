@@ -69,7 +69,6 @@ class Measures:
     """What is held out; None for nothing."""
     scorer: Scorer
     held_out: Scorer | None
-    screen: Scorer | None
     guard: Guard | None
     predictor: MarginScorer | None
     """Of the margin whose gradient orders the candidates."""
@@ -121,7 +120,6 @@ def prepare_measures(run: Run, split: Split) -> Measures:
         apart=apart,
         scorer=make(config.scorer, searched),
         held_out=make(config.scorer, apart) if apart else None,
-        screen=make("margin", searched) if config.screen == "margin" else None,
         guard=Guard(make(config.guard_scorer, searched), config.guard_limit) if config.guard else None,
         predictor=_predictor(run, rulers, split) if config.rank_by == "gradient" else None,
     )
@@ -275,7 +273,6 @@ def _judge(run: Run, measures: Measures, candidates: int) -> Judge:
         measures.scorer,
         acceptance=acceptance,
         race=Race(size, seed=config.seed) if config.race else None,
-        screen=measures.screen,
         guard=measures.guard,
     )
 

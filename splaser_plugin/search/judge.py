@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from splaser_plugin.errors import ScoreError
@@ -10,9 +9,7 @@ from splaser_plugin.scoring.scores import Scorer, Scores
 from splaser_plugin.search.acceptance import Acceptance, Improve
 from splaser_plugin.search.guard import Guard
 from splaser_plugin.search.racing import Race
-from splaser_plugin.statistics import upper_bound
 
-SCREEN_RISK = 0.05
 UNBOUNDED = "the ratio of perplexities is too large for a number"
 
 
@@ -21,14 +18,12 @@ class Judgement:
     """What the scores say about one candidate."""
 
     verdict: str
-    """`kept`; `restored` after all items; `stopped` after some of them; `screened` before the first; `failed`: can't
-    be scored; `guarded`: it would have been kept, but for the guard."""
+    """`kept`; `restored` after all items; `stopped` after some of them; `failed`: can't be scored;
+    `guarded`: it would have been kept, but for the guard."""
     scores: Scores | None
-    """Of the items it was scored on; None if it was screened out."""
+    """Of the items it was scored on; None if it can't be scored."""
     best_before: float | None
     """Mean score that it was compared with, on the same items: the best model's, or under `harmless` the base's."""
-    screen_change: float | None
-    """Change of the screen's mean score, if there is a screen."""
     guard_loss: float | None = None
     """What the guard measured, in its limit's unit; None where it wasn't asked, and with a reason."""
     reason: str | None = None
@@ -40,16 +35,15 @@ def judged(judge: Judge) -> Judgement:
     try:
         return judge.judge()
     except ScoreError as error:
-        return Judgement("failed", None, None, None, reason=str(error))
+        return Judgement("failed", None, None, reason=str(error))
 
 
 class Judge:
     """Compares the model as it is with the best so far or the base, and holds what is known of both.
 
     acceptance: the rule; the published one if not given. race: stop scoring a candidate that can't win any more.
-    screen: a cheaper scorer; what it calls worse is not scored. guard: asked last, about what would be kept.
-    With the scorer alone every candidate is scored
-    on every item, as in the published laser scripts.
+    guard: asked last, about what would be kept. With the scorer alone every candidate is scored on every item, as in
+    the published laser scripts.
     """
 
     def __init__(
@@ -58,22 +52,19 @@ class Judge:
         *,
         acceptance: Acceptance | None = None,
         race: Race | None = None,
-        screen: Scorer | None = None,
         guard: Guard | None = None,
     ) -> None:
         self._scorer = scorer
         self._acceptance = acceptance or Improve()
         self._race = race
-        self._screen = screen
         self._guard = guard
         self.baseline = Scores((), ())
         self.best = Scores((), ())
-        self._best_screened = Scores((), ())
 
     @property
     def baseline_size(self) -> int:
         """How many items are measured for the baseline, by all of its scorers together."""
-        return sum(each.size for each in (self._scorer, self._guard, self._screen) if each)
+        return sum(each.size for each in (self._scorer, self._guard) if each)
 
     def measure_baseline(self) -> Scores:
         """Score the model as the base and the best so far, on every item."""
@@ -82,39 +73,26 @@ class Judge:
         self.baseline = self.best
         if self._guard:
             self._guard.measure_baseline()
-        self._best_screened = self._screened()
         return self.best
 
     def judge(self) -> Judgement:
         """Compare the model as the acceptance says; where the verdict is `kept` it is the best from now on."""
-        screened = self._screened()
-        change = screened.mean - self._best_screened.mean if self._screen else None
-        if self._screen and is_worse(screened, self._best_screened):
-            return Judgement("screened", None, None, change)
         other = self.baseline if self._acceptance.against_base else self.best
         scores = self._scores(other)
         before = other.on(scores.items).mean
         if len(scores.items) < self._scorer.size:
-            return Judgement("stopped", scores, before, change)
+            return Judgement("stopped", scores, before)
         if not self._acceptance.accepts(scores, other):
-            return Judgement("restored", scores, before, change)
+            return Judgement("restored", scores, before)
         guard_loss = self._guard.loss() if self._guard else None
         if self._guard and guard_loss is None:
-            return Judgement("guarded", scores, before, change, reason=UNBOUNDED)
+            return Judgement("guarded", scores, before, reason=UNBOUNDED)
         if self._guard and guard_loss is not None and guard_loss > self._guard.limit:
-            return Judgement("guarded", scores, before, change, guard_loss)
-        self.best, self._best_screened = scores, screened
-        return Judgement("kept", scores, before, change, guard_loss)
-
-    def _screened(self) -> Scores:
-        return self._screen.score(range(self._screen.size)) if self._screen else Scores((), ())
+            return Judgement("guarded", scores, before, guard_loss)
+        self.best = scores
+        return Judgement("kept", scores, before, guard_loss)
 
     def _scores(self, other: Scores) -> Scores:
         if self._race:
             return self._race.run(self._scorer, other, self._acceptance, like=self.best)
         return self._scorer.score(range(self._scorer.size), like=self.best)
-
-
-def is_worse(scores: Scores, best: Scores) -> bool:
-    """Whether a one-sided t test says, at a risk of 0.05, that the mean went down."""
-    return len(scores.items) > 1 and upper_bound(scores.differences(best), math.inf, SCREEN_RISK) < 0

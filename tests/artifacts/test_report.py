@@ -68,7 +68,7 @@ def test_a_report_answers_in_the_order_of_the_questions():
         "1 of 4 candidates kept",
         "better than the best before it, on all 20 pairs",
         "after 10 pairs a bound said that it can't be accepted any more",
-        "the screen's score fell by 0.2500",
+        "it can't be scored: answers are empty",
         "Yes: better on 8 pairs that the search never saw.",
         "28 of 28 answers changed",
         "An edge splits the singular values",
@@ -81,14 +81,14 @@ def test_a_report_answers_in_the_order_of_the_questions():
 
 def test_the_interval_of_a_candidate_is_that_of_its_differences_to_the_best_before_it():
     run = run_from_results(RESULTS)
-    kept, restored, stopped, screened = run.attempts
+    kept, restored, stopped, failed = run.attempts
     gained = RESULTS["final"]["score"] - RESULTS["baseline"]["score"]
     assert kept.change == pytest.approx(gained)
     assert restored.change == pytest.approx(-gained)
     assert stopped.change == 0
     assert stopped.interval == (0, 0)
     assert kept.interval[0] < kept.change < kept.interval[1]
-    assert screened.change is None and screened.interval is None
+    assert failed.change is None and failed.interval is None
 
 
 def test_what_changed_most_comes_first_and_what_did_not_change_is_left_out():

@@ -32,7 +32,6 @@ from splaser_plugin.generation.generator import Generator, plain_generation
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scanning.scan import scan_model
 from splaser_plugin.scoring.embedding import SentenceEmbedder
-from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.search.acceptance import Acceptance, Confident, Improve
@@ -64,13 +63,12 @@ class Sizes:
     long: Size
     search: Size
     candidates: int
-    screen: Size
     processes: Size
 
 
-FULL = Sizes(Size(32, 64, 8), Size(128, 512, 4), Size(128, 24), 15, Size(48, 24), Size(32, 32))
-QUICK = Sizes(Size(4, 32, 2), Size(4, 96, 1), Size(32, 8), 4, Size(16, 8), Size(8, 16))
-PARTS = ("score", "long", "improve", "confident", "screen", "processes")
+FULL = Sizes(Size(32, 64, 8), Size(128, 512, 4), Size(128, 24), 15, Size(32, 32))
+QUICK = Sizes(Size(4, 32, 2), Size(4, 96, 1), Size(32, 8), 4, Size(8, 16))
+PARTS = ("score", "long", "improve", "confident", "processes")
 EDITED = ("model.layers.26.self_attn.o_proj", "model.layers.7.self_attn.q_proj")
 EDITED_RANK = 100
 
@@ -224,27 +222,6 @@ def measure_search(bench: Bench, size: Size, count: int, acceptance: Acceptance)
     }
 
 
-def measure_screen(bench: Bench, size: Size, count: int) -> dict[str, Any]:
-    """The same search without and with the margin as its screen."""
-    weights, candidates = noisiest(bench, count)
-    margin = MarginScorer(bench.model, bench.prompter, bench.pairs(size.pairs), batch_size=32)
-    found: dict[str, SearchResult] = {}
-    took_s: dict[str, float] = {}
-    for name, screen in (("without", None), ("with", margin)):
-        took_s[name], found[name] = timed_search(weights, candidates, Judge(bench.scorer(size), screen=screen))
-    tokens = {name: each.generated_tokens for name, each in found.items()}
-    return {
-        "pairs": size.pairs,
-        "max_new_tokens": size.tokens,
-        "candidates": count,
-        "screened": sum(trial.judgement.verdict == "screened" for trial in found["with"].trials),
-        "tokens": tokens,
-        "tokens_saved": 1 - tokens["with"] / tokens["without"],
-        "seconds": took_s,
-        "kept": {name: [candidate.matrix.name for candidate in each.kept] for name, each in found.items()},
-    }
-
-
 def measure_processes(size: Size) -> dict[str, Any]:
     """The same search by one process of one thread, and by two of them."""
     found: dict[int, dict[str, Any]] = {}
@@ -324,28 +301,9 @@ def search_line(rule: str, found: dict[str, Any]) -> list[str]:
     ]
 
 
-SCREEN_HEAD = ["screened", "tokens saved", "without", "with", "kept without", "with", "both"]
-PROCESSES_HEAD = ["one process", "two", "faster", "recipe"]
-
-
-def sizes_of(found: dict[str, Any]) -> list[str]:
-    return [str(found[name]) for name in ("pairs", "max_new_tokens", "candidates")]
-
-
-def screen_line(found: dict[str, Any]) -> list[str]:
-    without, with_screen = (set(found["kept"][name]) for name in ("without", "with"))
-    return [
-        *sizes_of(found),
-        str(found["screened"]),
-        f"{found['tokens_saved']:.0%}",
-        *(f"{found['seconds'][name]:.0f} s" for name in ("without", "with")),
-        *(str(len(kept)) for kept in (without, with_screen, without & with_screen)),
-    ]
-
-
 def processes_line(found: dict[str, Any]) -> list[str]:
     return [
-        *sizes_of(found),
+        *(str(found[name]) for name in ("pairs", "max_new_tokens", "candidates")),
         f"{found['one_s']:.1f} s",
         f"{found['two_s']:.1f} s",
         f"{found['times_faster']:.2f}",
@@ -363,9 +321,9 @@ def show(results: dict[str, Any]) -> str:
     if searches:
         head = ["accept", "candidates", "pairs", "limit", "time", "tokens", "kept", "racing saves", "keeps the same"]
         blocks.append(table(head, [search_line(part, results[part]) for part in searches]))
-    for part, head, line in (("screen", SCREEN_HEAD, screen_line), ("processes", PROCESSES_HEAD, processes_line)):
-        if part in results:
-            blocks.append(table(["pairs", "limit", "candidates", *head], [line(results[part])]))
+    if "processes" in results:
+        head = ["pairs", "limit", "candidates", "one process", "two", "faster", "recipe"]
+        blocks.append(table(head, [processes_line(results["processes"])]))
     return "\n\n".join(blocks)
 
 
@@ -402,7 +360,6 @@ def main() -> None:
         "long": lambda: measure_score(bench, sizes.long),
         "improve": lambda: measure_search(bench, sizes.search, sizes.candidates, Improve()),
         "confident": lambda: measure_search(bench, sizes.search, sizes.candidates, Confident(0.05, sizes.candidates)),
-        "screen": lambda: measure_screen(bench, sizes.screen, sizes.candidates),
         "processes": lambda: measure_processes(sizes.processes),
     }
     results: dict[str, Any] = {}

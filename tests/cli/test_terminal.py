@@ -41,12 +41,11 @@ def drawn(width, level=Level.NORMAL):
 @pytest.mark.parametrize(
     ("judgement", "told"),
     [
-        (Judgement("kept", SCORES, 0.25, None), "score +0.3750 (+0.1250)  kept"),
-        (Judgement("restored", SCORES, 0.5, None), "score +0.3750 (-0.1250)  restored"),
-        (Judgement("stopped", SCORES, 0.5, -0.1), "score +0.3750 (-0.1250)  stopped after 2 items"),
-        (Judgement("guarded", SCORES, 0.25, None, 1.0375), "score +0.3750 (+0.1250)  guarded at 1.0375"),
-        (Judgement("screened", None, None, -0.125), "screen -0.1250  screened"),
-        (Judgement("failed", None, None, None, reason="answers \x1b are empty"), "failed: answers \\x1b are empty"),
+        (Judgement("kept", SCORES, 0.25), "score +0.3750 (+0.1250)  kept"),
+        (Judgement("restored", SCORES, 0.5), "score +0.3750 (-0.1250)  restored"),
+        (Judgement("stopped", SCORES, 0.5), "score +0.3750 (-0.1250)  stopped after 2 items"),
+        (Judgement("guarded", SCORES, 0.25, 1.0375), "score +0.3750 (+0.1250)  guarded at 1.0375"),
+        (Judgement("failed", None, None, reason="answers \x1b are empty"), "failed: answers \\x1b are empty"),
     ],
 )
 def test_a_line_tells_how_far_a_candidate_came(judgement, told):
@@ -63,8 +62,8 @@ def everything(progress):
         for index in range(120):
             progress.event(trial(None, LONG).candidate)
             verdict = ("kept", "restored", "stopped", "guarded")[index % 4]
-            failed = Judgement("failed", None, None, None, reason="its answers say nothing, " * 9)
-            progress.event(trial(Judgement(verdict, SCORES, -12.5, None, 1.0375) if index else failed, LONG))
+            failed = Judgement("failed", None, None, reason="its answers say nothing, " * 9)
+            progress.event(trial(Judgement(verdict, SCORES, -12.5, 1.0375) if index else failed, LONG))
             advance(1)
     progress.result("verdict", "no difference that 24 pairs can show")
     progress.command("rebuild", ["splaser", "apply", "a folder/recipe.json", *["a-model"] * 12])
@@ -126,12 +125,12 @@ def test_quiet_tells_what_came_out_and_nothing_else():
 def test_names_from_strangers_are_shown_as_they_are_and_escaped():
     progress, printed = plain()
     progress.fact("model", "[red]a[/red] :smile: \x1b[2J")
-    progress.event(trial(Judgement("kept", SCORES, 0.25, None), "[bold]\x1b]0;x"))
+    progress.event(trial(Judgement("kept", SCORES, 0.25), "[bold]\x1b]0;x"))
     assert "[red]a[/red] :smile: \\x1b[2J" in printed.getvalue()
     assert "[bold]\\x1b]0;x" in printed.getvalue()
     progress, printed = drawn(80)
     with progress.phase("search", 2):
-        progress.event(trial(Judgement("kept", SCORES, 0.25, None), "[bold]\x1b]0;x"))
+        progress.event(trial(Judgement("kept", SCORES, 0.25), "[bold]\x1b]0;x"))
     assert "[bold]\\x1b]0;x" in printed.getvalue()
 
 
@@ -144,6 +143,6 @@ def test_a_name_is_shortened_in_its_middle():
 def test_what_was_tried_stays_on_screen_when_the_search_is_stopped():
     progress, printed = drawn(80)
     with pytest.raises(KeyboardInterrupt), progress.phase("search", 9):
-        progress.event(trial(Judgement("kept", SCORES, 0.25, None)))
+        progress.event(trial(Judgement("kept", SCORES, 0.25)))
         raise KeyboardInterrupt
     assert "model.layers.0.mlp.up_proj" in printed.getvalue().splitlines()[-1]

@@ -31,12 +31,11 @@ def test_keeps_exactly_what_makes_the_score_better(tiny_model, candidates):
         assert torch.equal(parameter, scorer.before[candidate.matrix.parameter]) is not trial.kept
 
 
-def planted_search(candidates, effects, *, acceptance=None, race=None, screen_effects=None, noise=0.1):
+def planted_search(candidates, effects, *, acceptance=None, race=None, noise=0.1):
     model = tiny_llama()
     names = [candidate.matrix.name for candidate in candidates]
     scorer = Planted(model, dict(zip(names, effects, strict=True)), size=128, noise=noise)
-    screen = Planted(model, dict(zip(names, screen_effects, strict=True)), size=128) if screen_effects else None
-    judge = Judge(scorer, acceptance=acceptance, race=race, screen=screen)
+    judge = Judge(scorer, acceptance=acceptance, race=race)
     return search(Weights(model), candidates, judge), scorer
 
 
@@ -74,17 +73,6 @@ def test_a_stopped_candidate_is_compared_on_its_own_items(candidates):
     best = found.trials[0].judgement.scores
     assert stopped.best_before == pytest.approx(sum(best.values[item] for item in stopped.scores.items) / 16)
     assert stopped.scores.mean - stopped.best_before < 0
-
-
-def test_screened_candidates_are_not_scored(candidates):
-    found, scorer = planted_search(
-        candidates, [0.1, 0.1, 0.1, -0.1, 0.1], screen_effects=[0.3, -0.2, 0.1, 0.1, -0.1], noise=0.0
-    )
-    assert verdicts(found) == ["kept", "screened", "kept", "restored", "screened"]
-    assert scorer.asked == 128 * 4
-    changes = [trial.judgement.screen_change for trial in found.trials]
-    assert changes == pytest.approx([0.3, -0.2, 0.1, 0.1, -0.1])
-    assert found.trials[1].judgement.scores is None
 
 
 @pytest.mark.parametrize("raised", [RuntimeError, KeyboardInterrupt])
