@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from splaser_plugin.checkpoints.naming import type_in_block
 from splaser_plugin.scanning.records import Scan, matrix_scan
-from splaser_plugin.weights.matrices import Matrix, Skipped, type_in_block
+from splaser_plugin.weights.matrices import Matrix, Skipped
 
 SMALL: Mapping[str, tuple[int, int]] = {
     "self_attn.q_proj": (64, 64),

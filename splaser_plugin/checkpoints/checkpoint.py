@@ -6,15 +6,15 @@ import hashlib
 import mmap
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Set
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -23,13 +23,15 @@ from splaser_plugin.checkpoints.header import StoredTensor, read_header, shown
 from splaser_plugin.errors import CheckpointError, nearest
 from splaser_plugin.files.reading import open_file
 
-__all__ = ["Checkpoint", "TensorPart", "open_checkpoint", "read_tensors", "resolve_model"]
+__all__ = ["Checkpoint", "TensorPart", "open_checkpoint", "read_groups", "read_tensors", "resolve_model"]
 
 TensorPart: TypeAlias = tuple[str, int | None]
 """A tensor's name, and which expert of it (None: all of it)."""
 
+Read = TypeVar("Read")
 SAMPLE_BYTES = 4096
 OWN_PAGES_BYTES = 1 << 17
+COMPARED_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,20 @@ class Checkpoint:
         for name, stored in sorted(self.tensors.items()):
             digest.update(repr((name, str(stored.dtype), stored.shape, samples[name])).encode())
         return digest.hexdigest()
+
+    def are_equal(self, names: Sequence[str]) -> bool:
+        """Whether these tensors have the same dtype, shape and bytes. Raises CheckpointError as `read_tensors` does."""
+        stored = [self.tensors[name] for name in names]
+        if len({(each.dtype, each.shape) for each in stored}) > 1:
+            return False
+        step = max(1, COMPARED_BYTES * stored[0].shape[0] // max(1, stored[0].byte_count))
+        pieces = range(0, stored[0].shape[0], step)
+        groups = [[each.rows(start, min(start + step, each.shape[0])) for each in stored] for start in pieces]
+        return all(
+            torch.equal(first.view(torch.uint8), other.view(torch.uint8))
+            for first, *others in read_groups(self, groups)
+            for other in others
+        )
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
@@ -104,7 +120,15 @@ def read_tensors(checkpoint: Checkpoint, wanted: Iterable[TensorPart]) -> Iterat
     located = [(part, _locate(checkpoint, *part)) for part in wanted]
     positions = {shard: position for position, shard in enumerate(checkpoint.shard_bytes)}
     located.sort(key=lambda item: (positions[item[1].shard], item[1].offset))
-    return _one_ahead(_read_in_order(located, checkpoint.shard_bytes), len(located))
+    return _one_ahead(_read_parts(located, checkpoint.shard_bytes), len(located))
+
+
+def read_groups(checkpoint: Checkpoint, groups: Sequence[Sequence[StoredTensor]]) -> Iterator[list[torch.Tensor]]:
+    """Read groups of tensors (or parts of them) in the order given: all of one, while the next is being read.
+
+    Otherwise as `read_tensors`.
+    """
+    return _one_ahead(_read_in_order(groups, checkpoint.shard_bytes), len(groups))
 
 
 def _locate(checkpoint: Checkpoint, name: str, expert: int | None) -> StoredTensor:
@@ -115,11 +139,9 @@ def _locate(checkpoint: Checkpoint, name: str, expert: int | None) -> StoredTens
     return stored if expert is None else stored.expert(expert)
 
 
-def _one_ahead(
-    reads: Generator[tuple[TensorPart, torch.Tensor]], count: int
-) -> Iterator[tuple[TensorPart, torch.Tensor]]:
+def _one_ahead(reads: Generator[Read], count: int) -> Generator[Read]:
     # No variable here holds a tensor across the yield: the caller's own `del` is to free it.
-    ahead: deque[Future[tuple[TensorPart, torch.Tensor]]] = deque()
+    ahead: deque[Future[Read]] = deque()
     with closing(reads), ThreadPoolExecutor(1, thread_name_prefix="splaser-read") as reader:
         for started in range(count + 1):
             if started < count:
@@ -128,13 +150,23 @@ def _one_ahead(
                 yield ahead.popleft().result()
 
 
-def _read_in_order(
-    located: list[tuple[TensorPart, StoredTensor]], shard_bytes: Mapping[Path, int]
+def _read_parts(
+    located: Sequence[tuple[TensorPart, StoredTensor]], shard_bytes: Mapping[Path, int]
 ) -> Generator[tuple[TensorPart, torch.Tensor]]:
-    for shard, in_shard in groupby(located, key=lambda item: item[1].shard):
-        with _open_unchanged(shard, shard_bytes[shard]) as file:
-            for part, stored in in_shard:
-                yield part, _read_tensor(file, stored, shard_bytes[shard])
+    with closing(_read_in_order([[stored] for _, stored in located], shard_bytes)) as reads:
+        for part, _ in located:
+            yield part, next(reads)[0]
+
+
+def _read_in_order(
+    groups: Sequence[Sequence[StoredTensor]], shard_bytes: Mapping[Path, int]
+) -> Generator[list[torch.Tensor]]:
+    with ExitStack() as opened:
+        files: dict[Path, BufferedReader] = {}
+        for group in groups:
+            for shard in {stored.shard for stored in group} - files.keys():
+                files[shard] = opened.enter_context(_open_unchanged(shard, shard_bytes[shard]))
+            yield [_read_tensor(files[stored.shard], stored, shard_bytes[stored.shard]) for stored in group]
 
 
 def _read_tensor(file: BufferedReader, stored: StoredTensor, file_bytes: int) -> torch.Tensor:

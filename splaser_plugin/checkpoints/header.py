@@ -80,13 +80,17 @@ class StoredTensor:
                 f"{self.shard}: tensor {shown(self.name)}: no expert {index} in its shape {self.shape}; "
                 "expected (experts, rows, columns)."
             )
-        byte_count = self.byte_count // self.shape[0]
+        rows = self.rows(index, index + 1)
+        return replace(rows, name=f"{self.name}[{index}]", shape=self.shape[1:])
+
+    def rows(self, start: int, stop: int) -> StoredTensor:
+        """What lies from `start` up to `stop` along the first dimension."""
+        row_bytes = self.byte_count // self.shape[0]
         return replace(
             self,
-            name=f"{self.name}[{index}]",
-            shape=self.shape[1:],
-            offset=self.offset + index * byte_count,
-            byte_count=byte_count,
+            shape=(stop - start, *self.shape[1:]),
+            offset=self.offset + start * row_bytes,
+            byte_count=(stop - start) * row_bytes,
         )
 
 

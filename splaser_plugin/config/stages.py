@@ -56,6 +56,8 @@ class ScanConfig(LoadConfig):
     """Only matrices that match this pattern of dotted segments; repeatable."""
     exclude: Patterns = ()
     """Leave out matrices that match this pattern; repeatable."""
+    towers: bool = False
+    """Those for images or sound of a multimodal model, too, not only its language model."""
     precision: Precision = "auto"
     """Arithmetic of the singular values."""
 

@@ -88,7 +88,7 @@ def begin(
         weights.keep_factors()
     if config.rank_by == "gradient":
         check_predictable(weights)
-    matrices, _ = weights.matrices(config.include, config.exclude)
+    matrices, _ = weights.matrices(config.include, config.exclude, config.towers)
     run = Run(weights, tokenizer, name, config, tuple(matrices), journal or Journal(), progress)
     device = next(iter(weights.parameters.values())).device
     progress.fact("model", f"{name}: {overview(matrices)}, {size(weights.size)} in all")

@@ -6,7 +6,7 @@ import json
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,15 @@ class MatrixScan:
     edges: dict[str, EdgeFit]
     spectrum: Sequence[float]
     """At most 256 singular values, evenly spaced by order, largest first, to 6 digits: for drawing only."""
+    tower: str = ""
+    """The part of a composite model that it stands in; empty for the language model."""
+    stored: tuple[str, ...] = field(default=(), compare=False)
+    """Names on disk of the tensors it is made of; none where the model was scanned in memory."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in scan.json."""
         edges = {edge: asdict(fit) for edge, fit in self.edges.items()}
-        return {**vars(self), "edges": edges, "spectrum": list(self.spectrum)}
+        return {**vars(self), "edges": edges, "spectrum": list(self.spectrum), "stored": list(self.stored)}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> MatrixScan:
@@ -54,6 +58,7 @@ class MatrixScan:
             **{
                 **stored,
                 "shape": tuple(stored["shape"]),
+                "stored": tuple(stored.get("stored", ())),
                 "spectrum": array("d", stored["spectrum"]),
                 "edges": {edge: EdgeFit(**stored["edges"][edge]) for edge in EDGES},
             }
@@ -167,6 +172,8 @@ def matrix_scan(matrix: Matrix, values: np.ndarray) -> MatrixScan:
         min_singular_value=float(values[-1]),
         edges=fit_edges(values, matrix.shape),
         spectrum=array("d", [float(f"{value:.6g}") for value in values[places]]),
+        tower=matrix.tower,
+        stored=matrix.stored,
     )
 
 

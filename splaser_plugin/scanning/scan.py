@@ -18,7 +18,7 @@ from splaser_plugin.weights.matrices import Matrix
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from splaser_plugin.checkpoints.checkpoint import Checkpoint, TensorPart
+    from splaser_plugin.checkpoints.checkpoint import Checkpoint
     from splaser_plugin.scanning.journal import ScanJournal
     from splaser_plugin.spectra.spectrum import Precision
     from splaser_plugin.weights.in_memory import Weights
@@ -124,7 +124,7 @@ def scan_model(
     Raises MatrixError, ModelError or SpectrumError, the last with the matrix's name; with `output` OutputError.
     """
     config = config or ScanConfig()
-    matrices, skipped = model_weights.matrices(config.include, config.exclude)
+    matrices, skipped = model_weights.matrices(config.include, config.exclude, config.towers)
 
     def read(mine: Sequence[Matrix], wanted: Sequence[Matrix]) -> Iterator[tuple[Matrix, Tensor]]:
         kept = frozenset(mine)
@@ -151,23 +151,20 @@ def scan_checkpoint(
     to the last bit where each computes on as many threads as the one.
     Raises CheckpointError, MatrixError or SpectrumError; with `output` OutputError.
     """
-    from splaser_plugin.checkpoints.checkpoint import read_tensors
-    from splaser_plugin.weights.matrices import overview, stored_matrices
+    from splaser_plugin.weights.matrices import overview
+    from splaser_plugin.weights.stored import StoredWeights
 
     config = config or ScanConfig()
-    matrices, skipped = stored_matrices(checkpoint, include=config.include, exclude=config.exclude)
+    stored = StoredWeights(checkpoint)
+    matrices, skipped = stored.matrices(include=config.include, exclude=config.exclude, towers=config.towers)
 
     def read(mine: Sequence[Matrix], wanted: Sequence[Matrix]) -> Iterator[tuple[Matrix, Tensor]]:
-        by_part = {(matrix.parameter, matrix.expert): matrix for matrix in mine}
-
-        def as_matrix(found: tuple[TensorPart, Tensor]) -> tuple[Matrix, Tensor]:
-            matrix = by_part[found[0]]
-            return matrix, found[1].view(matrix.shape)
-
-        return map(as_matrix, read_tensors(checkpoint, by_part))  # a loop would keep the last tensor alive
+        return stored.read(mine)
 
     name = name or str(checkpoint.folder)
     progress.fact("model", f"{name}: {overview(matrices)}")
+    if stored.note:
+        progress.fact("names", stored.note)
     empty = Scan(name, checkpoint.identity(), config.edge, (), tuple(skipped), config.precision, __version__)
     return _scan(empty, matrices, read, output, progress)
 

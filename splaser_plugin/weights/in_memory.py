@@ -32,10 +32,12 @@ class Weights:
         self._originals: dict[Matrix, Tensor] | None = None
         self.factors: dict[Matrix, Factors] | None = None
 
-    def matrices(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[list[Matrix], list[Skipped]]:
+    def matrices(
+        self, include: Sequence[str] = (), exclude: Sequence[str] = (), towers: bool = False
+    ) -> tuple[list[Matrix], list[Skipped]]:
         """See `splaser_plugin.weights.matrices.model_matrices`. Raises ModelError as `check_dense` does too."""
         self.check_dense()
-        return model_matrices(self.model, include=include, exclude=exclude)
+        return model_matrices(self.model, include=include, exclude=exclude, towers=towers)
 
     def check_dense(self) -> None:
         """Raise ModelError when the model has factored layers."""

@@ -16,7 +16,8 @@ from transformers import (
 
 from splaser_plugin.checkpoints.checkpoint import open_checkpoint
 from splaser_plugin.errors import MatrixError
-from splaser_plugin.weights.matrices import compile_pattern, model_matrices, stored_matrices
+from splaser_plugin.weights.matrices import compile_pattern, model_matrices
+from splaser_plugin.weights.stored import StoredWeights
 
 SMALL = {
     "vocab_size": 64,
@@ -82,7 +83,7 @@ def test_the_checkpoint_on_disk_has_the_same_matrices_as_the_loaded_model(family
     model = AutoModelForCausalLM.from_config(FAMILIES[family][0])
     model.save_pretrained(tmp_path)
     live, _ = model_matrices(model)
-    stored, _ = stored_matrices(open_checkpoint(tmp_path))
+    stored, _ = StoredWeights(open_checkpoint(tmp_path)).matrices()
     assert sorted(live, key=lambda matrix: matrix.name) == sorted(stored, key=lambda matrix: matrix.name)
 
 
@@ -144,7 +145,7 @@ def test_tied_weights_are_refused_by_name_and_listed_otherwise(tmp_path):
     assert reasons["lm_head"] == "shares its weight with model.embed_tokens"
     model.save_pretrained(tmp_path)
     with pytest.raises(MatrixError, match=r"model\.embed_tokens shares its weight with lm_head"):
-        stored_matrices(open_checkpoint(tmp_path), include=["embed_tokens"])
+        StoredWeights(open_checkpoint(tmp_path)).matrices(include=["embed_tokens"])
 
 
 def test_a_pattern_that_matches_nothing_names_the_nearest():

@@ -1,0 +1,203 @@
+"""A checkpoint's weight matrices, as its loader would have them: named, and read from disk one at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from splaser_plugin.checkpoints.checkpoint import Checkpoint, read_groups
+from splaser_plugin.checkpoints.header import StoredTensor, shown
+from splaser_plugin.checkpoints.roles import Role
+from splaser_plugin.checkpoints.skeleton import Skeleton, Source, skeleton_of
+from splaser_plugin.errors import CheckpointError
+from splaser_plugin.weights.matrices import (
+    Candidate,
+    Matrix,
+    Skipped,
+    choose_matrices,
+    looks_like_embedding,
+    other_of,
+    sharers,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+"""Families whose checkpoints store linear weights as (inputs, outputs)."""
+SCALE = re.compile(r"scale|absmax|SCB", re.IGNORECASE)
+"""In the last segment of what stands beside quantised weights."""
+NOT_IN_MODEL = "transformers leaves it out when it loads this model"
+
+
+class StoredWeights:
+    """The weights of a folder, known by its config.json as the loaded model knows them.
+
+    Without a config.json, or with one that transformers makes no such model of, names and shapes on disk decide.
+    Raises CheckpointError when the weights are quantised.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.skeleton: Skeleton | None = None
+        self.note = ""
+        """Why names are those on disk; empty where they are the loaded model's."""
+        if not checkpoint.config:
+            self.note = "those on disk, as there is no config.json"
+        else:
+            try:
+                skeleton = skeleton_of(checkpoint)
+            except CheckpointError as error:
+                self.note = f"those on disk: {error}"
+            else:
+                if skeleton.problem is None or skeleton.lacks_only_its_head:
+                    self.skeleton = skeleton
+                else:
+                    self.note = f"those on disk: config.json is of another model than the weights, {skeleton.problem}"
+        self._sources: dict[str, Source] = {} if self.skeleton is None else dict(self.skeleton.sources)
+
+    def matrices(
+        self, *, include: Sequence[str] = (), exclude: Sequence[str] = (), towers: bool = False
+    ) -> tuple[list[Matrix], list[Skipped]]:
+        """As `matrices.model_matrices` gives them for the loaded model; `Matrix.stored` has the names on disk.
+
+        They come in the files' order, which is the one to read them in. What is on disk and not in the model is
+        among those left out.
+        """
+        self._check_dtypes()
+        candidates = _by_name(self.checkpoint) if self.skeleton is None else self._candidates(self.skeleton)
+        matrices, skipped = choose_matrices(candidates, include=include, exclude=exclude, towers=towers)
+        if self.skeleton is not None:
+            skipped += [Skipped(name, NOT_IN_MODEL) for name in self.skeleton.unexpected]
+        else:
+            skipped += [
+                Skipped(name, f"{str(stored.dtype).removeprefix('torch.')}, so it holds no weights")
+                for name, stored in self.checkpoint.tensors.items()
+                if not stored.dtype.is_floating_point
+            ]
+        places = {name: place for place, name in enumerate(self.checkpoint.tensors)}
+        first = {}
+        for matrix in matrices:
+            first.setdefault(matrix.parameter, min(places[name] for name in matrix.stored))
+        matrices.sort(key=lambda each: (first[each.parameter], each.parameter, each.expert or 0))
+        return matrices, skipped
+
+    def read(self, matrices: Sequence[Matrix]) -> Iterator[tuple[Matrix, Tensor]]:
+        """Each matrix with its weights, (rows, columns), on the CPU, in the order given; see `read_groups`."""
+        groups = [self._parts(matrix) for matrix in matrices]
+        order = iter(matrices)
+
+        def made(tensors: list[Tensor]) -> tuple[Matrix, Tensor]:
+            matrix = next(order)
+            return matrix, self._made(matrix, tensors)
+
+        return map(made, read_groups(self.checkpoint, groups))  # a loop would keep the last tensor alive
+
+    def _candidates(self, skeleton: Skeleton) -> list[Candidate]:
+        from splaser_plugin.checkpoints.roles import roles
+
+        found = roles(skeleton.model)
+        shared = {key: self._tied(names) for key, names in sharers(found).items()}
+        candidates = []
+        for role in found:
+            names = shared[id(role.parameter)]
+            other = other_of(role.name, names) if role.name in names else None
+            source = self._sources.get(role.name)
+            if source is None and other is not None:
+                source = next((self._sources[name] for name in names if name in self._sources), None)
+            if source is not None:
+                candidates.append(Candidate(role, other, self._names_of(source, role)))
+        return candidates
+
+    def _tied(self, names: Sequence[str]) -> Sequence[str]:
+        """Those of the names that share one weight once they are loaded: none where the files have different ones."""
+        there = [self._sources[name].stored[0] for name in names if name in self._sources]
+        return names if len(there) < 2 or self.checkpoint.are_equal(there) else ()
+
+    def _names_of(self, source: Source, role: Role) -> tuple[str, ...]:
+        return source.stored
+
+    def _check_dtypes(self) -> None:
+        """Raises CheckpointError at the first tensor that holds codes with scales beside them instead of weights."""
+        tensors = self.checkpoint.tensors
+        scaled = {name.rpartition(".")[0] for name in tensors if SCALE.search(name.rpartition(".")[2])}
+        for name, stored in tensors.items():
+            is_code = not stored.dtype.is_floating_point or stored.dtype.itemsize == 1
+            if len(stored.shape) >= 2 and is_code and scaled & {name, name.rpartition(".")[0]}:
+                raise CheckpointError(
+                    f"{stored.shard}: tensor {shown(name)} is {str(stored.dtype).removeprefix('torch.')} with scales "
+                    "beside it: quantised weights, which can't be scanned. Give the model in bfloat16 or float32."
+                )
+
+    def _parts(self, matrix: Matrix) -> list[StoredTensor]:
+        """What is to be read for one matrix."""
+        tensors = self.checkpoint.tensors
+        source = self._source(matrix)
+        if source.conversion is None:
+            stored = tensors[source.stored[0]]
+            if matrix.expert is None:
+                return [stored]
+            if len(stored.shape) == 3:
+                return [stored.expert(matrix.expert)]
+            return [stored.rows(matrix.expert * matrix.shape[0], (matrix.expert + 1) * matrix.shape[0])]
+        return [tensors[name] for name in self._taken(matrix, source)]
+
+    def _made(self, matrix: Matrix, tensors: list[Tensor]) -> Tensor:
+        source = self._source(matrix)
+        if source.conversion is None or self.skeleton is None:
+            return tensors[0].view(matrix.shape)
+        names = self._taken(matrix, source)
+        named = dict(zip(names, tensors, strict=True))
+        made = source.conversion.of(named, self.skeleton.model)[matrix.parameter]
+        if len(names) < len(source.stored):
+            return made[0]
+        return matrix.view(made)
+
+    def _taken(self, matrix: Matrix, source: Source) -> tuple[str, ...]:
+        """Of the tensors that a conversion takes, those that this matrix is made of."""
+        if matrix.expert is None or source.conversion is None or self.skeleton is None:
+            return source.stored
+        shape = self.skeleton.model.get_parameter(matrix.parameter).shape
+        return source.conversion.expert(matrix.expert, shape[0]) or source.stored
+
+    def _source(self, matrix: Matrix) -> Source:
+        return self._sources.get(matrix.parameter) or Source((matrix.parameter,))
+
+
+def _by_name(checkpoint: Checkpoint) -> list[Candidate]:
+    """What names and shapes alone tell."""
+    config = checkpoint.config
+    transposed = config.get("model_type") in CONV1D_MODEL_TYPES
+    tied = config.get("tie_word_embeddings", False)
+    embedding = next((name for name in checkpoint.tensors if name.split(".")[-2:-1] == ["embed_tokens"]), None)
+    candidates = []
+    for name, stored in checkpoint.tensors.items():
+        if not stored.dtype.is_floating_point:
+            continue
+        is_head = name.split(".")[-2:-1] == ["lm_head"]
+        other = "lm_head.weight" if name == embedding else embedding if is_head else None
+        reason, experts, by_name = _role_by_name(name, stored.shape)
+        is_turned = transposed and len(stored.shape) == 2 and reason is None
+        role = Role(name, stored.shape, name, reason, experts, is_turned, by_name)
+        candidates.append(Candidate(role, other if tied else None, (name,)))
+    return candidates
+
+
+def _role_by_name(name: str, shape: tuple[int, ...]) -> tuple[str | None, int | None, bool]:
+    """(reason, experts, by_name) as in `Role`."""
+    if name.endswith("bias"):
+        return "a bias", None, False
+    if 0 in shape:
+        return "empty", None, False
+    if len(shape) == 1:
+        return "a vector (norm or scale)", None, True
+    if len(shape) == 3:
+        return (
+            (None, shape[0], False) if "experts" in name.split(".") else ("3-D, and no stack of experts", None, False)
+        )
+    if len(shape) != 2:
+        return f"{len(shape)}-D", None, False
+    if looks_like_embedding(name):
+        return "an embedding", None, True
+    return None, None, False
