@@ -87,8 +87,8 @@ def carry_out(recipe: Recipe, weights: Weights, *, progress: Progress = SILENT) 
             f"the recipe was made for weights {recipe.weights[:12]} of {recipe.model} in {recipe.dtype}, but this "
             f"model's are {got[:12]}. Give the base model, in the same dtype, before any change."
         )
-    patterns = [_patterns(recipe, key) for key in ("include", "exclude")]
-    matrices = by_name(weights.matrices(*patterns, towers=recipe.settings.get("towers") is True)[0])
+    include, exclude = _patterns(recipe, "include"), _patterns(recipe, "exclude")
+    matrices = by_name(weights.matrices(include, exclude, recipe.settings.get("towers") is True)[0])
     for step in recipe.steps:
         if step.name not in matrices or matrices[step.name].shape != step.shape:
             raise RecipeError(f"{step.name} of shape {step.shape} is not among this model's matrices.")

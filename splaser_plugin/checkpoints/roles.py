@@ -142,7 +142,7 @@ def towers(model: nn.Module) -> Any:
 
 def language_model(model: Any) -> str | None:
     """Where the language model is in a composite model: `model.language_model`; None where it is all of it."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or getattr(config, "is_encoder_decoder", False):
         return None
     text = config.get_text_config(decoder=True)

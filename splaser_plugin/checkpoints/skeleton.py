@@ -111,7 +111,7 @@ def skeleton_of(checkpoint: Checkpoint) -> Skeleton:
         name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in checkpoint.tensors.items()
     }
     skeleton = _placed(empty_model(config, checkpoint.folder), tensors)
-    if skeleton.problem is None or skeleton.lacks_only_its_head or type(config) not in AutoModel._model_mapping:
+    if skeleton.problem is None or skeleton.lacks_only_its_head or type(config) not in mapping_of(AutoModel):
         return skeleton
     bare = _placed(empty_model(config, checkpoint.folder, AutoModel), tensors)
     return bare if bare.problem is None else skeleton
@@ -144,9 +144,14 @@ def auto_class(config: Any) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         kinds.insert(0, AutoModelForSeq2SeqLM)
     for kind in kinds:
-        if type(config) in kind._model_mapping:
+        if type(config) in mapping_of(kind):
             return kind
     return AutoModel
+
+
+def mapping_of(kind: Any) -> Any:
+    """An auto class' table of configuration to model classes."""
+    return kind._model_mapping
 
 
 def empty_model(config: Any, folder: Path, kind: Any = None) -> Any:

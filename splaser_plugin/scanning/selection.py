@@ -13,7 +13,7 @@ from splaser_plugin.errors import ConfigError, MatrixError, RankError, nearest
 from splaser_plugin.scanning.scan import MatrixScan, Scan
 from splaser_plugin.scanning.spectrum_format import PublishedScan, PublishedSnr
 from splaser_plugin.tables import Table
-from splaser_plugin.weights.matrices import compile_pattern, looks_like_embedding
+from splaser_plugin.weights.matrices import SHARES, compile_pattern, looks_like_embedding
 
 HEADS = frozenset({"lm_head", "embed_out"})
 
@@ -305,8 +305,8 @@ def _tied_names(scan: Scan | PublishedScan) -> set[str]:
         return set(scan.tied)
     names: set[str] = set()
     for each in scan.skipped:
-        _, phrase, other = each.reason.partition("shares its weight with ")
-        if phrase:
+        other = each.tied_to or each.reason.partition(SHARES)[2]  # scans of old versions have the reason alone
+        if other:
             names |= {each.name, other}
     return names
 
@@ -318,7 +318,7 @@ def _block_sides(scan: Scan | PublishedScan) -> int | None:
 
 
 def _refuse_expert(name: str) -> None:
-    if "experts" in name.split("."):
+    if name.endswith("]") or "experts" in name.split("."):
         raise MatrixError(
             f"{name} is one expert: transformers keeps all experts of a block in one parameter, so that it can't "
             "be trained alone. Leave experts out, as with --types self_attn."

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from splaser_plugin.checkpoints.roles import plain_name
 from splaser_plugin.errors import ModelError
 from splaser_plugin.weights.in_memory import Weights
-from splaser_plugin.weights.matrices import Matrix, plain_name
+from splaser_plugin.weights.matrices import Matrix
 
 
 def weights_of(model: Any) -> Weights:

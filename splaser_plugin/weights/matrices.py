@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from splaser_plugin.checkpoints.roles import Role
 
+SHARES = "shares its weight with "
 OUTSIDE = "outside the blocks (a head or a projection of the embeddings)"
 
 
@@ -171,7 +172,7 @@ def _reason_to_skip(candidate: Candidate, block: int | None, *, named: bool, wit
     """Why this parameter is no matrix to work on; None when it is one."""
     role = candidate.role
     if candidate.tied_to is not None:
-        return f"shares its weight with {module_name(candidate.tied_to)}"
+        return SHARES + module_name(candidate.tied_to)
     if role.reason is not None and not (role.by_name and named):
         return role.reason
     if not with_tower:

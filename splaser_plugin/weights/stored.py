@@ -77,7 +77,7 @@ class StoredWeights:
                 if not stored.dtype.is_floating_point
             ]
         places = {name: place for place, name in enumerate(self.checkpoint.tensors)}
-        first = {}
+        first: dict[str, int] = {}
         for matrix in matrices:
             first.setdefault(matrix.parameter, min(places[name] for name in matrix.stored))
         matrices.sort(key=lambda each: (first[each.parameter], each.parameter, each.expert or 0))

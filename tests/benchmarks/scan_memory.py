@@ -2,9 +2,9 @@
 
     python tests/benchmarks/scan_memory.py [--small] [--dtype float32] [--json FILE]
 
-Allowed above a bare import of torch and transformers' model classes: four times the largest matrix in float32, and 200 MB. The checkpoint (8
-shards, Llama's names and proportions) is written to a temporary folder and removed; `--experts` makes it one
-of many small matrices instead: 5,000 experts of their own and 5,000 in fused parameters.
+Allowed above a bare import of torch and of transformers' model classes: four times the largest matrix in float32, and
+200 MB. The checkpoint (8 shards, Llama's names and proportions) is written to a temporary folder and removed;
+`--experts` makes it one of many small matrices instead: 5,000 experts of their own and 5,000 in fused parameters.
 """
 
 from __future__ import annotations

@@ -1,0 +1,279 @@
+"""What a scan from disk knows of a model, against the loaded model itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+
+from splaser_plugin.checkpoints.checkpoint import open_checkpoint
+from splaser_plugin.errors import CheckpointError
+from splaser_plugin.scanning.scan import run_scan
+from splaser_plugin.weights.matrices import model_matrices
+from splaser_plugin.weights.stored import NOT_IN_MODEL, StoredWeights
+
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
+DEEPSEEK = {
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_key_value_heads": 2,
+}
+GEMMA3N = {
+    "vocab_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 4,
+    "num_kv_shared_layers": 0,
+    "laurel_rank": 4,
+    "activation_sparsity_pattern": None,
+}
+CLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "projection_dim": 16,
+}
+CAUSAL = {
+    "mixtral": TEXT | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": TEXT | EXPERTS | {"num_experts": 4},
+    "qwen2_moe": TEXT | EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 12},
+    "deepseek_v3": TEXT | EXPERTS | DEEPSEEK,
+    "granitemoe": TEXT | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "exaone": TEXT,
+    "phi3": TEXT,
+    "gpt2": {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2},
+    "ctrl": {"vocab_size": 64, "n_embd": 16, "dff": 24, "n_layer": 2, "n_head": 2},
+    "mamba": {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4},
+    "gemma3n_text": TEXT | GEMMA3N,
+    "dbrx": {
+        "vocab_size": 64,
+        "d_model": 16,
+        "n_heads": 2,
+        "n_layers": 2,
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 1, "rope_theta": 1e4},
+    },
+}
+
+
+def build(kind, settings, auto=AutoModelForCausalLM, seed=0):
+    torch.manual_seed(seed)
+    return auto.from_config(AutoConfig.for_model(kind, **settings)).eval()
+
+
+def llava():
+    parts = {
+        "text_config": {"model_type": "llama", **TEXT},
+        "vision_config": {"model_type": "clip_vision_model", **CLIP},
+    }
+    return build("llava", {**parts, "image_token_index": 5}, AutoModelForImageTextToText)
+
+
+def qwen2_5_vl():
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 16}
+    text = TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+    return build("qwen2_5_vl", {"text_config": text, "vision_config": vision}, AutoModelForImageTextToText)
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    return folder
+
+
+def change(folder, changed):
+    """Give the tensors of a saved model to `changed`, which returns those to be there."""
+    file = folder / "model.safetensors"
+    save_file({name: each.contiguous() for name, each in changed(load_file(file)).items()}, file)
+
+
+def configure(folder, **values):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def both(folder, auto=AutoModelForCausalLM, **options):
+    """Matrices on disk and of the model loaded from there, by name."""
+    stored = StoredWeights(open_checkpoint(folder))
+    assert stored.note == ""
+    loaded, _ = model_matrices(auto.from_pretrained(folder), **options)
+    return stored.matrices(**options)[0], loaded
+
+
+def check_same(folder, auto=AutoModelForCausalLM, **options):
+    """On disk as loaded: the same matrices by name, type and shape, and bit for bit the same weights."""
+    matrices, loaded = both(folder, auto, **options)
+    assert sorted(matrices, key=lambda each: each.name) == sorted(loaded, key=lambda each: each.name)
+    parameters = dict(auto.from_pretrained(folder).named_parameters())
+    for matrix, weight in StoredWeights(open_checkpoint(folder)).read(matrices):
+        assert torch.equal(weight, matrix.view(parameters[matrix.parameter])), matrix.name
+        assert set(matrix.stored) <= set(load_file(folder / "model.safetensors"))
+    return matrices
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_a_model_has_the_same_matrices_on_disk_as_loaded(kind, tmp_path):
+    matrices = check_same(saved(build(kind, CAUSAL[kind]), tmp_path))
+    assert all(matrix.type and matrix.block is not None for matrix in matrices)
+    shapes = {}
+    for matrix in matrices:
+        assert shapes.setdefault((matrix.type, matrix.block), matrix.shape) == matrix.shape
+
+
+def test_experts_are_one_matrix_each_however_they_are_stored(tmp_path):
+    """Mixtral: one by one; GraniteMoE: one 3-D parameter; DBRX: one under another in 2-D."""
+    for kind, name in {
+        "mixtral": "model.layers.1.mlp.experts.gate_up_proj[3]",
+        "granitemoe": "model.layers.1.block_sparse_moe.experts.gate_up_proj[3]",
+        "dbrx": "transformer.blocks.1.ffn.experts.mlp.w1[3]",
+    }.items():
+        model = build(kind, CAUSAL[kind])
+        matrices = {each.name: each for each in check_same(saved(model, tmp_path / kind))}
+        assert matrices[name].shape == ((24, 16) if kind == "dbrx" else (48, 16))
+        assert sum("experts" in each for each in matrices) == 2 * 4 * (3 if kind == "dbrx" else 2)
+
+
+def test_routers_state_and_gates_are_no_matrices_and_the_reason_is_given(tmp_path):
+    for kind, name, reason in (
+        ("mixtral", "model.layers.0.mlp.gate", "a router"),
+        ("deepseek_v3", "model.layers.1.mlp.gate", "a router"),
+        ("granitemoe", "model.layers.0.block_sparse_moe.router", "a router"),
+        ("dbrx", "transformer.blocks.0.ffn.router.layer", "a router"),
+        ("mamba", "backbone.layers.0.mixer.A_log", "a parameter that is no linear layer's weight"),
+        ("mamba", "backbone.layers.0.mixer.conv1d", "a convolution"),
+        ("gemma3n_text", "model.altup_projections.0", "outside the blocks"),
+    ):
+        folder = tmp_path / kind
+        model = build(kind, CAUSAL[kind])
+        for skipped in (StoredWeights(open_checkpoint(saved(model, folder))).matrices()[1], model_matrices(model)[1]):
+            (found,) = [each.reason for each in skipped if each.name == name]
+            assert found.startswith(reason)
+
+
+@pytest.mark.parametrize("make", [llava, qwen2_5_vl])
+def test_of_a_composite_model_the_language_model_is_scanned_and_towers_when_asked_for(make, tmp_path):
+    folder = saved(make(), tmp_path)
+    matrices = check_same(folder, AutoModelForImageTextToText)
+    assert len(matrices) == 2 * 7
+    assert all(each.name.startswith("model.language_model.layers.") for each in matrices)
+    assert {each.type for each in matrices} >= {"mlp.down_proj", "self_attn.q_proj"}
+    everything = check_same(folder, AutoModelForImageTextToText, towers=True)
+    in_tower = {each.type for each in everything if each.tower}
+    assert in_tower
+    assert not in_tower & {each.type for each in matrices}
+    (tower,) = {each.tower for each in everything} - {""}
+    named = StoredWeights(open_checkpoint(folder)).matrices(include=[tower])[0]
+    assert {each.tower for each in named} == {tower}
+    reasons = {each.reason for each in StoredWeights(open_checkpoint(folder)).matrices()[1]}
+    assert f"in {tower}, beside the language model (--towers takes it in)" in reasons
+
+
+def test_an_encoder_decoder_is_scanned_with_types_of_its_own_for_either(tmp_path):
+    settings = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    folder = saved(build("t5", settings, AutoModelForSeq2SeqLM), tmp_path)
+    matrices, skipped = StoredWeights(open_checkpoint(folder)).matrices()
+    assert {each.type.split(".")[0] for each in matrices} == {"encoder", "decoder"}
+    reasons = {each.name: each.reason for each in skipped}
+    assert reasons["encoder.block.0.layer.0.SelfAttention.relative_attention_bias"] == "an embedding"
+
+
+def test_an_encoder_keeps_the_names_of_its_own_class(tmp_path):
+    settings = {k: TEXT[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    folder = saved(build("bert", {**settings, "num_attention_heads": 2}, AutoModel), tmp_path)
+    matrices = check_same(folder, AutoModel)
+    assert matrices[0].name.startswith("encoder.layer.0.")
+
+
+@pytest.mark.parametrize(("kind", "first"), [("gpt2", "transformer.h.0."), ("bloom", "transformer.h.0.")])
+def test_names_are_those_of_the_loaded_model_where_the_files_lack_the_prefix(kind, first, tmp_path):
+    settings = {"gpt2": CAUSAL["gpt2"], "bloom": {"vocab_size": 64, "hidden_size": 16, "n_layer": 2, "n_head": 2}}[kind]
+    folder = saved(build(kind, settings, AutoModel), tmp_path)
+    assert all(name.startswith("h.") or not name.startswith("transformer") for name in open_checkpoint(folder).tensors)
+    matrices = check_same(folder)
+    assert matrices[0].name.startswith(first)
+    assert not matrices[0].stored[0].startswith("transformer")
+
+
+def test_layers_for_multi_token_prediction_and_surplus_ones_are_left_out_with_a_reason(tmp_path):
+    folder = saved(build("deepseek_v3", CAUSAL["deepseek_v3"]), tmp_path)
+    more = {
+        "model.layers.2.eh_proj.weight": torch.randn(16, 32),
+        "model.layers.2.shared_head.head.weight": torch.randn(64, 16),
+    }
+    change(folder, lambda tensors: tensors | more)
+    matrices, skipped = StoredWeights(open_checkpoint(folder)).matrices()
+    assert {each.block for each in matrices} == {0, 1}
+    assert {each.name for each in skipped if each.reason == NOT_IN_MODEL} == set(more)
+
+    folder = saved(build("llama", TEXT | {"num_hidden_layers": 3}), tmp_path / "short")
+    configure(folder, num_hidden_layers=2)
+    matrices, skipped = StoredWeights(open_checkpoint(folder)).matrices()
+    assert {each.block for each in matrices} == {0, 1}
+    assert sum(each.reason == NOT_IN_MODEL for each in skipped) == 9
+
+
+def test_tied_weights_are_known_where_only_the_class_ties_them(tmp_path):
+    folder = saved(build("gemma2", TEXT), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    tied = {each.name: each.tied_to for each in StoredWeights(open_checkpoint(folder)).matrices()[1] if each.tied_to}
+    assert tied == {"model.embed_tokens": "lm_head", "lm_head": "model.embed_tokens"}
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_stored_head_is_tied_only_where_it_equals_the_embeddings(differs, tmp_path):
+    folder = saved(build("llama", TEXT | {"tie_word_embeddings": True}), tmp_path)
+    change(folder, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1.0 * differs})
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) != differs
+    assert any(each.tied_to for each in StoredWeights(open_checkpoint(folder)).matrices()[1]) != differs
+
+
+def test_codes_with_scales_are_refused_with_and_without_a_configuration(tmp_path):
+    folder = saved(build("llama", TEXT), tmp_path)
+
+    def quantise(tensors):
+        for name in [name for name in tensors if name.endswith("proj.weight")]:
+            scale = tensors[name].abs().amax(1, keepdim=True) / 448
+            tensors |= {name: (tensors[name] / scale).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+        return tensors
+
+    change(folder, quantise)
+    with pytest.raises(CheckpointError, match="float8_e4m3fn with scales beside it: quantised weights"):
+        run_scan(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="float8_e4m3fn with scales beside it: quantised weights"):
+        run_scan(folder)
+
+
+def test_a_configuration_of_another_model_is_said_and_names_on_disk_are_taken(tmp_path):
+    folder = saved(build("llama", TEXT), tmp_path)
+    configure(folder, hidden_size=32)
+    stored = StoredWeights(open_checkpoint(folder))
+    assert "config.json is of another model than the weights" in stored.note
+    assert len(stored.matrices()[0]) == 2 * 7
+    configure(folder, model_type="unheard_of")
+    assert "transformers knows no such model" in StoredWeights(open_checkpoint(folder)).note
