@@ -8,12 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-<<<<<<< HEAD
-from splaser_plugin.config.stages import SelectConfig
-=======
 from splaser_plugin.checkpoints.naming import block_index, type_in_block
-from splaser_plugin.config.stages import ScanConfig
->>>>>>> 6bd0957 (The skeleton: matrices, names, types and towers as the model's loader has them, on disk as in memory)
+from splaser_plugin.config.stages import SelectConfig
 from splaser_plugin.errors import ConfigError, RecipeError
 from splaser_plugin.scanning.scan import MatrixScan, Scan, read_json, write_json
 from splaser_plugin.weights.matrices import Skipped
