@@ -81,11 +81,11 @@ def carry_out(recipe: Recipe, weights: Weights, *, progress: Progress = SILENT) 
 
     Raises RecipeError, before anything is changed, when the model's weights aren't the recipe's.
     """
-    got = weights.identity()
-    if got != recipe.weights:
+    got, dtype = weights.identity(), weights.dtype
+    if dtype != recipe.dtype or recipe.weights not in (got, weights.identity(with_dtypes=True)):
         raise RecipeError(
             f"the recipe was made for weights {recipe.weights[:12]} of {recipe.model} in {recipe.dtype}, but this "
-            f"model's are {got[:12]}. Give the base model, in the same dtype, before any change."
+            f"model's are {got[:12]} in {dtype}. Give the base model, in the same dtype, before any change."
         )
     include, exclude = _patterns(recipe, "include"), _patterns(recipe, "exclude")
     matrices = by_name(weights.matrices(include, exclude, recipe.settings.get("towers") is True)[0])

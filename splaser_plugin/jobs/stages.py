@@ -55,8 +55,7 @@ class Run:
 
     @property
     def dtype(self) -> str:
-        model: Any = self.weights.model
-        return str(model.dtype).removeprefix("torch.")
+        return self.weights.dtype
 
 
 @dataclass(frozen=True)

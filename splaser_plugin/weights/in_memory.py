@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,8 @@ from splaser_plugin.distributed import broadcast, is_main, is_sharded
 from splaser_plugin.errors import MatrixError, ModelError, RankError
 from splaser_plugin.spectra.spectrum import truncate
 from splaser_plugin.weights.factored import FactoredLinear, Factors, as_stored, factorize, is_factorable
+from splaser_plugin.weights.identity import identity_of, sampled_places
 from splaser_plugin.weights.matrices import Matrix, Skipped, model_matrices, named_parameters
-
-SAMPLED_VALUES = 16
 
 
 class Weights:
@@ -57,6 +56,12 @@ class Weights:
         return _whole(self.parameters[name].detach())
 
     @property
+    def dtype(self) -> str:
+        """That of the model, as recipes call it: `bfloat16`."""
+        model: Any = self.model
+        return str(model.dtype).removeprefix("torch.")
+
+    @property
     def size(self) -> int:
         """Bytes of all weights."""
         distinct = {id(parameter): parameter for parameter in self.parameters.values()}
@@ -76,19 +81,15 @@ class Weights:
         return {**buffers, **{name: whole[id(parameter)] for name, parameter in self.parameters.items()}}
 
     @torch.no_grad()
-    def identity(self) -> str:
-        """sha256 over the names, shapes and dtypes of all weights and 16 values of each, evenly spaced.
+    def identity(self, *, with_dtypes: bool = False) -> str:
+        """Which weights these are; see `identity.identity_of`. with_dtypes: as recipes of version 0.1.0 have it."""
+        return identity_of(self._sampled(with_dtypes))
 
-        The values tell two fine-tunes of one architecture apart; reading all of them would take as long as a
-        scan.
-        """
-        digest = hashlib.sha256()
-        for name in sorted(self.parameters):
+    def _sampled(self, with_dtypes: bool) -> Iterator[tuple[str, Sequence[object], Tensor]]:
+        for name in self.parameters:
             whole = self.effective(name)
-            digest.update(f"{name} {tuple(whole.shape)} {whole.dtype}\n".encode())
-            places = torch.linspace(0, whole.numel() - 1, SAMPLED_VALUES, dtype=torch.float64).long()
-            digest.update(whole.flatten()[places.to(whole.device)].double().cpu().numpy().tobytes())
-        return digest.hexdigest()
+            described = [tuple(whole.shape), whole.dtype] if with_dtypes else [tuple(whole.shape)]
+            yield name, described, whole.flatten()[sampled_places(whole.numel()).to(whole.device)]
 
     @torch.no_grad()
     def read(self, matrix: Matrix) -> Tensor:
