@@ -1,4 +1,4 @@
-"""Names, texts and files from strangers: nothing of them reaches the terminal raw, and none ends in a traceback."""
+"""Untrusted names, texts and files: nothing of them reaches the terminal raw, and none ends in a traceback."""
 
 from __future__ import annotations
 
