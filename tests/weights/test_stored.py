@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
+from splaser_plugin import scan
 from splaser_plugin.checkpoints.checkpoint import open_checkpoint
 from splaser_plugin.errors import CheckpointError
-from splaser_plugin.scanning.scan import run_scan
 from splaser_plugin.weights.matrices import model_matrices
 from splaser_plugin.weights.stored import NOT_IN_MODEL, StoredWeights
 
@@ -263,10 +263,10 @@ def test_codes_with_scales_are_refused_with_and_without_a_configuration(tmp_path
 
     change(folder, quantise)
     with pytest.raises(CheckpointError, match="float8_e4m3fn with scales beside it: quantised weights"):
-        run_scan(folder)
+        scan(folder)
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match="float8_e4m3fn with scales beside it: quantised weights"):
-        run_scan(folder)
+        scan(folder)
 
 
 def test_a_configuration_of_another_model_is_said_and_names_on_disk_are_taken(tmp_path):
