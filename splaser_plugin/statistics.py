@@ -10,6 +10,8 @@ import numpy as np
 
 RESAMPLES = 10_000
 NUMBERS_AT_ONCE = 2**20
+RISK = 0.05
+"""That an interval doesn't hold what it is for: all that are told are of 95 %."""
 SMALLEST_LOG_RISK = -200.0
 """scipy's quantiles of Student's t are exact down to probabilities of this logarithm, and wrong below about -690."""
 LARGEST_T = 1e100

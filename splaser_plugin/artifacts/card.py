@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from splaser_plugin.artifacts.recipe import Recipe
-from splaser_plugin.artifacts.results import Run, Verdict
+from splaser_plugin.artifacts.results import Results, Verdict
 from splaser_plugin.errors import printable
 
 TAGS = ["splaser", "laser", "low-rank"]
@@ -20,7 +20,7 @@ LASER_PAPER = "https://arxiv.org/abs/2312.13558"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_card(recipe: Recipe, run: Run | None = None) -> ModelCard:
+def model_card(recipe: Recipe, run: Results | None = None) -> ModelCard:
     """The card of the model that a recipe makes.
 
     run: of the search that found it; without it, as for a rebuilt model, the card has no verdict.
@@ -28,7 +28,7 @@ def model_card(recipe: Recipe, run: Run | None = None) -> ModelCard:
     base = public_name(recipe.model)
     data = ModelCardData(
         base_model=base if _is_repo_id(base) else None,
-        datasets=[run.source] if run and _is_on_hub(run.source) else None,
+        datasets=[run.pairs.source] if run and _is_on_hub(run.pairs.source) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=TAGS,
@@ -76,7 +76,7 @@ def _is_repo_id(name: str) -> bool:
     return True
 
 
-def _what_was_done(recipe: Recipe, run: Run | None, base: str) -> str:
+def _what_was_done(recipe: Recipe, run: Results | None, base: str) -> str:
     count = len(recipe.steps)
     lines = [
         f"{code(base)} with {count} of its weight matrices replaced by low-rank versions of themselves "
@@ -88,25 +88,25 @@ def _what_was_done(recipe: Recipe, run: Run | None, base: str) -> str:
         lines.append("That is the last part of its name where it was made: a folder, a file or a model in memory.")
     if run:
         lines.append(
-            f"{len(run.attempts)} candidates were tried one after the other, and a change was kept only where the "
+            f"{len(run.candidates)} candidates were tried one after the other, and a change was kept only where the "
             f"model {_rule(run)} on {_material(run)}; everything else was put back bit for bit."
         )
     lines.append(_how_stored(recipe))
     return "\n".join(lines)
 
 
-def _rule(run: Run) -> str:
+def _rule(run: Results) -> str:
     return "scored better" if run.compared_with == "best" else "surely scored no worse than the base by the tolerance"
 
 
-def _material(run: Run) -> str:
+def _material(run: Results) -> str:
     if run.unit != "pairs":
         return f"{run.searched} {run.unit} of text"
-    return f"{run.searched} preference pairs of {code(public_name(run.source))}"
+    return f"{run.searched} preference pairs of {code(public_name(run.pairs.source))}"
 
 
 def _how_stored(recipe: Recipe) -> str:
-    if recipe.settings.get("save") != "factored":
+    if recipe.config.save != "factored":
         return "A reduced matrix has a lower rank and its old shape: the model is as large as before."
     return (
         "Reduced matrices are stored as two factors where that is smaller, so the model is loaded by splaser: "
@@ -125,19 +125,18 @@ def _recipe_table(recipe: Recipe) -> str:
     return "\n".join(rows)
 
 
-def _scores(recipe: Recipe, run: Run | None) -> str:
+def _scores(recipe: Recipe, run: Results | None) -> str:
     rows = ["| on | before | after |", "| --- | --- | --- |"]
     searched = f"{run.searched} {run.unit} that the search used" if run else "what the search used"
     rows.append(f"| {searched} | {_signed(recipe.scores, 'baseline')} | {_signed(recipe.scores, 'final')} |")
     lines = ["The search chose what scored best on what it used, so on anything new expect less. " + _verdict(run)]
     if run and run.verdict:
-        rows.append(
-            f"| {run.verdict.items} {run.unit} held out | {run.verdict.base:+.4f} | {run.verdict.result:+.4f} |"
-        )
+        before, after = run.verdict.base.score, run.verdict.result.score
+        rows.append(f"| {run.verdict.items} {run.unit} held out | {before:+.4f} | {after:+.4f} |")
     return "\n".join([*rows, "", *lines])
 
 
-def _verdict(run: Run | None) -> str:
+def _verdict(run: Results | None) -> str:
     if run is None:
         return "The verdict on what the search never saw stands in the card of the run that made the recipe."
     if run.verdict is None:
@@ -159,8 +158,8 @@ def _rebuild(recipe: Recipe, base: str) -> str:
     whose = "" if model == base else f"`BASE_MODEL` is your copy of {code(base)}. "
     return (
         f"```sh\nsplaser apply recipe.json {model} -o rebuilt\n```\n\n"
-        f"{whose}Only weights with the identity {code(recipe.weights[:12])}, in {code(recipe.dtype)}, are accepted; "
-        "on a machine of the same kind, with the versions below, the result is the same bit for bit."
+        f"{whose}Only weights with the identity {code(recipe.weights_identity[:12])}, in {code(recipe.dtype)}, are "
+        "accepted; on a machine of the same kind, with the versions below, the result is the same bit for bit."
     )
 
 

@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from splaser_plugin.artifacts.card import public_name
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.checkpoints.folder import hub_errors
+from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.errors import ConfigError, OutputError, first_line_of
 from splaser_plugin.scanning.records import Scan
 
@@ -58,12 +59,18 @@ def _staged(folder: Path, staged: Path) -> Path:
     """What goes up: the same files without another copy on the disk, but for recipe and scan."""
     shutil.copytree(folder, staged, copy_function=_link, ignore=shutil.ignore_patterns(*STAYS_HERE))
     recipe = Recipe.load(staged / "recipe.json")
-    settings = {key: public_name(each) if isinstance(each, str) else each for key, each in recipe.settings.items()}
-    replace(recipe, model=public_name(recipe.model), settings=settings).save(staged / "recipe.json")
+    public = replace(recipe, model=public_name(recipe.model), config=_public(recipe.config), unknown_settings={})
+    public.save(staged / "recipe.json")
     if (staged / "scan.json").is_file():
         scan = Scan.load(staged / "scan.json")
         replace(scan, model=public_name(scan.model)).save(staged / "scan.json")
     return staged
+
+
+def _public(config: LaserConfig) -> LaserConfig:
+    """The same options, of paths only the last part."""
+    options = config.to_dict().items()
+    return LaserConfig.from_dict({name: public_name(each) if isinstance(each, str) else each for name, each in options})
 
 
 def _link(source: str, target: str) -> None:

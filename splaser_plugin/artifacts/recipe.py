@@ -5,13 +5,16 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from splaser_plugin.errors import RecipeError
-from splaser_plugin.files.typed import check_types
+from pydantic import AfterValidator, Field
+
+from splaser_plugin.config.stages import LaserConfig
+from splaser_plugin.errors import ConfigError, RecipeError
+from splaser_plugin.files.validation import NO_OTHER_KEYS, InvalidRecordError, Number, Whole, plain, validated
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.scanning.records import read_json, write_json
 from splaser_plugin.weights.in_memory import Weights
@@ -21,39 +24,55 @@ SCHEMA = "splaser.recipe/1"
 DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
 
+def _known_dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise ValueError(f"one of {', '.join(DTYPES)}")
+    return name
+
+
 @dataclass(frozen=True)
 class Step:
     """One matrix that was reduced."""
 
+    __pydantic_config__ = NO_OTHER_KEYS
+
     name: str
-    rank: int
+    rank: Annotated[Whole, Field(ge=1)]
     edge: str
     """Where the rank comes from: an edge, or the fraction of components that stayed."""
-    threshold: float | None
+    threshold: Number | None
     """Of the edge; None for a fraction."""
-    shape: tuple[int, int]
+    shape: tuple[Whole, Whole]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything kept by a search, in order, and what it was found with."""
 
+    __pydantic_config__ = NO_OTHER_KEYS
+
     model: str
     """Folder or hub id of the base model."""
-    weights: str
-    """Identity of the base model's weights; see `Weights.identity`."""
-    dtype: str
+    weights_identity: Annotated[str, Field(alias="weights")]
+    """Of the base model's weights; see `Weights.identity`."""
+    dtype: Annotated[str, AfterValidator(_known_dtype)]
     steps: tuple[Step, ...]
-    scores: Mapping[str, float]
+    scores: Mapping[str, Number]
     """Mean score before (`baseline`) and after (`final`)."""
-    settings: Mapping[str, Any]
-    """The configuration of the run, seed included."""
+    config: Annotated[LaserConfig, Field(alias="settings")]
+    """The options of the run, seed included."""
     versions: Mapping[str, str]
+    unknown_settings: Annotated[Mapping[str, Any], Field(exclude=True)] = field(default_factory=dict)
+    """Options in the file that another version of the program had and this one doesn't: none has to do with how the
+    steps are carried out, so they are kept for the file alone."""
 
     def to_dict(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, **asdict(self)}
+        """Plain values, as they stand in recipe.json."""
+        values = plain(self)
+        return {"schema": SCHEMA, **values, "settings": {**self.config.to_dict(), **self.unknown_settings}}
 
     def save(self, path: str | Path) -> None:
+        """Write recipe.json, whole or not at all. Raises OutputError when it can't be written."""
         write_json(path, self.to_dict())
 
     @classmethod
@@ -63,17 +82,12 @@ class Recipe:
         if not isinstance(stored, dict) or stored.pop("schema", None) != SCHEMA:
             raise RecipeError(f"{path}: not a recipe of schema '{SCHEMA}'. Give the recipe.json of a laser run.")
         try:
-            steps = tuple(Step(**{**step, "shape": tuple(step["shape"])}) for step in stored.pop("steps"))
-            recipe = cls(steps=steps, **stored)
-            check_types(recipe)
-            if recipe.dtype not in DTYPES or not isinstance(recipe.settings.get("adapter", ""), str):
-                raise TypeError(f"dtype {recipe.dtype!r:.80}, adapter {recipe.settings.get('adapter')!r:.80}")
-        except (KeyError, TypeError) as error:
-            raise RecipeError(f"{path}: not a whole recipe ({error}). Make it anew with splaser laser.") from error
-        for step in steps:
-            if step.rank < 1:
-                raise RecipeError(f"{path}: {step.name}: rank {step.rank!r}, expected a whole number of at least 1.")
-        return recipe
+            known, unknown = _settings(stored.get("settings"))
+            return validated(cls, {**stored, "settings": known, "unknown_settings": unknown})
+        except (InvalidRecordError, ConfigError) as error:
+            raise RecipeError(
+                f"{path}: not a whole recipe ({str(error).rstrip('.')}). Make it anew with splaser laser."
+            ) from error
 
 
 def carry_out(recipe: Recipe, weights: Weights, *, progress: Progress = SILENT) -> None:
@@ -81,14 +95,14 @@ def carry_out(recipe: Recipe, weights: Weights, *, progress: Progress = SILENT) 
 
     Raises RecipeError, before anything is changed, when the model's weights aren't the recipe's.
     """
-    got, dtype = weights.identity(), weights.dtype
-    if dtype != recipe.dtype or recipe.weights not in (got, weights.identity(with_dtypes=True)):
+    got, dtype, expected = weights.identity(), weights.dtype, recipe.weights_identity
+    if dtype != recipe.dtype or expected not in (got, weights.identity(with_dtypes=True)):
         raise RecipeError(
-            f"the recipe was made for weights {recipe.weights[:12]} of {recipe.model} in {recipe.dtype}, but this "
-            f"model's are {got[:12]} in {dtype}. Give the base model, in the same dtype, before any change."
+            f"the recipe was made for weights {expected[:12]} of {recipe.model} in {recipe.dtype}, but this model's "
+            f"are {got[:12]} in {dtype}. Give the base model, in the same dtype, before any change."
         )
-    include, exclude = _patterns(recipe, "include"), _patterns(recipe, "exclude")
-    matrices = by_name(weights.matrices(include, exclude, recipe.settings.get("towers") is True)[0])
+    config = recipe.config
+    matrices = by_name(weights.matrices(config.include, config.exclude, config.towers)[0])
     for step in recipe.steps:
         if step.name not in matrices or matrices[step.name].shape != step.shape:
             raise RecipeError(f"{step.name} of shape {step.shape} is not among this model's matrices.")
@@ -96,7 +110,7 @@ def carry_out(recipe: Recipe, weights: Weights, *, progress: Progress = SILENT) 
             raise RecipeError(
                 f"{step.name}: rank {step.rank}, but its shape {step.shape} allows at most {min(step.shape)}."
             )
-    if recipe.settings.get("save") == "factored":
+    if recipe.config.save == "factored":
         weights.keep_factors()
     with progress.phase("apply", len(recipe.steps)) as advance:
         for step in recipe.steps:
@@ -104,12 +118,16 @@ def carry_out(recipe: Recipe, weights: Weights, *, progress: Progress = SILENT) 
             advance(1)
 
 
-def _patterns(recipe: Recipe, key: str) -> list[str]:
-    """A run could reduce only what its patterns let through, and what is named by them alone (embeddings, heads)."""
-    patterns = recipe.settings.get(key, [])
-    if not isinstance(patterns, (list, tuple)) or not all(isinstance(each, str) for each in patterns):
-        raise RecipeError(f"the recipe's setting '{key}' is {patterns!r}, expected a list of patterns.")
-    return list(patterns)
+def _settings(stored: Any) -> tuple[LaserConfig, dict[str, Any]]:
+    """The options that stand in a recipe, and those that this version doesn't know.
+
+    Raises ConfigError when one has a value that it can't have, InvalidRecordError when it is no object.
+    """
+    if not isinstance(stored, dict):
+        raise InvalidRecordError(f"settings is {stored!r:.80}, expected an object")
+    known = {each.name for each in fields(LaserConfig)}
+    config = LaserConfig.from_dict({name: value for name, value in stored.items() if name in known})
+    return config, {name: value for name, value in stored.items() if name not in known}
 
 
 def versions() -> dict[str, str]:

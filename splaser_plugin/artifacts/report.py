@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from splaser_plugin.artifacts.results import SHOWN, Interval, Run, load_results
+from splaser_plugin.artifacts.results import Results
 from splaser_plugin.checkpoints.folder import looks_like_path
 from splaser_plugin.config.stages import EDGES
 from splaser_plugin.errors import RecipeError, SplaserError
@@ -38,6 +38,8 @@ SPECTRUM_VALUES = 200_000
 """Most singular values of all spectra together: a scan of thousands of experts draws each from fewer."""
 LEAST_POINTS = 16
 TRAINED_PER_TYPE = 16
+EXCHANGES = 12
+"""Most prompts whose answers stand side by side."""
 
 TARGETS = (("Axolotl", "axolotl", axolotl_yaml), ("LLaMA-Factory", "llamafactory", llamafactory_yaml))
 
@@ -57,12 +59,12 @@ def report(source: str | Path, output: str | Path = "report.html") -> Path:
             raise RecipeError(f"{source}: has no scan.json. Give the output folder of splaser laser, or a scan.json.")
         results = path / "results.json"
         scan = Scan.load(path / "scan.json")
-        run, name = (load_results(results) if results.is_file() else None), "scan.json"
+        run, name = (Results.load(results) if results.is_file() else None), "scan.json"
     write_report(output, scan, run, scan_name=name)
     return Path(output)
 
 
-def write_report(output: str | Path, scan: Scan, run: Run | None = None, *, scan_name: str = "scan.json") -> None:
+def write_report(output: str | Path, scan: Scan, run: Results | None = None, *, scan_name: str = "scan.json") -> None:
     """Write the page, whole or not at all. scan_name: what its commands call the scan.
 
     Raises OutputError when it can't be written.
@@ -72,7 +74,7 @@ def write_report(output: str | Path, scan: Scan, run: Run | None = None, *, scan
         file.write(page)
 
 
-def render(scan: Scan, run: Run | None = None, *, scan_name: str = "scan.json") -> str:
+def render(scan: Scan, run: Results | None = None, *, scan_name: str = "scan.json") -> str:
     """The page as HTML."""
     environment = _environment()
     scripts = [Markup(text) for text in (get_plotlyjs(), _template_file("report.js"))]
@@ -82,7 +84,7 @@ def render(scan: Scan, run: Run | None = None, *, scan_name: str = "scan.json") 
         run=run,
         edges=EDGES,
         blocks=len({matrix.block for matrix in scan.matrices if matrix.block is not None}),
-        exchanges=run.exchanges[:SHOWN] if run else (),
+        exchanges=run.exchanges[:EXCHANGES] if run else (),
         attempts_axis=_axis([each.interval for each in run.attempts if each.interval]) if run else None,
         trained=TRAINED_PER_TYPE,
         targets=_targets(scan, scan_name),
@@ -152,19 +154,19 @@ def _targets(scan: Scan, scan_name: str) -> list[dict[str, str]]:
     return found
 
 
-def _axis(intervals: Sequence[Interval]) -> dict[str, float] | None:
+def _axis(intervals: Sequence[tuple[float, float]]) -> dict[str, float] | None:
     """The range that all intervals and zero lie in; None where there is none."""
     ends = [0.0, *(end for interval in intervals for end in interval)]
     low, high = min(ends), max(ends)
     return {"low": low, "span": high - low} if high > low else None
 
 
-def _chart_data(scan: Scan, run: Run | None) -> dict[str, Any]:
+def _chart_data(scan: Scan, run: Results | None) -> dict[str, Any]:
     """What report.js draws from. Numbers are rounded to 4 digits, texts made visible."""
     types = sorted({matrix.type for matrix in scan.matrices})
     shapes = {matrix.shape for matrix in scan.matrices}
     tried: dict[str, str] = {}
-    for attempt in run.attempts if run else ():
+    for attempt in run.candidates if run else ():
         if tried.get(attempt.name) != "kept":
             tried[attempt.name] = attempt.verdict
     verdict = run.verdict if run else None
@@ -183,7 +185,7 @@ def _chart_data(scan: Scan, run: Run | None) -> dict[str, Any]:
             "difference": _short(verdict.difference),
             "interval": [_short(end) for end in verdict.interval],
             "differences": [_short(each) for each in verdict.differences],
-            "prompts": [visible(prompt) for prompt in verdict.prompts],
+            "prompts": [visible(pair.prompt) for pair in run.texts.held_out] if run else [],
         },
     }
 

@@ -1,42 +1,151 @@
-"""A laser run as its report tells it: what results.json says, candidate by candidate and prompt by prompt."""
+"""The results of a laser run: what results.json says, candidate by candidate and prompt by prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Tag
 
 from splaser_plugin.errors import RecipeError
-from splaser_plugin.files.typed import check_types
-from splaser_plugin.scanning.records import read_json
-from splaser_plugin.statistics import paired_bootstrap
+from splaser_plugin.files.validation import InvalidRecordError, Number, Whole, plain, validated
+from splaser_plugin.scanning.records import read_json, write_json
+from splaser_plugin.statistics import RISK, paired_bootstrap
 
-RESULTS_SCHEMA = "splaser.results/1"
-RISK = 0.05
+SCHEMA = "splaser.results/1"
 RESAMPLES = 2_000
 """For the interval of each candidate: enough to draw it, and quick where there are hundreds."""
-SHOWN = 12
-"""Most prompts of a report whose answers stand side by side."""
 
-Interval = tuple[float, float]
+Interval = tuple[Number, Number]
 
 
-@dataclass(frozen=True)
-class Attempt:
+@dataclass(frozen=True, kw_only=True)
+class UsedPairs:
+    """The pairs that a run had."""
+
+    source: str
+    used: Whole
+    dropped: Mapping[str, Whole]
+    """Cause to count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One pair, as far as a reader needs it."""
+
+    prompt: str
+    """The last user turn."""
+    chosen: str
+    rejected: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """What was asked, in the order of `per_pair` and `answers`."""
+
+    search: tuple[Asked, ...] = ()
+    held_out: tuple[Asked, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A model's scores of all items."""
+
+    score: Number
+    """Their mean."""
+    per_pair: tuple[Number, ...]
+    answers: tuple[str, ...]
+    """Empty where nothing was generated."""
+    empty_answers: Whole = 0
+    cut_answers: Whole = 0
+    generated_tokens: Whole = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
     """One candidate of the search."""
 
     name: str
-    rank: int
-    full_rank: int
+    rank: Whole
+    full_rank: Whole
+    edge: str = ""
+    """Where the rank comes from: an edge, or the fraction of components that stayed."""
+    snr: Number | None = None
+    predicted: Number | None = None
+    parameters_removed: Whole = 0
     verdict: str
+    score: Number | None = None
+    best_before: Number | None = None
+    guard_loss: Number | None = None
+    reason: str | None = None
+    pairs_scored: tuple[Whole, ...]
+    """Places of the items it was scored on; none: it can't be scored."""
+    per_pair: tuple[Number, ...]
+    generated_tokens: Whole = 0
+    elapsed_s: Number = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The comparison on the held-out items."""
+
+    pairs: Whole
+    split: str
+    """Which items are held out."""
+    verdict: str
+    loss_verdict: str | None = None
+    """Whether a loss of the tolerance can be ruled out; None where there is no tolerance."""
+    difference: Number
+    interval: Interval
+    better: Whole
+    worse: Whole
+    equal: Whole
+    base: Measured
+    result: Measured
+
+    @property
+    def items(self) -> int:
+        return self.better + self.worse + self.equal
+
+    @cached_property
+    def differences(self) -> tuple[float, ...]:
+        """Result minus base, of each item."""
+        pairs = zip(self.base.per_pair, self.result.per_pair, strict=True)
+        return tuple(after - before for before, after in pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoVerdict:
+    """Nothing was held out."""
+
+    pairs: Whole = 0
+    split: str
+    """Why not."""
+    verdict: None = None
+
+
+def _held_out_kind(stored: Any) -> str:
+    verdict = stored.get("verdict") if isinstance(stored, Mapping) else getattr(stored, "verdict", None)
+    return "none" if verdict is None else "some"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A candidate beside the model that it was compared with."""
+
+    tried: Tried
     score: float | None
     """Mean over the items it was scored on; None: it can't be scored."""
     change: float | None
     """That mean minus that of the model it was compared with, on the same items."""
-    interval: Interval | None
+    interval: tuple[float, float] | None
     """95 % interval of `change` by paired bootstrap, for this candidate alone; None for fewer than 2 items."""
-    reason: str
+    explanation: str
     """Why it ended as it did, for people."""
 
 
@@ -44,9 +153,7 @@ class Attempt:
 class Exchange:
     """One prompt with the answers of the base model and the result."""
 
-    prompt: str
-    chosen: str
-    rejected: str | None
+    asked: Asked
     before: str
     after: str
     change: float
@@ -64,200 +171,143 @@ class Exchange:
         return length
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The comparison on the held-out items."""
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Everything of results.json."""
 
-    verdict: str
-    loss_verdict: str
-    """Whether a loss of the tolerance can be ruled out; empty where there is no tolerance."""
-    base: float
-    """Mean score of the base model."""
-    result: float
-    difference: float
-    interval: Interval
-    better: int
-    worse: int
-    equal: int
-    differences: tuple[float, ...]
-    """Of each item."""
-    prompts: tuple[str, ...]
-    """Of each pair; none for windows, or if they were not recorded."""
-
-    @property
-    def items(self) -> int:
-        return self.better + self.worse + self.equal
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything of results.json that the report shows."""
-
-    source: str
-    """Where the pairs come from."""
-    unit: str
+    model: str = ""
+    pairs: UsedPairs
+    scorer: str = ""
+    unit: str = "pairs"
     """What a score is of: `pairs`, or `windows` of text."""
-    searched: int
-    """How many of them the search scored on."""
-    compared_with: str
-    """What each candidate had to beat or to equal: the `best` model so far, or the `base`."""
-    parameters_removed: int
+    compared_with: Literal["best", "base"] = "best"
+    """What each candidate had to beat or to equal: the best model so far, or the base."""
+    baseline: Measured
+    final: Measured
+    generated_tokens: Whole = 0
+    parameters_removed: Whole = 0
     """How many parameters fewer the kept matrices have, stored as factors."""
-    baseline: float
-    final: float
-    attempts: tuple[Attempt, ...]
-    verdict: Verdict | None
-    split: str
-    """Which items are held out, or why none are."""
-    exchanges: tuple[Exchange, ...]
-    """Those whose answers changed, most changed first."""
-    answers: int
-    """How many prompts there were before and after, changed or not."""
+    candidates: tuple[Tried, ...]
+    held_out: Annotated[
+        Annotated[Verdict, Tag("some")] | Annotated[NoVerdict, Tag("none")], Discriminator(_held_out_kind)
+    ]
+    texts: Texts = Texts()
 
     @property
-    def kept(self) -> tuple[Attempt, ...]:
-        return tuple(attempt for attempt in self.attempts if attempt.verdict == "kept")
+    def searched(self) -> int:
+        """How many items the search scored on."""
+        return len(self.baseline.per_pair)
 
+    @property
+    def verdict(self) -> Verdict | None:
+        """What the held-out items say; None where there are none."""
+        return self.held_out if isinstance(self.held_out, Verdict) else None
 
-def load_results(path: Path) -> Run:
-    """Read a results.json. Raises RecipeError when it is missing, damaged or of another version."""
-    return run_from_results(read_json(path), str(path))
+    @cached_property
+    def attempts(self) -> tuple[Compared, ...]:
+        """The candidates, each beside what it was compared with."""
+        best: Sequence[float] = self.baseline.per_pair
+        found = []
+        for tried in self.candidates:
+            values = tried.per_pair
+            differences = [value - best[place] for place, value in zip(tried.pairs_scored, values, strict=True)]
+            score, change = _mean(values), _mean(differences)
+            found.append(Compared(tried, score, change, _interval(differences), self._explanation(tried)))
+            if tried.verdict == "kept" and self.compared_with == "best":
+                best = values
+        return tuple(found)
 
+    @property
+    def kept(self) -> tuple[Compared, ...]:
+        return tuple(attempt for attempt in self.attempts if attempt.tried.verdict == "kept")
 
-def run_from_results(stored: Any, source: str = "results") -> Run:
-    """Raises RecipeError when `stored` is not the whole content of a results.json."""
-    if not isinstance(stored, Mapping) or stored.get("schema") != RESULTS_SCHEMA:
-        got = stored.get("schema") if isinstance(stored, Mapping) else type(stored).__name__
-        raise RecipeError(f"{source}: schema is {got!r}, expected '{RESULTS_SCHEMA}'. Make it anew with splaser laser.")
-    try:
-        run = _run(stored)
-        check_types(run)
-        return run
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
-        raise RecipeError(f"{source}: not whole ({repr(error)[:200]}). Make it anew with splaser laser.") from error
+    @cached_property
+    def answered(self) -> tuple[Exchange, ...]:
+        """All prompts with their answers; none where nothing was generated, or where no prompts were recorded."""
+        searched = _exchanges(self.texts.search, self.baseline, self.final, is_held_out=False)
+        if self.verdict is None:
+            return searched
+        return searched + _exchanges(self.texts.held_out, self.verdict.base, self.verdict.result, is_held_out=True)
 
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """Those whose answers changed, most changed first."""
+        changed = [each for each in self.answered if each.before != each.after]
+        return tuple(sorted(changed, key=lambda each: (-abs(each.change), each.asked.prompt)))
 
-def _run(stored: Mapping[str, Any]) -> Run:
-    baseline, final = _measured(stored["baseline"]), _measured(stored["final"])
-    apart = stored["held_out"]
-    before, after = (_measured(apart[key]) if apart["verdict"] is not None else None for key in ("base", "result"))
-    asked = {part: [_pair(each) for each in pairs] for part, pairs in stored.get("texts", {}).items()}
-    exchanges = _exchanges(asked.get("search", []), baseline, final, is_held_out=False)
-    if before and after:
-        exchanges += _exchanges(asked.get("held_out", []), before, after, is_held_out=True)
-    changed = [each for each in exchanges if each.before != each.after]
-    return Run(
-        source=stored["pairs"]["source"],
-        unit=stored.get("unit", "pairs"),
-        searched=len(baseline.values),
-        compared_with=stored.get("compared_with", "best"),
-        parameters_removed=stored.get("parameters_removed", 0),
-        baseline=baseline.score,
-        final=final.score,
-        attempts=tuple(_attempts(stored, baseline)),
-        verdict=_verdict(apart, before, after, asked.get("held_out", [])) if before and after else None,
-        split=apart["split"],
-        exchanges=tuple(sorted(changed, key=lambda each: (-abs(each.change), each.prompt))),
-        answers=len(exchanges),
-    )
+    def to_dict(self) -> dict[str, Any]:
+        """The content of results.json."""
+        return {"schema": SCHEMA, **plain(self)}
 
+    def save(self, path: str | Path) -> None:
+        """Write results.json, whole or not at all. Raises OutputError when it can't be written."""
+        write_json(path, self.to_dict())
 
-@dataclass(frozen=True)
-class _Measured:
-    """A model's scores of all items."""
+    @classmethod
+    def from_dict(cls, stored: Any, source: str = "results") -> Results:
+        """Raises RecipeError when `stored` is not the whole content of a results.json."""
+        if not isinstance(stored, Mapping) or stored.get("schema") != SCHEMA:
+            got = stored.get("schema") if isinstance(stored, Mapping) else type(stored).__name__
+            raise RecipeError(f"{source}: schema is {got!r:.80}, expected '{SCHEMA}'. Make it anew with splaser laser.")
+        try:
+            results = validated(cls, stored)
+            results._check()
+        except (InvalidRecordError, ValueError, IndexError, OverflowError) as error:
+            raise RecipeError(f"{source}: not whole ({str(error)[:200]}). Make it anew with splaser laser.") from error
+        return results
 
-    score: float
-    values: tuple[float, ...]
-    answers: tuple[str, ...]
-    """Empty where nothing was generated."""
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read a results.json. Raises RecipeError when it is missing, damaged or of another version."""
+        return cls.from_dict(read_json(path), str(path))
 
-
-def _measured(stored: Mapping[str, Any]) -> _Measured:
-    measured = _Measured(stored["score"], tuple(stored["per_pair"]), tuple(stored["answers"]))
-    check_types(measured)
-    return measured
-
-
-def _pair(stored: Mapping[str, Any]) -> tuple[str, str, str | None]:
-    return stored["prompt"], stored["chosen"], stored["rejected"]
-
-
-def _attempts(stored: Mapping[str, Any], baseline: _Measured) -> Iterator[Attempt]:
-    with_best = stored.get("compared_with", "best") == "best"
-    best: Sequence[float] = baseline.values
-    for each in stored["candidates"]:
-        values: list[float] = each["per_pair"]
-        differences = [value - best[place] for place, value in zip(each["pairs_scored"], values, strict=True)]
-        yield Attempt(
-            name=each["name"],
-            rank=each["rank"],
-            full_rank=each["full_rank"],
-            verdict=each["verdict"],
-            score=sum(values) / len(values) if values else None,
-            change=sum(differences) / len(differences) if differences else None,
-            interval=_interval(differences),
-            reason=_reason(each, f"{len(values)} {stored.get('unit', 'pairs')}", with_best),
+    def _check(self) -> None:
+        """Raises ValueError or IndexError where parts of different lengths don't fit together."""
+        changes = chain(
+            (each.change for each in self.attempts if each.change is not None),
+            chain.from_iterable(each.interval for each in self.attempts if each.interval is not None),
+            (each.change for each in self.answered),
+            self.verdict.differences if self.verdict else (),
         )
-        if each["verdict"] == "kept" and with_best:
-            best = values
+        if not all(map(math.isfinite, changes)):
+            raise ValueError("a difference of scores is too large for a number")
+
+    def _explanation(self, tried: Tried) -> str:
+        items = f"{len(tried.per_pair)} {self.unit}"
+        kept = (
+            "better than the best before it"
+            if self.compared_with == "best"
+            else "by its test not worse than the base by the tolerance"
+        )
+        guarded = (
+            f"measured {tried.guard_loss:.4f}, over its limit"
+            if tried.guard_loss is not None
+            else f"says that {tried.reason}"
+        )
+        return {
+            "kept": f"{kept}, on all {items}",
+            "restored": f"scored on all {items} and not accepted by the rule of this run; put back bit for bit",
+            "stopped": f"after {items} a bound said that it can't be accepted any more; put back bit for bit",
+            "guarded": f"accepted on all {items}, but the guard {guarded}; put back",
+            "failed": f"it can't be scored: {tried.reason}; put back bit for bit",
+        }.get(tried.verdict, "")
 
 
-def _interval(differences: Sequence[float]) -> Interval | None:
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _interval(differences: Sequence[float]) -> tuple[float, float] | None:
     if len(differences) < 2:
         return None
     return paired_bootstrap(differences, risk=RISK, seed=0, resamples=RESAMPLES)
 
 
-def _reason(candidate: Mapping[str, Any], items: str, with_best: bool) -> str:
-    """items: how many it was scored on, and of what."""
-    kept = "better than the best before it" if with_best else "by its test not worse than the base by the tolerance"
-    guard_loss = candidate.get("guard_loss")
-    guarded = (
-        f"measured {guard_loss:.4f}, over its limit"
-        if guard_loss is not None
-        else f"says that {candidate.get('reason')}"
-    )
-    return {
-        "kept": f"{kept}, on all {items}",
-        "restored": f"scored on all {items} and not accepted by the rule of this run; put back bit for bit",
-        "stopped": f"after {items} a bound said that it can't be accepted any more; put back bit for bit",
-        "guarded": f"accepted on all {items}, but the guard {guarded}; put back",
-        "failed": f"it can't be scored: {candidate.get('reason')}; put back bit for bit",
-    }.get(candidate["verdict"], "")
-
-
-def _exchanges(
-    asked: Sequence[tuple[str, str, str | None]], before: _Measured, after: _Measured, *, is_held_out: bool
-) -> list[Exchange]:
-    """None where nothing was generated, or where the prompts were not recorded."""
+def _exchanges(asked: Sequence[Asked], before: Measured, after: Measured, *, is_held_out: bool) -> tuple[Exchange, ...]:
     if not asked or not before.answers or not after.answers:
-        return []
-    return [
-        Exchange(*pair, first, second, new - old, is_held_out)
-        for pair, first, second, old, new in zip(
-            asked, before.answers, after.answers, before.values, after.values, strict=True
-        )
-    ]
-
-
-def _verdict(
-    stored: Mapping[str, Any], base: _Measured, result: _Measured, asked: Sequence[tuple[str, str, str | None]]
-) -> Verdict:
-    low, high = stored["interval"]
-    differences = (after - before for before, after in zip(base.values, result.values, strict=True))
-    return Verdict(
-        verdict=stored["verdict"],
-        loss_verdict=stored.get("loss_verdict") or "",
-        base=base.score,
-        result=result.score,
-        difference=stored["difference"],
-        interval=(low, high),
-        better=stored["better"],
-        worse=stored["worse"],
-        equal=stored["equal"],
-        differences=tuple(differences),
-        prompts=tuple(prompt for prompt, _, _ in asked),
-    )
+        return ()
+    scored = zip(asked, before.answers, after.answers, before.per_pair, after.per_pair, strict=True)
+    return tuple(Exchange(pair, first, second, new - old, is_held_out) for pair, first, second, old, new in scored)
 
 
 def _words(answer: str) -> list[str]:

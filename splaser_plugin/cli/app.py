@@ -322,7 +322,7 @@ def _show_comparison(found: Comparison, output: Path) -> None:
 
 def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:
     dense, stored = result.parameters
-    if result.recipe.settings["save"] == "factored":
+    if result.config.save == "factored":
         progress.result("parameters", f"{dense:,} before, {stored:,} after")
     else:
         removed = result.search.parameters_removed

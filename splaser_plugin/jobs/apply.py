@@ -100,9 +100,12 @@ def _apply(
     tokenizer = None
     loaded: Any = model
     if not isinstance(model, nn.Module):
-        adapter = recipe.settings.get("adapter", "")
         loaded, tokenizer = load_model(
-            model, device=config.device, dtype=recipe.dtype, adapter=adapter, allow_pickle=config.allow_pickle
+            model,
+            device=config.device,
+            dtype=recipe.dtype,
+            adapter=recipe.config.adapter,
+            allow_pickle=config.allow_pickle,
         )
     weights = Weights(loaded)
     carry_out(recipe, weights, progress=progress)

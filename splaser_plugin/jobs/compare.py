@@ -25,12 +25,11 @@ from splaser_plugin.scoring.perplexity import exp, perplexity
 from splaser_plugin.scoring.scorers import Material, Rulers
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.scoring.semantic import SemanticScorer
-from splaser_plugin.statistics import can_reach, paired_bootstrap
+from splaser_plugin.statistics import RISK, can_reach, paired_bootstrap
 from splaser_plugin.tables import Table
 from splaser_plugin.weights.loading import check_source, load_model
 
 SCHEMA = "splaser.comparison/1"
-RISK = 0.05
 OTHER_TOKENS = "its tokenizer cuts texts otherwise than the first model's, so figures a token can't be compared"
 
 

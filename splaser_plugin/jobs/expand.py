@@ -8,7 +8,7 @@ from pathlib import Path
 
 from splaser_plugin.artifacts.card import model_card
 from splaser_plugin.artifacts.recipe import Recipe
-from splaser_plugin.artifacts.results import load_results
+from splaser_plugin.artifacts.results import Results
 from splaser_plugin.checkpoints.folder import INDEX_NAME, read_config, resolve_model
 from splaser_plugin.files.output import check_space, whole_folder
 from splaser_plugin.weights.factored import expand
@@ -44,5 +44,5 @@ def _rewrite_card(folder: Path) -> None:
         return
     recipe = Recipe.load(folder / "recipe.json")
     results = folder / "results.json"
-    run = load_results(results) if results.is_file() else None
-    model_card(replace(recipe, settings={**recipe.settings, "save": "dense"}), run).save(folder / "README.md")
+    run = Results.load(results) if results.is_file() else None
+    model_card(replace(recipe, config=replace(recipe.config, save="dense")), run).save(folder / "README.md")

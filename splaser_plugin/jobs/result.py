@@ -12,14 +12,14 @@ from torch import Tensor
 from splaser_plugin.artifacts.card import model_card
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.artifacts.report import write_report
-from splaser_plugin.artifacts.results import RESULTS_SCHEMA, run_from_results
+from splaser_plugin.artifacts.results import Asked, Measured, NoVerdict, Results, Texts, Tried, UsedPairs, Verdict
 from splaser_plugin.config.run_file import run_file
 from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.data.pairs import ROWS, Pair, PairSet
 from splaser_plugin.data.split import Split
 from splaser_plugin.distributed import in_main
 from splaser_plugin.files.output import check_output, held, whole_folder
-from splaser_plugin.scanning.scan import Scan, write_json
+from splaser_plugin.scanning.records import Scan
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.search import SearchResult, Trial
 from splaser_plugin.search.verdict import HeldOut
@@ -81,6 +81,11 @@ class LaserResult:
         return self.held_out.verdict if self.held_out else None
 
     @property
+    def config(self) -> LaserConfig:
+        """The options of the run."""
+        return self.recipe.config
+
+    @property
     def pairs(self) -> PairSet:
         """All pairs that were read, but those of --held-out."""
         return self.split.pairs
@@ -95,29 +100,28 @@ class LaserResult:
         """How many numbers the dense model has, and how many `save` writes."""
         return parameter_counts(self.weights)
 
+    @property
+    def record(self) -> Results:
+        """What results.json says, and the report and the card are made from."""
+        scored = self.split if self.config.unit == "pairs" else replace(self.split, search=(), held_out=())
+        return Results(
+            model=self.recipe.model,
+            pairs=UsedPairs(source=self.pairs.source, used=len(self.pairs.pairs), dropped=dict(self.pairs.dropped)),
+            scorer=self.config.scorer,
+            unit=self.config.unit,
+            compared_with="base" if self.config.acceptance == "harmless" else "best",
+            baseline=_measured(self.search.baseline),
+            final=_measured(self.search.final),
+            generated_tokens=self.search.generated_tokens,
+            parameters_removed=self.search.parameters_removed,
+            candidates=tuple(map(_tried, self.search.trials)),
+            held_out=_verdict(self.held_out, self.split),
+            texts=Texts(search=_asked(scored.search), held_out=_asked(scored.held_out)),
+        )
+
     def results(self) -> dict[str, Any]:
         """The content of results.json."""
-        config = LaserConfig.from_dict(self.recipe.settings)
-        scored = self.split if config.unit == "pairs" else replace(self.split, search=(), held_out=())
-        return {
-            "schema": RESULTS_SCHEMA,
-            "model": self.recipe.model,
-            "pairs": {
-                "source": self.pairs.source,
-                "used": len(self.pairs.pairs),
-                "dropped": dict(self.pairs.dropped),
-            },
-            "scorer": config.scorer,
-            "unit": config.unit,
-            "compared_with": "base" if config.acceptance == "harmless" else "best",
-            "baseline": _scores(self.search.baseline),
-            "final": _scores(self.search.final),
-            "generated_tokens": self.search.generated_tokens,
-            "parameters_removed": self.search.parameters_removed,
-            "candidates": [_trial(trial) for trial in self.search.trials],
-            "held_out": _verdict(self.held_out, self.split),
-            "texts": {"search": _texts(scored.search), "held_out": _texts(scored.held_out)},
-        }
+        return self.record.to_dict()
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write the model, its tokenizer and card, its scan, recipe, run.yaml and results, and the report, or nothing.
@@ -141,75 +145,73 @@ class LaserResult:
         in_main(lambda: self._write(path, state))
 
     def _write(self, path: Path, state: Mapping[str, Tensor] | None) -> None:
-        results = self.results()
-        run = run_from_results(results)
+        record = self.record
         with whole_folder(path, needed=self.weights.size) as folder:
             save_model(self.weights, folder, state)
             self.tokenizer.save_pretrained(folder)
             self.scan.save(folder / "scan.json")
             self.recipe.save(folder / "recipe.json")
             (folder / "run.yaml").write_text(self._run_file(), encoding="utf-8")
-            write_json(folder / "results.json", results)
-            write_report(folder / "report.html", self.scan, run)
-            model_card(self.recipe, run).save(folder / "README.md")
+            record.save(folder / "results.json")
+            write_report(folder / "report.html", self.scan, record)
+            model_card(self.recipe, record).save(folder / "README.md")
 
     def _run_file(self) -> str:
         source = "" if self.pairs.source in (ROWS, NO_PAIRS) else self.pairs.source
-        return run_file({"model": self.recipe.model, "pairs": source}, self.recipe.settings)
+        return run_file({"model": self.recipe.model, "pairs": source}, self.config.to_dict())
 
 
-def _scores(scores: Scores) -> dict[str, Any]:
-    return {
-        "score": scores.mean,
-        "per_pair": list(scores.values),
-        "answers": [answer.text for answer in scores.answers],
-        "empty_answers": scores.empty_answers,
-        "cut_answers": scores.cut_answers,
-        "generated_tokens": scores.generated_tokens,
-    }
+def _measured(scores: Scores) -> Measured:
+    return Measured(
+        score=scores.mean,
+        per_pair=scores.values,
+        answers=tuple(answer.text for answer in scores.answers),
+        empty_answers=scores.empty_answers,
+        cut_answers=scores.cut_answers,
+        generated_tokens=scores.generated_tokens,
+    )
 
 
-def _texts(pairs: Iterable[Pair]) -> list[dict[str, Any]]:
-    """What was asked, in the order of `per_pair` and `answers`: the last turn of each prompt, and its references."""
-    return [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
+def _asked(pairs: Iterable[Pair]) -> tuple[Asked, ...]:
+    return tuple(Asked(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected) for pair in pairs)
 
 
-def _verdict(held_out: HeldOut | None, split: Split) -> dict[str, Any]:
+def _verdict(held_out: HeldOut | None, split: Split) -> Verdict | NoVerdict:
     if held_out is None:
-        return {"pairs": 0, "split": split.reason, "verdict": None}
-    return {
-        "pairs": len(held_out.base.items),
-        "split": split.reason,
-        "verdict": held_out.verdict,
-        "loss_verdict": held_out.loss_verdict or None,
-        "difference": held_out.difference,
-        "interval": list(held_out.interval),
-        "better": held_out.better,
-        "worse": held_out.worse,
-        "equal": held_out.equal,
-        "base": _scores(held_out.base),
-        "result": _scores(held_out.result),
-    }
+        return NoVerdict(split=split.reason)
+    return Verdict(
+        pairs=len(held_out.base.items),
+        split=split.reason,
+        verdict=held_out.verdict,
+        loss_verdict=held_out.loss_verdict or None,
+        difference=held_out.difference,
+        interval=held_out.interval,
+        better=held_out.better,
+        worse=held_out.worse,
+        equal=held_out.equal,
+        base=_measured(held_out.base),
+        result=_measured(held_out.result),
+    )
 
 
-def _trial(trial: Trial) -> dict[str, Any]:
+def _tried(trial: Trial) -> Tried:
     candidate, judgement = trial.candidate, trial.judgement
     scores = judgement.scores
-    return {
-        "name": candidate.matrix.name,
-        "rank": candidate.rank,
-        "full_rank": min(candidate.matrix.shape),
-        "edge": candidate.edge,
-        "snr": candidate.snr,
-        "predicted": candidate.predicted,
-        "parameters_removed": candidate.parameters_removed,
-        "verdict": judgement.verdict,
-        "score": scores.mean if scores else None,
-        "best_before": judgement.best_before,
-        "guard_loss": judgement.guard_loss,
-        "reason": judgement.reason,
-        "pairs_scored": list(scores.items) if scores else [],
-        "per_pair": list(scores.values) if scores else [],
-        "generated_tokens": scores.generated_tokens if scores else 0,
-        "elapsed_s": round(trial.elapsed_s, 3),
-    }
+    return Tried(
+        name=candidate.matrix.name,
+        rank=candidate.rank,
+        full_rank=min(candidate.matrix.shape),
+        edge=candidate.edge,
+        snr=candidate.snr,
+        predicted=candidate.predicted,
+        parameters_removed=candidate.parameters_removed,
+        verdict=judgement.verdict,
+        score=scores.mean if scores else None,
+        best_before=judgement.best_before,
+        guard_loss=judgement.guard_loss,
+        reason=judgement.reason,
+        pairs_scored=scores.items if scores else (),
+        per_pair=scores.values if scores else (),
+        generated_tokens=scores.generated_tokens if scores else 0,
+        elapsed_s=round(trial.elapsed_s, 3),
+    )

@@ -219,13 +219,13 @@ def make_recipe(run: Run, scan: Scan, found: SearchResult) -> Recipe:
     """How to get from the base model to the result again."""
     return Recipe(
         model=run.name,
-        weights=scan.weights,
+        weights_identity=scan.weights_identity,
         dtype=run.dtype,
         steps=tuple(
             Step(each.matrix.name, each.rank, each.edge, each.threshold, each.matrix.shape) for each in found.kept
         ),
         scores={"baseline": found.baseline.mean, "final": found.final.mean},
-        settings=run.config.to_dict(),
+        config=run.config,
         versions=versions(),
     )
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, Field, PlainValidator
 
-from splaser_plugin.config.stages import EDGES
 from splaser_plugin.errors import RecipeError
 from splaser_plugin.files import reading
 from splaser_plugin.files.output import whole_file
-from splaser_plugin.files.typed import check_types
-from splaser_plugin.spectra.edges import EdgeFit, fit_edges
+from splaser_plugin.files.validation import NO_OTHER_KEYS, InvalidRecordError, Number, Whole, validated
+from splaser_plugin.spectra.edges import EDGES, EdgeFit, fit_edges
 from splaser_plugin.tables import Table
 from splaser_plugin.weights.matrices import Matrix, Skipped
 
@@ -27,19 +28,49 @@ QUANTILES = 256
 MAX_SCAN_BYTES = 2_000_000_000
 """That of 10,000 matrices has 100 MB."""
 
+Size = Annotated[Whole, Field(ge=1)]
+
+
+def _packed(values: Any) -> array[float]:
+    """Numbers in 8 bytes each: as Python's those of the spectra of 10,000 matrices take 80 MB."""
+    if not isinstance(values, array):
+        if not isinstance(values, (list, tuple)) or any(type(each) not in (int, float) for each in values):
+            raise ValueError("a list of numbers")
+        try:
+            values = array("d", values)
+        except OverflowError as error:
+            raise ValueError("numbers of 64 bits") from error
+    if not all(map(math.isfinite, values)):
+        raise ValueError("finite numbers")
+    return values
+
+
+def _of_every_edge(fits: dict[str, EdgeFit]) -> dict[str, EdgeFit]:
+    if missing := [edge for edge in EDGES if edge not in fits]:
+        raise ValueError(f"an entry '{missing[0]}'")
+    return {edge: fits[edge] for edge in EDGES}
+
+
+def _known_edge(edge: str) -> str:
+    if edge not in EDGES:
+        raise ValueError(f"one of {', '.join(EDGES)}")
+    return edge
+
 
 @dataclass(frozen=True)
 class MatrixScan:
     """What the scan found in one matrix."""
 
+    __pydantic_config__ = NO_OTHER_KEYS
+
     name: str
     type: str
-    block: int | None
-    shape: tuple[int, int]
-    max_singular_value: float
-    min_singular_value: float
-    edges: dict[str, EdgeFit]
-    spectrum: Sequence[float]
+    block: Whole | None
+    shape: tuple[Size, Size]
+    max_singular_value: Number
+    min_singular_value: Number
+    edges: Annotated[dict[str, EdgeFit], AfterValidator(_of_every_edge)]
+    spectrum: Annotated[Sequence[float], PlainValidator(_packed)]
     """At most 256 singular values, evenly spaced by order, largest first, to 6 digits: for drawing only."""
     tower: str = ""
     """The part of a composite model that it stands in; empty for the language model."""
@@ -52,21 +83,9 @@ class MatrixScan:
         return {**vars(self), "edges": edges, "spectrum": list(self.spectrum), "stored": list(self.stored)}
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> MatrixScan:
-        """The record from its plain values. Raises KeyError, TypeError or OverflowError when it isn't whole."""
-        record = cls(
-            **{
-                **stored,
-                "shape": tuple(stored["shape"]),
-                "stored": tuple(stored.get("stored", ())),
-                "spectrum": array("d", stored["spectrum"]),
-                "edges": {edge: EdgeFit(**stored["edges"][edge]) for edge in EDGES},
-            }
-        )
-        check_types(record)
-        if min(record.shape) < 1:
-            raise TypeError(f"shape is {record.shape}, expected rows and columns")
-        return record
+    def from_dict(cls, stored: Any) -> MatrixScan:
+        """The record from its plain values. Raises InvalidRecordError when it isn't whole."""
+        return validated(cls, stored)
 
 
 @dataclass(frozen=True)
@@ -75,11 +94,11 @@ class Scan(Table):
 
     model: str
     """Folder or hub id."""
-    weights: str
-    """Identity of the weights that were scanned (sha256)."""
-    edge: str
+    weights_identity: Annotated[str, Field(alias="weights")]
+    """Of the weights that were scanned (sha256)."""
+    edge: Annotated[str, AfterValidator(_known_edge)]
     """The edge that ranking and reducing go by, unless another is asked for."""
-    matrices: tuple[MatrixScan, ...]
+    matrices: Annotated[tuple[MatrixScan, ...], Field(min_length=1)]
     skipped: tuple[Skipped, ...]
     precision: str = "auto"
     version: str = ""
@@ -121,29 +140,26 @@ class Scan(Table):
         write_json(path, self._content(self.matrices), default=MatrixScan.to_dict)
 
     def _content(self, matrices: Sequence[object]) -> dict[str, Any]:
-        skipped = [asdict(each) for each in self.skipped]
-        return {"schema": SCHEMA, **vars(self), "matrices": matrices, "skipped": skipped}
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "weights": self.weights_identity,
+            "edge": self.edge,
+            "matrices": matrices,
+            "skipped": [asdict(each) for each in self.skipped],
+            "precision": self.precision,
+            "version": self.version,
+        }
 
     @classmethod
     def from_dict(cls, stored: Any, source: str = "scan") -> Scan:
         """Raises RecipeError when `stored` is no scan of this version."""
         if not isinstance(stored, dict) or stored.get("schema") != SCHEMA:
             got = stored.get("schema") if isinstance(stored, dict) else type(stored).__name__
-            raise RecipeError(f"{source}: schema is {got!r}, expected '{SCHEMA}'. Make it anew with splaser scan.")
+            raise RecipeError(f"{source}: schema is {got!r:.80}, expected '{SCHEMA}'. Make it anew with splaser scan.")
         try:
-            scan = cls(
-                **{key: stored[key] for key in ("model", "weights", "edge")},
-                matrices=tuple(MatrixScan.from_dict(each) for each in stored["matrices"]),
-                skipped=tuple(Skipped(**each) for each in stored["skipped"]),
-                **{key: stored[key] for key in ("precision", "version") if key in stored},
-            )
-            check_types(replace(scan, matrices=()))
-            if scan.edge not in EDGES:
-                raise TypeError(f"edge is {scan.edge!r:.80}, expected one of {', '.join(EDGES)}")
-            if not scan.matrices:
-                raise TypeError("no matrices")
-            return scan
-        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            return validated(cls, stored)
+        except InvalidRecordError as error:
             raise RecipeError(f"{source}: not a whole scan ({error}). Make it anew with splaser scan.") from error
 
     @classmethod
@@ -178,10 +194,10 @@ def matrix_scan(matrix: Matrix, values: np.ndarray) -> MatrixScan:
 
 
 def _compact(stored: dict[str, Any]) -> dict[str, Any]:
-    """Pack a spectrum as soon as it is read: as Python's numbers those of 10,000 matrices take 80 MB."""
-    with suppress(TypeError, OverflowError):  # left as it is for `MatrixScan.from_dict` to refuse
-        if isinstance(stored.get("spectrum"), list):
-            stored["spectrum"] = array("d", stored["spectrum"])
+    """Pack a spectrum as soon as it is read, before the next one is."""
+    with suppress(ValueError):  # left as it is for `MatrixScan` to refuse
+        if "spectrum" in stored:
+            stored["spectrum"] = _packed(stored["spectrum"])
     return stored
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from splaser_plugin import __version__
 from splaser_plugin.config.stages import ScanConfig
 from splaser_plugin.errors import CheckpointError, RecipeError, SpectrumError
+from splaser_plugin.files.validation import InvalidRecordError
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.scanning.records import SCHEMA, MatrixScan, Scan, matrix_scan, rank_key, read_json, write_json
 from splaser_plugin.weights.matrices import Matrix
@@ -179,7 +180,7 @@ def _scan(empty: Scan, matrices: Sequence[Matrix], read: _Read, output: str | Pa
 
     _check_output(output)
     path = Path(output).expanduser().resolve()
-    settings = {"weights": empty.weights, "precision": empty.precision, "version": empty.version}
+    settings = {"weights": empty.weights_identity, "precision": empty.precision, "version": empty.version}
     with closing(ScanJournal(path, settings)) as journal:
         known = gather(lambda: _known(path, empty, matrices, journal, progress) if is_main() else [])
         names = {record.name for record in known}
@@ -218,7 +219,7 @@ def _known(
 def _record_or_none(stored: Mapping[str, Any]) -> MatrixScan | None:
     try:
         return MatrixScan.from_dict(stored)
-    except (KeyError, TypeError, OverflowError):
+    except InvalidRecordError:
         return None
 
 
@@ -228,7 +229,7 @@ def _finished(path: Path, empty: Scan) -> tuple[MatrixScan, ...]:
         before = Scan.load(path)
     except RecipeError:  # there is none, or a damaged or older one, which is replaced
         return ()
-    same = (before.weights, before.precision, before.version) == (empty.weights, empty.precision, empty.version)
+    same = all(getattr(before, name) == getattr(empty, name) for name in ("weights_identity", "precision", "version"))
     return before.matrices if same else ()
 
 

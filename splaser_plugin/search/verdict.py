@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from splaser_plugin.scoring.scores import Scores
-from splaser_plugin.statistics import can_reach, largest_share, paired_bootstrap
+from splaser_plugin.statistics import RISK, can_reach, largest_share, paired_bootstrap
 
-RISK = 0.05
 SURE = f"{100 * (1 - RISK / 2):g} % sure"
 """Of what one end of the interval says."""
 

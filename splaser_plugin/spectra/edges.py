@@ -8,24 +8,26 @@ from functools import lru_cache
 
 import numpy as np
 
+from splaser_plugin.config.stages import EDGES
 from splaser_plugin.errors import SpectrumError
-
-EDGES = ("iqr", "mp", "gavish-donoho")
+from splaser_plugin.files.validation import NO_OTHER_KEYS, Number, Whole
 
 
 @dataclass(frozen=True)
 class EdgeFit:
     """One edge placed in one spectrum. Every number is finite; what has no finite value is None."""
 
-    sigma: float
+    __pydantic_config__ = NO_OTHER_KEYS
+
+    sigma: Number
     """Noise scale, in the weight's unit: of the singular values for `iqr`, of one entry for the others."""
-    threshold: float
+    threshold: Number
     """Singular values above it count as signal, the others as noise."""
-    rank: int
+    rank: Whole
     """How many singular values are above the threshold."""
-    snr: float | None
+    snr: Number | None
     """Sum of the singular values above the threshold over the sum of the others."""
-    snr_ratio: float | None
+    snr_ratio: Number | None
     """`snr` divided by the largest singular value; unlike `snr` it depends on the weight's scale."""
     reason: str | None
     """Why `snr` or `snr_ratio` is None."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from splaser_plugin.checkpoints.naming import block_index, type_in_block, types_and_blocks
 from splaser_plugin.errors import MatrixError, ModelError, nearest
+from splaser_plugin.files.validation import NO_OTHER_KEYS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,6 +59,8 @@ def overview(matrices: Sequence[Matrix]) -> str:
 @dataclass(frozen=True)
 class Skipped:
     """A parameter that is not among the matrices, and why."""
+
+    __pydantic_config__ = NO_OTHER_KEYS
 
     name: str
     reason: str

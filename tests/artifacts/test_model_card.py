@@ -14,21 +14,22 @@ from huggingface_hub import HfApi, ModelCard
 from splaser_plugin.artifacts.card import code, model_card, public_name
 from splaser_plugin.artifacts.hub import check_repo, push_to_hub
 from splaser_plugin.artifacts.recipe import Recipe, Step
-from splaser_plugin.artifacts.results import run_from_results
+from splaser_plugin.artifacts.results import Results
+from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.errors import ConfigError, OutputError
 from splaser_plugin.scanning.records import write_json
 from tests.report_data import made_up_results, made_up_scan, replaced
 
 SCAN = made_up_scan(4)
-RUN = run_from_results(made_up_results(SCAN))
+RUN = Results.from_dict(made_up_results(SCAN))
 STEPS = tuple(Step(each.name, 5, "iqr", 3.25, each.shape) for each in SCAN.matrices[:2])
 RECIPE = Recipe(
     model="HuggingFaceTB/SmolLM2-135M-Instruct",
-    weights="0123456789abcdef" * 4,
+    weights_identity="0123456789abcdef" * 4,
     dtype="float32",
     steps=STEPS,
     scores={"baseline": 0.2, "final": 0.25},
-    settings={"embedder": "/home/alice/minilm", "edge": "iqr", "samples": 24, "adapter": ""},
+    config=LaserConfig(embedder="/home/alice/minilm", samples=24),
     versions={"splaser-plugin": "0.1.0", "torch": "2.13.0"},
 )
 
@@ -54,7 +55,7 @@ def test_a_card_says_what_was_done_and_how_good_it_is():
         assert f"| `{step.name}` | {step.shape[0]} x {step.shape[1]} | 5 | `iqr` | 3.25 |" in text
     assert "2 of its weight matrices" in text
     assert "| 20 pairs that the search used | +0.2000 | +0.2500 |" in text
-    assert f"| 8 pairs held out | {RUN.verdict.base:+.4f} | {RUN.verdict.result:+.4f} |" in text
+    assert f"| 8 pairs held out | {RUN.verdict.base.score:+.4f} | {RUN.verdict.result.score:+.4f} |" in text
     assert "On pairs that the search never saw: **better**. Mean difference" in text
     assert "(95 % interval +0.0500 to +0.1500): 8 better, 0 worse, 0 equal." in text
     assert "splaser apply recipe.json HuggingFaceTB/SmolLM2-135M-Instruct -o rebuilt" in text
@@ -63,7 +64,7 @@ def test_a_card_says_what_was_done_and_how_good_it_is():
 
 def test_a_card_without_a_verdict_says_why():
     stored = made_up_results(SCAN)
-    unsplit = run_from_results({**stored, "held_out": {**stored["held_out"], "verdict": None}})
+    unsplit = Results.from_dict({**stored, "held_out": {**stored["held_out"], "verdict": None}})
     assert "Nothing was held out, so there is no verdict." in model_card(RECIPE, unsplit).text
     assert "stands in the card of the run that made the recipe" in model_card(RECIPE).text
     assert "datasets" not in metadata(model_card(RECIPE))
@@ -103,7 +104,7 @@ def test_a_local_folder_that_looks_like_a_hub_id_is_none(tmp_path, monkeypatch):
 
 def test_nothing_of_the_machine_is_on_the_card():
     stored = replaced(made_up_results(SCAN), "Intel/orca_dpo_pairs", "/home/alice/private/pairs.jsonl")
-    card = model_card(replace(RECIPE, model="/home/alice/models/mine"), run_from_results(stored))
+    card = model_card(replace(RECIPE, model="/home/alice/models/mine"), Results.from_dict(stored))
     assert "alice" not in str(card) and "/home" not in str(card)
     assert metadata(card)["base_model"] == "mine"
     assert "datasets" not in metadata(card)
@@ -119,7 +120,7 @@ def test_nothing_of_the_machine_is_on_the_card():
 def test_names_are_text_in_markdown(planted):
     named = replace(STEPS[0], name=f"model{planted}")
     stored = replaced(made_up_results(SCAN), "Intel/orca_dpo_pairs", f"set{planted}")
-    card = model_card(replace(RECIPE, model=f"m{planted}", steps=(named,)), run_from_results(stored))
+    card = model_card(replace(RECIPE, model=f"m{planted}", steps=(named,)), Results.from_dict(stored))
     outside = re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", card.text)
     assert not any(part in outside for part in ("<", "[x]", "*x*", "\x1b", "# title"))
     row = next(line for line in card.text.splitlines() if "3.25" in line)
@@ -184,8 +185,8 @@ def test_no_path_and_no_token_goes_up_and_the_recipe_stays_whole(hub, finished, 
         assert b"/home" not in content and b"hf_planted" not in content, name
     (tmp_path / "recipe.json").write_bytes(hub.files["recipe.json"])
     pushed = Recipe.load(tmp_path / "recipe.json")
-    assert pushed.settings == {"embedder": "minilm", "edge": "iqr", "samples": 24, "adapter": ""}
-    assert pushed == replace(RECIPE, model="mine", settings=pushed.settings)
+    assert pushed.config == LaserConfig(embedder="minilm", samples=24)
+    assert pushed == replace(RECIPE, model="mine", config=pushed.config)
     assert json.loads(hub.files["scan.json"])["model"] == "mine"
     assert ModelCard(hub.files["README.md"].decode()).data.library_name == "transformers"
 

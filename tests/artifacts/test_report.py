@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splaser_plugin.artifacts.report import render, report, visible
-from splaser_plugin.artifacts.results import run_from_results
+from splaser_plugin.artifacts.results import Results
 from splaser_plugin.errors import OutputError, RecipeError
 from splaser_plugin.integrations.configs.axolotl import axolotl_yaml
 from splaser_plugin.integrations.configs.plan import Plan
@@ -63,7 +63,7 @@ def squeezed(text):
 
 
 def test_a_report_answers_in_the_order_of_the_questions():
-    text = squeezed(Page(render(SCAN, run_from_results(RESULTS))).text)
+    text = squeezed(Page(render(SCAN, Results.from_dict(RESULTS))).text)
     told = [
         "1 of 4 candidates kept",
         "better than the best before it, on all 20 pairs",
@@ -80,7 +80,7 @@ def test_a_report_answers_in_the_order_of_the_questions():
 
 
 def test_the_interval_of_a_candidate_is_that_of_its_differences_to_the_best_before_it():
-    run = run_from_results(RESULTS)
+    run = Results.from_dict(RESULTS)
     kept, restored, stopped, failed = run.attempts
     gained = RESULTS["final"]["score"] - RESULTS["baseline"]["score"]
     assert kept.change == pytest.approx(gained)
@@ -94,11 +94,11 @@ def test_the_interval_of_a_candidate_is_that_of_its_differences_to_the_best_befo
 def test_what_changed_most_comes_first_and_what_did_not_change_is_left_out():
     stored = json.loads(json.dumps(RESULTS))
     stored["final"]["answers"][3] = stored["baseline"]["answers"][3]
-    run = run_from_results(stored)
+    run = Results.from_dict(stored)
     changes = [abs(each.change) for each in run.exchanges]
     assert changes == sorted(changes, reverse=True)
     assert len(changes) == 27
-    assert "Question 3?" not in [each.prompt for each in run.exchanges]
+    assert "Question 3?" not in [each.asked.prompt for each in run.exchanges]
     assert run.exchanges[0].before[: run.exchanges[0].shared].endswith(" is ")
     assert Page(render(SCAN, run)).tags.count("article") == 12
 
@@ -112,7 +112,7 @@ def test_what_changed_most_comes_first_and_what_did_not_change_is_left_out():
     ],
 )
 def test_the_verdict_in_words(change, told):
-    run = run_from_results({**RESULTS, "held_out": {**RESULTS["held_out"], **change}})
+    run = Results.from_dict({**RESULTS, "held_out": {**RESULTS["held_out"], **change}})
     assert told in squeezed(Page(render(SCAN, run)).text)
 
 
@@ -126,7 +126,7 @@ def test_a_run_on_windows_of_text_by_the_harmless_rule_is_told_in_its_own_words(
         part["answers"] = []
     failed = {"verdict": "failed", "reason": "only nan came out", "score": None, "per_pair": [], "pairs_scored": []}
     stored["candidates"].append({**stored["candidates"][0], **failed})
-    run = run_from_results(stored)
+    run = Results.from_dict(stored)
     text = squeezed(Page(render(SCAN, run)).text)
     for told in (
         "20 windows searched on",
@@ -148,7 +148,7 @@ def test_a_run_that_kept_and_generated_nothing_says_so():
     silent = {**RESULTS["baseline"], "answers": []}
     held_out = {**RESULTS["held_out"], "verdict": None}
     changes = {"baseline": silent, "final": silent, "candidates": RESULTS["candidates"][1:], "held_out": held_out}
-    text = squeezed(Page(render(SCAN, run_from_results({**RESULTS, **changes}))).text)
+    text = squeezed(Page(render(SCAN, Results.from_dict({**RESULTS, **changes}))).text)
     assert "None of 3 candidates was kept" in text
     assert "This run generated no answers" in text
 
@@ -199,8 +199,8 @@ def test_texts_from_strangers_are_text(planted):
     results = replaced(made_up_results(scan), "Question", planted)
     for word in ("old", "Yes", "pairs;", "model.layers"):
         results = replaced(results, word, planted)
-    clean = Page(render(scan, run_from_results(made_up_results(scan))))
-    page = Page(render(Scan.from_dict(stored), run_from_results(results)))
+    clean = Page(render(scan, Results.from_dict(made_up_results(scan))))
+    page = Page(render(Scan.from_dict(stored), Results.from_dict(results)))
     assert page.tags == clean.tags
     assert len(page.scripts) == 3
     assert visible(planted) in page.text
@@ -215,7 +215,7 @@ def test_every_scripts_own_characters_stay():
 
 
 def test_nothing_is_loaded_and_no_other_script_is_allowed():
-    html = render(SCAN, run_from_results(RESULTS))
+    html = render(SCAN, Results.from_dict(RESULTS))
     own = html.replace(Page(html).scripts[1], "")
     assert not re.search(r"""(src|href)=["'](?!#|data:,)""", own)
     assert "url(" not in own
@@ -225,7 +225,7 @@ def test_nothing_is_loaded_and_no_other_script_is_allowed():
 
 
 def test_the_same_input_gives_the_same_bytes():
-    assert render(SCAN, run_from_results(RESULTS)) == render(SCAN, run_from_results(RESULTS))
+    assert render(SCAN, Results.from_dict(RESULTS)) == render(SCAN, Results.from_dict(RESULTS))
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def test_a_folder_and_a_scan_alone_can_be_reported_on(run_folder, tmp_path):
     [
         ("[]", "schema is 'list', expected 'splaser.results/1'"),
         ('{"schema": "splaser.results/2"}', r"'splaser.results/2', expected 'splaser.results/1'.*splaser laser"),
-        (json.dumps({**RESULTS, "candidates": [{}]}), r"results.json: not whole \(KeyError\('per_pair'\)\)"),
+        (json.dumps({**RESULTS, "candidates": [{}]}), r"results.json: not whole \(candidates\.0\.name is missing\)"),
         (json.dumps({**RESULTS, "baseline": {"per_pair": [], "score": 0, "answers": []}}), "not whole"),
         ("{", "not JSON"),
     ],
@@ -278,7 +278,7 @@ def test_any_wrong_value_is_refused_or_shown_but_never_breaks_the_page(data):
         parent, inside, is_first = inside, inside[key], False
     parent[key] = data.draw(st.sampled_from(WRONG))
     try:
-        scan, run = Scan.from_dict(content["scan"]), run_from_results(content["results"])
+        scan, run = Scan.from_dict(content["scan"]), Results.from_dict(content["results"])
     except RecipeError as error:
         assert len(str(error)) < 600
         return

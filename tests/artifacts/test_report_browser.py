@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from splaser_plugin.artifacts.report import report, write_report
-from splaser_plugin.artifacts.results import run_from_results
+from splaser_plugin.artifacts.results import Results
 from splaser_plugin.scanning.records import Scan, write_json
 from tests.artifacts.browser import CHROMIUM_FLAGS, CHROMIUM_NAMES, DRAWN, wait_for
 from tests.report_data import LARGE, made_up_results, made_up_scan, replaced
@@ -325,7 +325,7 @@ def test_planted_scripts_are_shown_as_text_and_never_run(open_page, tmp_path):
     for word in ("Question", "old", "new", "Yes", "pairs;"):
         results = replaced(results, word, word + EVIL)
     results = replaced(results, "_proj", f"_proj{EVIL}\x1b[31m")
-    write_report(tmp_path / "report.html", Scan.from_dict(stored), run_from_results(results))
+    write_report(tmp_path / "report.html", Scan.from_dict(stored), Results.from_dict(results))
 
     it = open_page(tmp_path / "report.html")
     it.page.get_by_role("radio", name="mp", exact=True).check()
@@ -374,7 +374,7 @@ def test_a_scan_alone_and_one_without_spectra_are_shown(open_page, tmp_path):
 
 def test_a_scan_of_a_70b_model_is_drawn_and_below_8_mb(open_page, tmp_path):
     scan = made_up_scan(80, LARGE)
-    write_report(tmp_path / "report.html", scan, run_from_results(made_up_results(scan)))
+    write_report(tmp_path / "report.html", scan, Results.from_dict(made_up_results(scan)))
     assert (tmp_path / "report.html").stat().st_size < 8e6
     it = open_page(tmp_path / "report.html")
     drawn_ms = it.page.evaluate("performance.getEntriesByName('drawn')[0].startTime")

@@ -22,7 +22,7 @@ from playwright.sync_api import sync_playwright
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from splaser_plugin.artifacts.report import write_report
-from splaser_plugin.artifacts.results import run_from_results
+from splaser_plugin.artifacts.results import Results
 from tests.artifacts.browser import CHROMIUM_FLAGS, CHROMIUM_NAMES, DRAWN, wait_for
 from tests.report_data import LARGE, made_up_results, made_up_scan
 
@@ -33,7 +33,7 @@ def main() -> None:
     options.add_argument("--opens", type=int, default=5)
     given = options.parse_args()
     scan = made_up_scan(given.blocks, LARGE)
-    run = run_from_results(made_up_results(scan, pairs=128, held_out=64))
+    run = Results.from_dict(made_up_results(scan, pairs=128, held_out=64))
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         page = Path(folder) / "report.html"
         started = time.perf_counter()

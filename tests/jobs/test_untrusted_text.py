@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import re
 import subprocess
-from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -21,7 +16,6 @@ from hypothesis import strategies as st
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.errors import RecipeError, SplaserError, printable
 from splaser_plugin.files.reading import read_json
-from splaser_plugin.files.typed import check_types
 from splaser_plugin.scanning.selection import choose
 from splaser_plugin.scanning.spectrum_format import load_scan
 from tests.builders import FLAGS, SPLASER
@@ -251,45 +245,3 @@ def test_a_recipe_with_any_value_wrong_is_refused_or_applied(whole_recipe, tiny_
         apply(recipe, tiny_model)
     except SplaserError as error:
         assert printable(str(error))
-
-
-@dataclass(frozen=True)
-class Inner:
-    ratio: float | None
-
-
-@dataclass(frozen=True)
-class Outer:
-    name: str
-    count: int
-    shape: tuple[int, int]
-    inner: dict[str, Inner]
-    numbers: Sequence[float]
-    anything: Mapping[str, Any]
-
-
-GOOD = Outer("a", 1, (2, 3), {"b": Inner(None)}, array("d", [1.5]), {"c": object()})
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"name": None},
-        {"count": 1.0},
-        {"count": True},
-        {"count": 2**63},
-        {"shape": (2,)},
-        {"shape": [2, 3]},
-        {"inner": {"b": None}},
-        {"inner": {"b": Inner(math.nan)}},
-        {"inner": {"b": Inner("1")}},
-        {"numbers": ["1"]},
-        {"numbers": array("d", [math.inf])},
-        {"anything": {1: 2}},
-    ],
-    ids=str,
-)
-def test_a_value_that_is_not_of_its_fields_type_is_named(wrong):
-    check_types(GOOD)
-    with pytest.raises(TypeError, match=f"({next(iter(wrong))}|ratio) is .*, expected"):
-        check_types(replace(GOOD, **wrong))

@@ -171,7 +171,7 @@ def test_a_weight_that_is_not_finite_is_named(tiny_model, bad):
         ("{", "not JSON"),
         ("[]", "schema is 'list'"),
         ('{"schema": "splaser.scan/9"}', r"schema is 'splaser\.scan/9', expected 'splaser\.scan/1'"),
-        ('{"schema": "splaser.scan/1"}', r"not a whole scan \('model'\)"),
+        ('{"schema": "splaser.scan/1"}', r"not a whole scan \(model is missing\)"),
     ],
 )
 def test_a_damaged_scan_is_refused(tmp_path, text, message):

@@ -221,7 +221,7 @@ def test_a_run_with_a_ladder_says_what_was_predicted_and_can_be_rebuilt(rank_by,
         assert predicted == [None] * 7
     else:
         assert predicted == sorted(predicted, reverse=True)
-    assert result.recipe.settings["ranks"] == "mp,0.75,0.4"
+    assert result.recipe.config.ranks == "mp,0.75,0.4"
     result.recipe.save(tmp_path / "recipe.json")
     rebuilt = apply(tmp_path / "recipe.json", tiny_folder).model
     assert any(step.threshold is None for step in result.recipe.steps), "this run has to keep a fraction"

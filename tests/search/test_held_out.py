@@ -209,7 +209,7 @@ def test_the_confident_rule_keeps_a_part_of_what_has_a_higher_mean(tokenizer):
             assert sum(differences) > 0
             assert sum(each != 0 for each in differences) >= 4  # 2 ** -4 <= 0.5 / 6
             best = trial.judgement.scores
-    assert result.recipe.settings["accept"] == "confident"
+    assert result.recipe.config.accept == "confident"
 
 
 def test_with_a_tolerance_the_verdict_tells_whether_it_may_be_lost():

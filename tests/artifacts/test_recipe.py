@@ -1,0 +1,75 @@
+"""recipe.json: what is written is read again, and settings of other versions don't get in the way."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from splaser_plugin.artifacts.recipe import Recipe, Step
+from splaser_plugin.config.stages import LaserConfig
+from splaser_plugin.errors import RecipeError
+
+RECIPE = Recipe(
+    model="somebody/model",
+    weights_identity="0123456789abcdef" * 4,
+    dtype="float32",
+    steps=(Step("model.layers.0.mlp.up_proj", 3, "mp", 1.5, (64, 32)), Step("lm_head", 2, "0.5", None, (9, 8))),
+    scores={"baseline": 0.25, "final": 0.5},
+    config=LaserConfig(include=("mlp", "lm_head"), ranks="mp,0.5", race=False),
+    versions={"python": "3.11.2"},
+)
+
+
+@pytest.fixture
+def file(tmp_path):
+    RECIPE.save(tmp_path / "recipe.json")
+    return tmp_path / "recipe.json"
+
+
+def test_what_was_written_is_read_again(file, tmp_path):
+    stored = json.loads(file.read_text())
+    assert list(stored) == ["schema", "model", "weights", "dtype", "steps", "scores", "settings", "versions"]
+    assert stored["settings"] == RECIPE.config.to_dict()
+    assert Recipe.load(file) == RECIPE
+    Recipe.load(file).save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == file.read_bytes()
+
+
+def test_settings_of_another_version_are_kept_and_missing_ones_have_their_defaults(file, tmp_path):
+    stored = json.loads(file.read_text())
+    stored["settings"] = {"include": ["mlp"], "beam_width": 4}
+    file.write_text(json.dumps(stored))
+    recipe = Recipe.load(file)
+    assert recipe.config == LaserConfig(include=("mlp",))
+    assert recipe.unknown_settings == {"beam_width": 4}
+    recipe.save(tmp_path / "again.json")
+    written = json.loads((tmp_path / "again.json").read_text())["settings"]
+    assert written == {**LaserConfig(include=("mlp",)).to_dict(), "beam_width": 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"exclude": 7}}, r"not a whole recipe \(--exclude: got 7, expected a list of text\)\. Make"),
+        ({"settings": {"save": "zip"}}, r"not a whole recipe \(--save: got 'zip', expected one of dense, factored\)"),
+        ({"settings": None}, r"not a whole recipe \(settings is None, expected an object"),
+        ({"dtype": "int8"}, r"not a whole recipe \(dtype is 'int8', expected one of float64, float32"),
+        ({"steps": [{"name": "a"}]}, r"not a whole recipe \(steps\.0\.rank is missing\)"),
+        ({"scores": {"final": "0.5"}}, r"not a whole recipe \(scores\.final is '0\.5', expected a valid number\)"),
+        ({"mood": "good"}, r"not a whole recipe \(mood is not known\)"),
+    ],
+)
+def test_what_can_not_be_is_named(file, changes, message):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(file)
+
+
+@pytest.mark.parametrize("rank", [0, -3])
+def test_a_rank_is_at_least_1(file, rank):
+    stored = json.loads(file.read_text())
+    stored["steps"][0]["rank"] = rank
+    file.write_text(json.dumps(stored))
+    with pytest.raises(RecipeError, match=rf"steps\.0\.rank is {rank}, expected greater than or equal to 1"):
+        Recipe.load(file)
