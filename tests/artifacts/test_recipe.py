@@ -51,8 +51,8 @@ def test_settings_of_another_version_are_kept_and_missing_ones_have_their_defaul
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"settings": {"exclude": 7}}, r"not a whole recipe \(--exclude: got 7, expected a list of text\)\. Make"),
-        ({"settings": {"save": "zip"}}, r"not a whole recipe \(--save: got 'zip', expected one of dense, factored\)"),
+        ({"settings": {"exclude": 7}}, r"not a whole recipe \(exclude: got 7, expected a list of text\)\. Make"),
+        ({"settings": {"save": "zip"}}, r"not a whole recipe \(save: got 'zip', expected one of dense, factored\)"),
         ({"settings": None}, r"not a whole recipe \(settings is None, expected an object"),
         ({"dtype": "int8"}, r"not a whole recipe \(dtype is 'int8', expected one of float64, float32"),
         ({"steps": [{"name": "a"}]}, r"not a whole recipe \(steps\.0\.rank is missing\)"),
