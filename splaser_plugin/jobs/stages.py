@@ -160,9 +160,9 @@ def scan_of_these_weights(config: LaserConfig, matrices: Sequence[Matrix], ident
     Raises RecipeError when it is damaged, was made of other weights, or lacks a matrix.
     """
     stored = Scan.load(Path(config.scan).expanduser())
-    if stored.weights != identity:
+    if stored.weights_identity != identity:
         raise RecipeError(
-            f"--scan {config.scan}: of the weights {stored.weights[:12]} of {stored.model}, and these are "
+            f"--scan {config.scan}: of the weights {stored.weights_identity[:12]} of {stored.model}, and these are "
             f"{identity[:12]}. Scan this model anew with splaser scan, or leave --scan out."
         )
     found = {matrix.name: matrix for matrix in stored.matrices}
