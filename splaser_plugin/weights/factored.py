@@ -50,14 +50,21 @@ class Factors:
 def factorize(weight: Tensor, rank: int) -> Factors:
     """The best approximation of a weight (outputs, inputs) by a matrix of that rank, as factors in its dtype.
 
-    Each factor takes the square roots of the singular values, so that rounding and float16's range cost both
-    the same. Raises RankError and SpectrumError as `spectrum.truncate` does.
+    Raises RankError and SpectrumError as `spectrum.truncate` does.
     """
-    left, right = spectrum.factors(weight, rank)
+    return balanced(*spectrum.factors(weight, rank), weight.dtype)
+
+
+def balanced(left: Tensor, right: Tensor, dtype: torch.dtype) -> Factors:
+    """left (outputs, rank) and right (rank, inputs) in that dtype, with the same product.
+
+    Each factor takes the square roots of the singular values, so that rounding and float16's range cost both
+    the same.
+    """
     lengths = left.norm(dim=0) * right.norm(dim=1)
     left = left * _ratio(lengths.sqrt(), left.norm(dim=0))
     right = right * _ratio(lengths.sqrt(), right.norm(dim=1))[:, None]
-    return Factors(left.to(weight.dtype).contiguous(), right.to(weight.dtype).contiguous())
+    return Factors(left.to(dtype).contiguous(), right.to(dtype).contiguous())
 
 
 def _ratio(wanted: Tensor, got: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from splaser_plugin.distributed import broadcast, is_main, is_sharded
 from splaser_plugin.errors import MatrixError, ModelError, RankError
-from splaser_plugin.spectra.spectrum import truncate
-from splaser_plugin.weights.factored import FactoredLinear, Factors, as_stored, factorize, is_factorable
+from splaser_plugin.weights.factored import FactoredLinear, Factors, as_stored, balanced, is_factorable
 from splaser_plugin.weights.identity import identity_of, sampled_places
 from splaser_plugin.weights.matrices import Matrix, Skipped, model_matrices, named_parameters
+from splaser_plugin.weights.reducer import PlainReducer, Reducer
 
 
 class Weights:
@@ -30,6 +30,8 @@ class Weights:
         self.parameters: dict[str, nn.Parameter] = named_parameters(model)
         self._originals: dict[Matrix, Tensor] | None = None
         self.factors: dict[Matrix, Factors] | None = None
+        self.reducer: Reducer = PlainReducer()
+        """What `reduce` does."""
 
     def matrices(
         self, include: Sequence[str] = (), exclude: Sequence[str] = (), towers: bool = False
@@ -112,10 +114,10 @@ class Weights:
 
     @torch.no_grad()
     def reduce(self, matrix: Matrix, rank: int) -> None:
-        """Replace the matrix by its best approximation of that rank, in its own dtype and place.
+        """Replace the matrix by what its reducer makes of it at that rank, in its own dtype and place.
 
         After `keep_factors` it is the product of two factors, wherever those take less room.
-        Source: Eckart & Young 1936. Raises RankError when the rank is not within 1 and the shorter side.
+        Raises RankError when the rank is not within 1 and the shorter side.
         """
         factors = None
         try:
@@ -123,7 +125,7 @@ class Weights:
                 factors = self._factorize(matrix, rank)
                 reduced = as_stored(factors.product(), matrix)
             else:
-                reduced = truncate(self.read(matrix), rank)
+                reduced = self.reducer.truncated(matrix, self.read(matrix), rank)
         except RankError as error:
             raise RankError(f"{matrix.name}: {error}") from error
         self.write(matrix, reduced)
@@ -143,7 +145,9 @@ class Weights:
 
     def _factorize(self, matrix: Matrix, rank: int) -> Factors:
         """Every process gets the same bits."""
-        factors = factorize(as_stored(self.read(matrix), matrix), rank)
+        weight = self.read(matrix)
+        left, right = self.reducer.factors(matrix, weight, rank)
+        factors = balanced(*((right.mT, left.mT) if matrix.transposed else (left, right)), weight.dtype)
         return Factors(broadcast(factors.left), broadcast(factors.right))
 
     def _set_factors(self, matrix: Matrix, factors: Factors | None) -> None:
