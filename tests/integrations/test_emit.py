@@ -8,27 +8,21 @@ from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from splaser_plugin.cli.emit import app
 from splaser_plugin.config.stages import ScanConfig
-from splaser_plugin.errors import ConfigError, MissingExtraError, OutputError, PairsError, SplaserError, on_command_line
+from splaser_plugin.errors import ConfigError, MissingExtraError, OutputError, SplaserError
 from splaser_plugin.integrations.configs.plan import choose_rank
 from splaser_plugin.integrations.configs.yaml_text import comment, merged_yaml, new_yaml
 from splaser_plugin.scanning.scan import Scan, scan_checkpoint
 from splaser_plugin.scanning.selection import choose
 from splaser_plugin.scanning.spectrum_format import load_scan
+from tests.integrations.emitting import DATA, SCAN, chosen, emit
 
-DATA = Path(__file__).parents[1] / "data"
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SCAN = DATA / "smollm2_scan.json"
 UPDATE = bool(os.environ.get("UPDATE_GOLDEN"))
 """`UPDATE_GOLDEN=1 pytest tests/integrations/test_emit.py` writes the expected files anew, to see the difference."""
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PAIR = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "No."}
-MESSAGES = [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "An apple."}]
-TURNS = [{"from": "human", "value": "Name a fruit."}, {"from": "gpt", "value": "An apple."}]
 
 GOLDEN = {
     "axolotl_lora.yml": "axolotl --dataset pairs.jsonl",
@@ -56,36 +50,6 @@ EXAMPLE_COMMANDS = {
     "axolotl_plugin.yml": "axolotl --plugin --rl dpo --laser after",
     "llamafactory_dpo_lora.yml": "llamafactory --stage dpo --lora-rank auto",
 }
-
-
-@pytest.fixture(autouse=True)
-def _errors_as_on_the_command_line():
-    with on_command_line():
-        yield
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """The working folder, with a scan, data and files of a user's own."""
-    (tmp_path / "scan.json").write_bytes(SCAN.read_bytes())
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIR) + "\n")
-    for base in DATA.glob("emit/base_*.yml"):
-        (tmp_path / base.name).write_bytes(base.read_bytes())
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def emit(command: str, *more: str, scan: str = "scan.json") -> str:
-    tool, *options = command.split()
-    result = CliRunner().invoke(app, [tool, scan, *options, *more])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def chosen(**options) -> list[str]:
-    return choose(load_scan(SCAN), **({"fraction": 0.1} | options)).names
 
 
 def modules_of_smollm2() -> list[str]:
@@ -118,35 +82,6 @@ def test_the_examples_are_what_the_commands_emit(name, folder):
     emit(EXAMPLE_COMMANDS[name], *run, scan="tests/data/smollm2_scan.json")
     for written in Path("examples").glob("*.*"):
         check_against(EXAMPLES / written.name, written.read_text())
-
-
-def test_dataset_info_describes_the_same_file_for_each_stage(folder):
-    emit("llamafactory --stage dpo --dataset pairs.jsonl -o dpo.yml")
-    emit("llamafactory --dataset pairs.jsonl -o sft.yml")
-    assert json.loads(Path("dataset_info.json").read_text()) == {
-        "pairs_dpo": {
-            "file_name": "pairs.jsonl",
-            "ranking": True,
-            "columns": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
-        },
-        "pairs_sft": {"file_name": "pairs.jsonl", "columns": {"prompt": "prompt", "response": "chosen"}},
-    }
-    assert yaml.safe_load(Path("dpo.yml").read_text())["dataset"] == "pairs_dpo"
-
-
-def test_dataset_info_keeps_its_other_entries_and_is_not_changed_behind_ones_back(folder):
-    Path("run").mkdir()
-    Path("run/dataset_info.json").write_text(
-        json.dumps({"mine": {"file_name": "a.json"}, "pairs_sft": {"file_name": "b"}})
-    )
-    with pytest.raises(OutputError, match=r"dataset_info\.json: describes pairs_sft in another way"):
-        emit("llamafactory --dataset pairs.jsonl -o run/sft.yml")
-    assert not Path("run/sft.yml").exists()
-    emit("llamafactory --dataset pairs.jsonl -o run/sft.yml --overwrite")
-    info = json.loads(Path("run/dataset_info.json").read_text())
-    assert info["mine"] == {"file_name": "a.json"}
-    assert info["pairs_sft"]["file_name"] == "../pairs.jsonl"
-    assert yaml.safe_load(Path("run/sft.yml").read_text())["dataset_dir"] == "run"
 
 
 def test_a_pattern_of_axolotl_matches_its_one_parameter_alone(folder):
@@ -259,114 +194,6 @@ def test_a_comment_line_cannot_be_left():
     assert comment(["a\nb: c\u2028d"]) == "# splaser: a\\nb: c\\u2028d\n"
 
 
-def rows(path: Path, row: object) -> Path:
-    path.write_text(json.dumps(row) + "\n")
-    return path
-
-
-AXOLOTL_DATA = [
-    ("dpo", PAIR, {"type": "chat_template.default", "field_messages": "prompt", "field_chosen": "chosen"}),
-    ("dpo", {"question": "a", "chosen": "b", "rejected": "c"}, {"field_messages": "question"}),
-    ("dpo", {"system": "s", "question": "a", "chosen": "b", "rejected": "c"}, {"type": "chatml.default"}),
-    ("dpo", {"prompt": MESSAGES[:1], "chosen": MESSAGES[1:], "rejected": MESSAGES[1:]}, {"field_messages": "prompt"}),
-    ("dpo", {"prompt": "a", "chosen_response": "b", "rejected_response": "c"}, {"field_chosen": "chosen_response"}),
-    ("sft", {"messages": MESSAGES}, {"type": "chat_template", "field_messages": "messages", "ds_type": "json"}),
-    ("sft", {"conversations": TURNS}, {"message_property_mappings": {"role": "from", "content": "value"}}),
-    ("sft", {"instruction": "a", "input": "", "output": "b"}, {"type": "alpaca"}),
-]
-
-
-@pytest.mark.parametrize(("stage", "row", "expected"), AXOLOTL_DATA)
-def test_axolotls_data_set_is_described_by_its_columns(stage, row, expected, folder):
-    rows(Path("data.jsonl"), row)
-    rl = "--rl dpo" if stage == "dpo" else ""
-    emit(f"axolotl {rl} --dataset data.jsonl --top 1 -o c.yml")
-    entry = yaml.safe_load(Path("c.yml").read_text())["datasets"][0]
-    assert expected.items() <= entry.items()
-    assert (entry["path"], entry["split"]) == ("data.jsonl", "train")
-
-
-ROLE_TAGS = {
-    "role_tag": "role",
-    "content_tag": "content",
-    "user_tag": "user",
-    "assistant_tag": "assistant",
-    "system_tag": "system",
-}
-LLAMAFACTORY_DATA = [
-    (
-        "dpo",
-        {"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": TURNS[1]},
-        {
-            "ranking": True,
-            "formatting": "sharegpt",
-            "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
-        },
-    ),
-    (
-        "dpo",
-        {"prompt": MESSAGES[:1], "chosen": MESSAGES[1], "rejected": MESSAGES[1]},
-        {
-            "ranking": True,
-            "formatting": "sharegpt",
-            "columns": {"messages": "prompt", "chosen": "chosen", "rejected": "rejected"},
-            "tags": ROLE_TAGS,
-        },
-    ),
-    (
-        "dpo",
-        {"system": "s", "question": "a", "chosen": "b", "rejected": "c"},
-        {
-            "ranking": True,
-            "columns": {"prompt": "question", "system": "system", "chosen": "chosen", "rejected": "rejected"},
-        },
-    ),
-    (
-        "dpo",
-        {"instruction": "a", "input": "i", "chosen": "b", "rejected": "c"},
-        {
-            "ranking": True,
-            "columns": {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"},
-        },
-    ),
-    ("sft", {"messages": MESSAGES}, {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": ROLE_TAGS}),
-    ("sft", {"conversations": TURNS}, {"formatting": "sharegpt", "columns": {"messages": "conversations"}}),
-    ("sft", {"prompt": "a", "completion": "b"}, {"columns": {"prompt": "prompt", "response": "completion"}}),
-    (
-        "sft",
-        {"instruction": "a", "input": "", "output": "b"},
-        {"columns": {"prompt": "instruction", "query": "input", "response": "output"}},
-    ),
-]
-
-
-@pytest.mark.parametrize(("stage", "row", "expected"), LLAMAFACTORY_DATA)
-def test_llamafactorys_data_set_is_described_by_its_columns(stage, row, expected, folder):
-    rows(Path("my data.jsonl"), row)
-    emit(f"llamafactory --stage {stage} --top 1 -o c.yml", "--dataset", "my data.jsonl")
-    info = json.loads(Path("dataset_info.json").read_text())
-    assert info == {f"my_data_{stage}": {"file_name": "my data.jsonl", **expected}}
-
-
-@pytest.mark.parametrize(
-    ("command", "row"),
-    [
-        ("axolotl --rl dpo", {"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": TURNS[1]}),
-        ("axolotl --rl dpo", {"instruction": "a", "input": "i", "chosen": "b", "rejected": "c"}),
-        ("axolotl --rl dpo", {"text": "a"}),
-        ("axolotl", {"text": "a"}),
-        ("llamafactory --stage dpo", {"prompt": MESSAGES[:1], "chosen": MESSAGES[1:], "rejected": MESSAGES[1:]}),
-        ("llamafactory --stage dpo", {"messages": MESSAGES}),
-        ("llamafactory", {"text": "a"}),
-    ],
-)
-def test_data_the_tool_has_no_format_for_is_refused(command, row, folder):
-    rows(Path("data.jsonl"), row)
-    with pytest.raises(PairsError, match=r"data\.jsonl: (Axolotl|LLaMA-Factory) can't train .* --base"):
-        emit(f"{command} --dataset data.jsonl -o c.yml")
-    assert not Path("c.yml").exists()
-
-
 @pytest.mark.parametrize(
     ("command", "error", "message"),
     [
@@ -414,19 +241,6 @@ def test_a_base_that_would_train_something_else_is_refused(command, base, messag
     Path("mine.yml").write_text(base)
     with pytest.raises(ConfigError, match=message):
         emit(f"{command} --base mine.yml -o c.yml")
-
-
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_without_a_data_set_a_public_one_stands_in_and_the_file_says_so(stage, folder):
-    emit(f"axolotl {'--rl dpo' if stage == 'dpo' else ''} -o axolotl.yml")
-    emit(f"llamafactory --stage {stage} -o llamafactory.yml")
-    axolotl, llamafactory = Path("axolotl.yml").read_text(), Path("llamafactory.yml").read_text()
-    stand_in = yaml.safe_load(axolotl)["datasets"][0]["path"]
-    assert f"no --dataset was given, so {stand_in} stands in for yours" in axolotl
-    assert yaml.safe_load(axolotl).get("rl", "sft") == stage
-    stand_in = yaml.safe_load(llamafactory)["dataset"]
-    assert f"no --dataset was given, so {stand_in} stands in for yours" in llamafactory
-    assert yaml.safe_load(llamafactory)["stage"] == stage
 
 
 def test_what_exists_is_not_overwritten_unasked(folder):
