@@ -1,6 +1,6 @@
 """The report: one page, complete in itself, of what a scan found and what a laser run did.
 
-The page is templates/report.html (what doesn't move, escaped by Jinja2), report.css and report.js (charts, drawn
+The page is templates/report.html (what doesn't move, escaped by Jinja2), report.css and `SCRIPT` (charts, drawn
 with Plotly from one block of JSON). It loads nothing, and its content security policy allows no other script.
 """
 
@@ -41,6 +41,8 @@ TRAINED_PER_TYPE = 16
 EXCHANGES = 12
 """Most prompts whose answers stand side by side."""
 
+SCRIPT = ("page.js", "heat_map.js", "spectrum.js", "verdict.js", "lists.js", "controls.js")
+"""Parts of the page's own script, in the order in which they need each other."""
 TARGETS = (("Axolotl", "axolotl", axolotl_yaml), ("LLaMA-Factory", "llamafactory", llamafactory_yaml))
 
 
@@ -77,7 +79,7 @@ def write_report(output: str | Path, scan: Scan, run: Results | None = None, *, 
 def render(scan: Scan, run: Results | None = None, *, scan_name: str = "scan.json") -> str:
     """The page as HTML."""
     environment = _environment()
-    scripts = [Markup(text) for text in (get_plotlyjs(), _template_file("report.js"))]
+    scripts = [Markup(text) for text in (get_plotlyjs(), "\n".join(map(_template_file, SCRIPT)))]
     return environment.get_template("report.html").render(
         scan=scan,
         title=_title(scan.model),
@@ -162,7 +164,7 @@ def _axis(intervals: Sequence[tuple[float, float]]) -> dict[str, float] | None:
 
 
 def _chart_data(scan: Scan, run: Results | None) -> dict[str, Any]:
-    """What report.js draws from. Numbers are rounded to 4 digits, texts made visible."""
+    """What the script draws from. Numbers are rounded to 4 digits, texts made visible."""
     types = sorted({matrix.type for matrix in scan.matrices})
     shapes = {matrix.shape for matrix in scan.matrices}
     tried: dict[str, str] = {}
