@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +16,7 @@ from splaser_plugin.reduction.calibration import Row, answer_rows, first_tokens,
 from splaser_plugin.reduction.moments import Moments, draw, measure
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Skipped
+from tests.builders import ROOT, torchrun
 from tests.conftest import tiny_llama
 from tests.reduction.models import tiny_fused, tiny_gpt2
 
@@ -211,3 +216,18 @@ def test_rows_of_pairs_count_the_answers_predictions_and_those_of_text_all():
     assert len(first_tokens(rows, 25)) == 3
     assert len(first_tokens(rows, 1)) == 1
     assert len(first_tokens(rows, 1000)) == 5
+
+
+def test_two_processes_share_the_rows_and_both_get_the_numbers_of_one(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    script = str(ROOT / "tests" / "reduction" / "shared_runs.py")
+    for launcher, name in (([sys.executable], "one"), (torchrun(), "two")):
+        command = [*launcher, script, str(tmp_path / name)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("one-0", "two-0", "two-1"))
+    assert one.keys() == first.keys() == second.keys()
+    for name in one:
+        for alone, mine, other in zip(one[name], first[name], second[name], strict=True):
+            assert torch.equal(mine, other)
+            assert torch.allclose(mine, alone, rtol=1e-4, atol=1e-6 * float(alone.abs().max()))
