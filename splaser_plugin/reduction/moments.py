@@ -9,8 +9,10 @@ weight weighed by those of the other, W' G W or W C W'. Those are what is added 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +52,8 @@ class Moments:
     """Whether the short side are the inputs, so that `short` is C and M is G, or the other way round."""
     tokens: int
     """How many tokens reached the matrix."""
+    reads: str
+    """The same for all matrices that read the very same inputs: the name of one of them."""
 
 
 def measure(
@@ -65,8 +69,9 @@ def measure(
     """Measure the moments of each matrix on the rows.
 
     Memory beside the model and one row's activations: two squares of the short side in float32 for each matrix of a
-    group, at most `group_bytes` together (but at least one matrix). Each group takes a pass over the rows. Rows go
-    one at a time, so nothing is padded. Several processes share the rows, and all get the same numbers.
+    group, at most `group_bytes` together (but at least one matrix). Each group takes a pass over the rows. A block's
+    matrices stay in one group where they fit, and those that read the same inputs share their moments. Rows go one at
+    a time, so nothing is padded. Several processes share the rows, and all get the same numbers.
 
     Args:
         weights: The model's, dense; under LoRA adapters the merged weights are what is measured.
@@ -94,8 +99,10 @@ def measure(
     with progress.phase("statistics", len(groups) * len(my_part(rows))) as advance:
         for group in groups:
             sums = _add_up(weights, group, rows, samples, seed, advance)
+            for each in sums.values():
+                each.normalise(predictions)
             for matrix in group:
-                yield matrix, sums[matrix].moments(predictions)
+                yield matrix, sums[matrix.name].moments(sums.get(sums[matrix.name].counts.short_of, sums[matrix.name]))
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -116,14 +123,23 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
 def _groups(matrices: Sequence[Matrix], group_bytes: int) -> list[list[Matrix]]:
     groups: list[list[Matrix]] = []
     room = 0
-    for matrix in matrices:
-        needed = 8 * min(matrix.shape) ** 2
-        if not groups or needed > room:
+    for _, block in itertools.groupby(matrices, key=lambda matrix: matrix.block):
+        together = list(block)
+        whole = sum(map(_bytes, together))
+        if whole <= group_bytes and whole > room:
             groups.append([])
             room = group_bytes
-        groups[-1].append(matrix)
-        room -= needed
+        for matrix in together:
+            if not groups or _bytes(matrix) > room:
+                groups.append([])
+                room = group_bytes
+            groups[-1].append(matrix)
+            room -= _bytes(matrix)
     return groups
+
+
+def _bytes(matrix: Matrix) -> int:
+    return 8 * min(matrix.shape) ** 2
 
 
 class _Sums:
@@ -139,14 +155,31 @@ class _Sums:
         self.counts = _Counts()
 
     @torch.no_grad()
-    def add(self, inputs: Tensor | None, gradients: Tensor, columns_are_inputs: bool) -> None:
-        """A product's inputs (tokens, inputs), None where they were added, and output gradients (tokens, outputs)."""
-        short_is_inputs = self._upright == columns_are_inputs
-        self.counts.short_is_inputs = short_is_inputs
-        if inputs is not None:
-            self.counts.tokens += len(inputs)
-            self._add_side(_bounded(inputs.float()), is_short=short_is_inputs)
-        self._add_side(gradients.float(), is_short=not short_is_inputs)
+    def add_inputs(self, inputs: Tensor, columns_are_inputs: bool, readers: Sequence[_Sums]) -> None:
+        """A product's inputs (tokens, inputs). readers: those that were given the same ones before, in this pass."""
+        counts = self.counts
+        counts.tokens += len(inputs)
+        counts.short_is_inputs = self._upright == columns_are_inputs
+        counts.reads = self._agreed(counts.reads, next(iter(readers), self))
+        if counts.short_is_inputs:
+            owner = next((each for each in readers if each.counts.short_is_inputs), self)
+            counts.short_of = self._agreed(counts.short_of, owner)
+            if owner is not self:
+                return
+        self._add_side(_bounded(inputs.float()), is_short=counts.short_is_inputs)
+
+    def _agreed(self, before: str, now: _Sums) -> str:
+        if before not in ("", now._matrix.name):
+            raise ModelError(
+                f"{self._matrix.name} reads the same as {before} in some calibration rows and not in others, so its "
+                "statistics can't be measured. Exclude it, or use --reduce svd."
+            )
+        return now._matrix.name
+
+    @torch.no_grad()
+    def add_gradients(self, gradients: Tensor) -> None:
+        """A product's output gradients, (tokens, outputs)."""
+        self._add_side(gradients.float(), is_short=not self.counts.short_is_inputs)
 
     def _add_side(self, values: Tensor, *, is_short: bool) -> None:
         if is_short:
@@ -157,18 +190,26 @@ class _Sums:
         values = values @ (weight if self._upright else weight.mT)
         self.gram.addmm_(values.mT, values)
 
-    def moments(self, predictions: int) -> Moments | Skipped:
+    def normalise(self, predictions: int) -> None:
+        """Turn sums into means over tokens, where they are of inputs, and over predictions, where of gradients."""
+        of_short, of_long = max(1, self.counts.tokens), predictions
+        if not self.counts.short_is_inputs:
+            of_short, of_long = of_long, of_short
+        self.short /= of_short
+        self.gram /= of_long
+        self.counts.long_trace /= of_long
+
+    def moments(self, owner: _Sums) -> Moments | Skipped:
+        """Once normalised. owner: the one whose sums on the short side are its own, too."""
         if not self.counts.tokens:
             return Skipped(self._matrix.name, self._why_unseen())
-        of_inputs, of_gradients = 1 / self.counts.tokens, 1 / predictions
-        if not self.counts.short_is_inputs:
-            of_inputs, of_gradients = of_gradients, of_inputs
         return Moments(
-            self.short * of_inputs,
-            self.gram * of_gradients,
-            self.counts.long_trace * of_gradients / max(self._matrix.shape),
+            owner.short,
+            self.gram,
+            self.counts.long_trace / max(self._matrix.shape),
             self.counts.short_is_inputs,
             self.counts.tokens,
+            self.counts.reads,
         )
 
     def _why_unseen(self) -> str:
@@ -182,12 +223,17 @@ class _Counts:
     tokens: int = 0
     long_trace: float = 0.0
     short_is_inputs: bool = True
+    reads: str = ""
+    """Name of the first matrix that was given the same inputs."""
+    short_of: str = ""
+    """Name of the first of those that adds up their moments; "" for a matrix whose short side are the outputs."""
 
     def add(self, other: _Counts) -> None:
         if other.tokens:
             self.tokens += other.tokens
             self.long_trace += other.long_trace
             self.short_is_inputs = other.short_is_inputs
+            self.reads, self.short_of = other.reads, other.short_of
 
 
 def _bounded(values: Tensor) -> Tensor:
@@ -202,12 +248,18 @@ def _bounded(values: Tensor) -> Tensor:
 
 def _add_up(
     weights: Weights, group: Sequence[Matrix], rows: Sequence[Row], samples: int, seed: int, advance: Advance
-) -> dict[Matrix, _Sums]:
-    sums = {matrix: _Sums(weights, matrix) for matrix in group}
+) -> dict[str, _Sums]:
+    """The sums of each matrix, by its name, over all rows of all processes."""
+    sums = {matrix.name: _Sums(weights, matrix) for matrix in group}
+    readers: dict[Any, list[_Sums]] = {}
     inputs_are_new = True
 
     def see(matrix: Matrix, inputs: Tensor, gradients: Tensor, columns_are_inputs: bool) -> None:
-        sums[matrix].add(inputs if inputs_are_new else None, gradients, columns_are_inputs)
+        if inputs_are_new:
+            same = readers.setdefault((inputs.data_ptr(), inputs.shape, inputs.stride()), [])
+            sums[matrix.name].add_inputs(inputs, columns_are_inputs, same)
+            same.append(sums[matrix.name])
+        sums[matrix.name].add_gradients(gradients)
 
     def add_up_mine() -> list[list[_Counts]]:
         nonlocal inputs_are_new
@@ -220,11 +272,12 @@ def _add_up(
                     loss = functional.cross_entropy(logits, draw(logits, generator), reduction="sum")
                     if loss.requires_grad:  # not where no token reaches a matrix of this group
                         loss.backward(retain_graph=sample + 1 < samples)
+                readers.clear()
                 advance(1)
         return [[each.counts for each in sums.values()]]
 
     counts = gather(add_up_mine)
-    for place, each in enumerate(sums.values()):
+    for place, (name, each) in enumerate(sums.items()):
         add_up(each.short)
         add_up(each.gram)
         each.counts = _Counts()
@@ -232,8 +285,8 @@ def _add_up(
             each.counts.add(process[place])
         if not (torch.isfinite(each.short).all() and torch.isfinite(each.gram).all()):
             raise ModelError(
-                f"{group[place].name} reads or gets inf or nan in the calibration rows: the model can't be reduced by "
-                "what it computes. Load it in float32 or bfloat16, or use --reduce svd."
+                f"{name} reads or gets inf or nan in the calibration rows: the model can't be reduced by what it "
+                "computes. Load it in float32 or bfloat16, or use --reduce svd."
             )
     return sums
 

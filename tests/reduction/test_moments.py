@@ -112,7 +112,8 @@ def test_groups_that_take_turns_give_the_numbers_of_one(fixed_labels):
     fixed_labels(ROWS)
     together = dict(measure(weights, matrices, ROWS))
     groups = moments._groups(matrices, 3 * 8 * 32 * 32)
-    assert len(groups) > 3 and [matrix for group in groups for matrix in group] == matrices
+    assert len(groups) > 3
+    assert [matrix for group in groups for matrix in group] == matrices
     fixed_labels(ROWS, passes=len(groups))
     apart = dict(measure(weights, matrices, ROWS, group_bytes=3 * 8 * 32 * 32))
     for matrix in matrices:
@@ -231,3 +232,23 @@ def test_two_processes_share_the_rows_and_both_get_the_numbers_of_one(tmp_path):
         for alone, mine, other in zip(one[name], first[name], second[name], strict=True):
             assert torch.equal(mine, other)
             assert torch.allclose(mine, alone, rtol=1e-4, atol=1e-6 * float(alone.abs().max()))
+
+
+def test_what_several_matrices_read_is_added_up_once():
+    weights = Weights(tiny_llama(vocabulary=512, num_key_value_heads=4))
+    found = {matrix.name: each for matrix, each in measure(weights, weights.matrices()[0], ROWS)}
+    for block in (0, 1):
+        q, k, v, o = (found[f"model.layers.{block}.self_attn.{name}_proj"] for name in "qkvo")
+        gate, up, down = (found[f"model.layers.{block}.mlp.{name}_proj"] for name in ("gate", "up", "down"))
+        assert q.reads == k.reads == v.reads and q.short is k.short is v.short
+        assert gate.reads == up.reads and gate.short is up.short
+        assert len({q.reads, o.reads, gate.reads, down.reads}) == 4
+    assert found["model.layers.0.self_attn.q_proj"].reads != found["model.layers.1.self_attn.q_proj"].reads
+
+
+def test_a_block_stays_in_one_pass_where_it_fits():
+    matrices = Weights(tiny_llama(vocabulary=512)).matrices()[0]
+    block = sum(map(moments._bytes, matrices[:7]))
+    assert [len(group) for group in moments._groups(matrices, block + 8 * 32 * 32)] == [7, 7]
+    assert [len(group) for group in moments._groups(matrices, 2 * block)] == [14]
+    assert [len(group) for group in moments._groups(matrices, 0)] == [1] * 14

@@ -198,6 +198,7 @@ def test_measured_moments_weigh_as_those_of_both_sides_shrunk(shape, transposed,
         float(sides[long_side].diagonal().mean()),
         short_side == inputs_side,
         100,
+        "",
     )
     shrunk = [
         (1 - SHRINKAGE) * each + SHRINKAGE * each.diagonal().mean() * torch.eye(len(each), dtype=each.dtype)
