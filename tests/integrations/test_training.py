@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import random
 import types
+from contextlib import suppress
 
+import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 
 from splaser_plugin.errors import ModelError
-from splaser_plugin.integrations.training import check_sharding
-from tests.conftest import tiny_llama
+from splaser_plugin.integrations.training import check_sharding, undisturbed
+from tests.builders import tiny_llama
 
 
 def test_deepspeed_is_refused_for_the_laser_alone():
@@ -16,3 +20,19 @@ def test_deepspeed_is_refused_for_the_laser_alone():
     with pytest.raises(ModelError, match=r"DeepSpeed keeps its own fp32 copies.*splaser laser.*--adapter DIR"):
         check_sharding(arguments, tiny_llama(vocabulary=64), lasers=True)
     check_sharding(arguments, tiny_llama(vocabulary=64), lasers=False)
+
+
+@pytest.mark.parametrize("raised", [None, ValueError])
+def test_undisturbed_random_numbers_go_on_as_if_nothing_had_been_drawn(raised):
+    def draw():
+        return random.random(), np.random.random(), torch.rand(1).item()
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = draw(), draw()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    first = draw()
+    with suppress(ValueError), undisturbed():
+        draw()
+        if raised:
+            raise raised
+    assert (first, draw()) == expected

@@ -6,24 +6,14 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from splaser_plugin import LaserCallback, LaserConfig
+from splaser_plugin import LaserCallback
 from splaser_plugin.weights.adapted import MergedWeights
 from tests.builders import states, tiny_llama
+from tests.integrations.trainings import CONFIG, SHORT
 
 trl = pytest.importorskip("trl")
 
-CONFIG = LaserConfig(embedder="self", max_new_tokens=6, candidates=4, edge="mp")
-QUIET = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-3,
-    "report_to": [],
-    "use_cpu": True,
-    "bf16": False,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "logging_steps": 1,
-}
+QUIET = {**SHORT, "bf16": False}
 
 
 def same_on_disk(model, folder):
