@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from splaser_plugin.errors import OutputError
-from splaser_plugin.files.locked_file import is_still_there, open_locked
+from splaser_plugin.files.journal import is_still_there, open_locked
 from splaser_plugin.files.reading import read_json
 
 MARK = "recipe.json"

@@ -196,12 +196,11 @@ def search_and_compare(
     """The search, and what its result and the base model say on what is held out; None where nothing is."""
     config, journal, progress = run.config, run.journal, run.progress
     judge = _judge(run, measures, min(config.candidates, len(candidates)))
-    journal.subject = f"{BASE}, held out"
-    base = _measure(measures.held_out, "held-out base", progress)
-    journal.subject = BASE
+    with journal.measuring(f"{BASE}, held out"):
+        base = _measure(measures.held_out, "held-out base", progress)
     found = search(run.weights, candidates, judge, limit=config.candidates, journal=journal, progress=progress)
-    journal.subject = "result, held out"
-    result = _measure(measures.held_out, "held-out result", progress, like=base) if found.kept else base
+    with journal.measuring("result, held out"):
+        result = _measure(measures.held_out, "held-out result", progress, like=base) if found.kept else base
     verdict = None
     if base and result:
         tolerance = config.tolerance if config.acceptance == "harmless" else None

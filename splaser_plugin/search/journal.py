@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from splaser_plugin.distributed import gather, in_main, is_main
 from splaser_plugin.errors import OutputError, ScoreError
-from splaser_plugin.files.locked_file import write_all
+from splaser_plugin.files.journal import JournalFile, parsed
 from splaser_plugin.files.output import JOURNAL, hold, let_go
+from splaser_plugin.files.validation import InvalidRecordError, Number, Whole, validated
 from splaser_plugin.generation.generator import Answer
 from splaser_plugin.progress import measured
 from splaser_plugin.scoring.scores import Scorer, Scores
 
 SCHEMA = "splaser.laser-journal/1"
-START = f'{{"schema": "{SCHEMA}"'.encode()
 BASE = "base model"
 
 _Result = TypeVar("_Result")
@@ -26,8 +27,20 @@ _Result = TypeVar("_Result")
 class Journal:
     """Remembers nothing: each thing is done when it is asked for."""
 
-    subject = BASE
-    """What is being measured, for the records; it begins with BASE for the model as it came."""
+    def __init__(self) -> None:
+        self._subject = BASE
+
+    @contextmanager
+    def measuring(self, subject: str) -> Iterator[None]:
+        """Inside, what is measured is `subject`, for the records; outside it is BASE, the model as it came.
+
+        A name that begins with BASE is for that model too: without its scores there is no run.
+        """
+        before, self._subject = self._subject, subject
+        try:
+            yield
+        finally:
+            self._subject = before
 
     def begin(self, run: Mapping[str, Any]) -> int:
         """Tell what the results depend on. Returns how many results an earlier, unfinished run has left."""
@@ -58,13 +71,14 @@ class LaserJournal(Journal):
     """
 
     def __init__(self, folder: Path, *, anew: bool = False) -> None:
+        super().__init__()
         self.path = folder / JOURNAL
         self.finished = 0
         """Results in the file."""
         self._anew = anew
         self._began = False
         self._left: Iterator[tuple[int, dict[str, Any]]] = iter(())
-        self._descriptor: int | None = None
+        self._file = JournalFile(self.path, SCHEMA)
         in_main(self._open)
 
     def begin(self, run: Mapping[str, Any]) -> int:
@@ -83,20 +97,21 @@ class LaserJournal(Journal):
         pack: Callable[[_Result], Any],
         unpack: Callable[[Any], _Result],
     ) -> _Result:
-        name = {"subject": self.subject, "what": what, "asked": list(asked)}
+        name = {"subject": self._subject, "what": what, "asked": list(asked)}
         line, record = next(self._left, (0, None))
         if record is None:
             return self._work(name, work, pack)
         try:
-            if name != {key: record[key] for key in name}:
+            left = validated(_Line, record)
+            if name != {"subject": left.subject, "what": left.what, "asked": list(left.asked)}:
                 raise OutputError(
-                    f"{self.path}, line {line}: has {record['what']} of {record['subject']}, where {what} of "
-                    f"{self.subject} was expected. Move it away to start anew."
+                    f"{self.path}, line {line}: has {left.what} of {left.subject}, where {what} of {self._subject} was "
+                    "expected. Move it away to start anew."
                 )
-            if "failed" in record:
-                raise ScoreError(str(record["failed"]))
+            if left.failed is not None:
+                raise ScoreError(left.failed)
             return unpack(record["result"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (InvalidRecordError, KeyError, TypeError, ValueError) as error:
             raise self._damaged(line) from error
 
     def _work(self, name: dict[str, Any], work: Callable[[], _Result], pack: Callable[[_Result], Any]) -> _Result:
@@ -104,7 +119,7 @@ class LaserJournal(Journal):
             result = work()
         except ScoreError as error:
             failed = {**name, "failed": str(error)}
-            if not self.subject.startswith(BASE):  # that ends the run, and the next one tries again
+            if not self._subject.startswith(BASE):  # that ends the run, and the next one tries again
                 in_main(lambda: self._append(failed))
                 self.finished += 1
             raise
@@ -114,44 +129,34 @@ class LaserJournal(Journal):
 
     def close(self) -> None:
         """Let go of the folder. The journal stays, unless nothing stands in it."""
-        if self._descriptor is None:
+        if self._file.descriptor is None:
             return
         if self._began and self.finished == 0:
-            os.ftruncate(self._descriptor, 0)
-        let_go(self.path.parent, self._descriptor)
-        self._descriptor = None
+            self._file.cut(0)
+        let_go(self.path.parent, self._file.descriptor)
+        self._file.descriptor = None
 
     def _open(self) -> None:
-        self._descriptor = hold(self.path.parent)
+        self._file.descriptor = hold(self.path.parent)
 
     def _resume(self, run: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
         """Line number and content of each result that was left. The file ends in a whole line afterwards."""
-        descriptor = self._descriptor
-        if descriptor is None:
-            raise OutputError(f"{self.path}: is closed. Make another LaserJournal.")
-        content = self.path.read_bytes()
-        if content[: len(START)] != START[: len(content)]:
-            raise OutputError(f"{self.path}: is in the journal's place, but none. Move it away.")
-        whole = content.rpartition(b"\n")[0]
-        lines = whole.split(b"\n") if whole else []
-        try:
-            os.ftruncate(descriptor, len(whole) + bool(whole))
-            if not lines or self._is_of_another_run(lines[0], run):
-                os.ftruncate(descriptor, 0)
-                self._append({"schema": SCHEMA, "run": run})
-                return []
-        except OSError as error:
-            raise self._cant("be written", error) from error
+        whole = [(number, line) for number, line in self._file.lines() if line.endswith(b"\n")]
+        self._file.cut(sum(len(line) for _, line in whole))
+        if not whole or self._is_of_another_run(whole[0][1], run):
+            self._file.cut(0)
+            self._append({"schema": SCHEMA, "run": run})
+            return []
         left = []
-        for number, line in enumerate(lines[1:], start=2):
-            record = _parse(line)
+        for number, line in whole[1:]:
+            record = parsed(line)
             if record is None:
                 raise self._damaged(number)
             left.append((number, record))
         return left
 
     def _is_of_another_run(self, line: bytes, run: dict[str, Any]) -> bool:
-        head = _parse(line) or {}
+        head = parsed(line) or {}
         differences = _differences(head.get("run"), json.loads(json.dumps(run)))
         if differences and not self._anew:
             raise OutputError(
@@ -161,13 +166,7 @@ class LaserJournal(Journal):
         return bool(differences)
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        if self._descriptor is None:
-            return
-        try:
-            write_all(self._descriptor, json.dumps(record, allow_nan=False).encode() + b"\n")
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise self._cant("be written", error) from error
+        self._file.append([record], sync=True)
 
     def _damaged(self, line: int) -> OutputError:
         return OutputError(
@@ -175,10 +174,23 @@ class LaserJournal(Journal):
             "after it to go on from before, or move it away to start anew."
         )
 
-    def _cant(self, what: str, error: OSError) -> OutputError:
-        return OutputError(
-            f"{self.path}: can't {what} ({error.strerror or error}). Make room there, or choose another --output."
-        )
+
+@dataclass(frozen=True)
+class _Line:
+    """Of what a result is, and why there is none where a candidate couldn't be scored."""
+
+    subject: str
+    what: str
+    asked: tuple[Whole, ...]
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Scores as they stand in a line."""
+
+    values: tuple[Number, ...]
+    answers: tuple[Answer, ...]
 
 
 class RecordedScorer:
@@ -204,23 +216,11 @@ def _packed(scores: Scores) -> dict[str, Any]:
 
 
 def _unpacked(items: Sequence[int], stored: Any) -> Scores:
-    values = tuple(float(value) for value in stored["values"])
-    answers = tuple(
-        Answer(str(answer["text"]), tuple(map(int, answer["tokens"])), bool(answer["is_cut"]))
-        for answer in stored["answers"]
-    )
-    if len(values) != len(items) or len(answers) not in (0, len(items)):
+    packed = validated(_Packed, stored)
+    if len(packed.values) != len(items) or len(packed.answers) not in (0, len(items)):
         raise ValueError("not one value for each item")
     measured(len(items))
-    return Scores(tuple(items), values, answers)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        stored = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return stored if isinstance(stored, dict) else None
+    return Scores(tuple(items), packed.values, packed.answers)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

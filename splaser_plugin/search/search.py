@@ -111,8 +111,8 @@ def search(
                 continue
             started = time.monotonic()
             progress.event(candidate)
-            journal.subject = f"{candidate.matrix.name} rank {candidate.rank}"
-            with weights.trying(candidate.matrix) as attempt:
+            subject = f"{candidate.matrix.name} rank {candidate.rank}"
+            with journal.measuring(subject), weights.trying(candidate.matrix) as attempt:
                 attempt.reduce(candidate.rank)
                 judgement = judged(judge)
                 if judgement.verdict == "kept":

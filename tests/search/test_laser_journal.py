@@ -132,8 +132,7 @@ def test_a_measurement_that_failed_is_not_made_again_either(tmp_path):
     for _ in range(2):
         journal = LaserJournal(tmp_path / "out")
         journal.begin({})
-        journal.subject = "a candidate"
-        with pytest.raises(ScoreError, match="the logits are nan"):
+        with journal.measuring("a candidate"), pytest.raises(ScoreError, match="the logits are nan"):
             RecordedScorer(scorer, journal).score([0])
         journal.close()
     assert scorer.asked == 1
