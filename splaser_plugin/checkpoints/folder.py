@@ -182,6 +182,8 @@ def _why_not_readable(folder: Path, present: set[str]) -> str:
         found = [name for name in names if name.endswith(suffixes)]
         if found:
             return f"{folder}: no safetensors weights, only {shown(found[0])}. {advice}"
+    if "snapshots" in names:
+        return f"{folder}: this is a repository of the hub's cache. Give the folder snapshots/HASH in it."
     listed = ", ".join(shown(name) for name in names[:5]) or "nothing"
     return f"{folder}: no weights. Expected {SINGLE_NAME} or {INDEX_NAME}, found {listed}."
 

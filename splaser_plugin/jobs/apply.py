@@ -17,6 +17,7 @@ from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.weights.factored_folder import save_model
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import load_model
+from splaser_plugin.weights.rest import rest_of
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class ApplyResult:
             self.tokenizer.save_pretrained(folder)
             self.recipe.save(folder / "recipe.json")
             model_card(self.recipe).save(folder / "README.md")
+            if self.weights.rest is not None:
+                self.weights.rest.write(folder)
 
 
 def apply(
@@ -108,5 +111,7 @@ def _apply(
             allow_pickle=config.allow_pickle,
         )
     weights = Weights(loaded)
+    if not isinstance(model, nn.Module):
+        weights.rest = rest_of(model, loaded)
     carry_out(recipe, weights, progress=progress)
     return ApplyResult(recipe, weights, tokenizer)

@@ -29,6 +29,7 @@ from splaser_plugin.scoring.scorers import check_rulers
 from splaser_plugin.search.journal import Journal, LaserJournal
 from splaser_plugin.weights.in_memory import Weights, model_name
 from splaser_plugin.weights.loading import load_model
+from splaser_plugin.weights.rest import rest_of
 
 __all__ = ["LaserResult", "laser", "laser_weights", "read_pairs"]
 
@@ -78,7 +79,7 @@ def _laser(
 ) -> LaserResult:
     split = read_pairs(pairs, config)
     check_rulers(config)
-    name = str(model)
+    name, given = str(model), model
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise ModelError("a loaded model was given without its tokenizer. Pass tokenizer=...")
@@ -95,6 +96,10 @@ def _laser(
                 allow_pickle=config.allow_pickle,
             )
     weights = Weights(model)
+    if given is not model:
+        weights.rest = rest_of(given, model)
+        if weights.rest is not None and weights.rest.note:
+            progress.fact("kept as they are", weights.rest.note)
     if output is not None:
         in_main(lambda: check_space(output, weights.size))
     return laser_weights(weights, tokenizer, split, config=config, name=name, journal=journal, progress=progress)

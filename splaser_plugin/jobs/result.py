@@ -155,6 +155,8 @@ class LaserResult:
             record.save(folder / "results.json")
             write_report(folder / "report.html", self.scan, record)
             model_card(self.recipe, record).save(folder / "README.md")
+            if self.weights.rest is not None:
+                self.weights.rest.write(folder)
 
     def _run_file(self) -> str:
         source = "" if self.pairs.source in (ROWS, NO_PAIRS) else self.pairs.source

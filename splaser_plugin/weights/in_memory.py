@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from splaser_plugin.weights.factored import FactoredLinear, Factors, as_stored, 
 from splaser_plugin.weights.identity import identity_of, sampled_places
 from splaser_plugin.weights.matrices import Matrix, Skipped, model_matrices, named_parameters
 from splaser_plugin.weights.reducer import PlainReducer, Reducer
+
+if TYPE_CHECKING:
+    from splaser_plugin.weights.rest import Rest
 
 
 class Weights:
@@ -32,6 +35,8 @@ class Weights:
         self.factors: dict[Matrix, Factors] | None = None
         self.reducer: Reducer = PlainReducer()
         """What `reduce` does."""
+        self.rest: Rest | None = None
+        """What the model's folder has beside it, to be written with it; None where it came from no folder."""
 
     def matrices(
         self, include: Sequence[str] = (), exclude: Sequence[str] = (), towers: bool = False
@@ -134,13 +139,15 @@ class Weights:
     def keep_factors(self) -> None:
         """From now on reduce to factors in the model's dtype, and keep them in `factors`, for a smaller model.
 
-        Raises ModelError when the model is sharded over processes.
+        Raises ModelError when the model is sharded over processes, or its folder has tensors that it doesn't hold.
         """
         if self.is_sharded:
             raise ModelError(
                 f"{type(self.model).__name__} is sharded over processes, so its matrices can't be kept as factors. "
                 "Use --save dense, or run splaser laser on the saved model in one process."
             )
+        if self.rest and self.rest.tensors:
+            raise ModelError(f"a factored model has no place for {self.rest.note}. Use --save dense.")
         self.factors = self.factors or {}
 
     def _factorize(self, matrix: Matrix, rank: int) -> Factors:

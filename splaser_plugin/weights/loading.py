@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from splaser_plugin.checkpoints.checkpoint import open_checkpoint
 from splaser_plugin.checkpoints.folder import looks_like_path, resolve_model
 from splaser_plugin.checkpoints.header import shown
+from splaser_plugin.checkpoints.skeleton import auto_class, check_holds_weights, skeleton_of
 from splaser_plugin.checkpoints.trust import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -71,7 +73,7 @@ def check_source(name: str | Path, *, allow_pickle: bool = False) -> None:
 
 
 def _load(name: str | Path, source: str, dtype: str | torch.dtype, options: dict[str, Any]) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     is_gguf = "gguf_file" in options
     files: dict[str, Any] = {"trust_remote_code": False, **({"gguf_file": options["gguf_file"]} if is_gguf else {})}
@@ -83,15 +85,18 @@ def _load(name: str | Path, source: str, dtype: str | torch.dtype, options: dict
             raise ModelError(
                 f"{name} has quantised weights, which can't be reduced. Give the model in bfloat16 or float32."
             )
-        tokenizer = AutoTokenizer.from_pretrained(source, **files)
+        tokenizer = _tokenizer(name, source, files)
         if hasattr(config, CONFIG_KEY):
             return load_factored(source, dtype=dtype), tokenizer
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        kind = AutoModelForCausalLM if is_gguf else auto_class(config)
+        if kind not in (AutoModelForCausalLM, AutoModelForImageTextToText):
+            kind = AutoModelForCausalLM  # which says what it knows
+        loaded: Any = kind.from_pretrained(
             source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
         )
     except _library_errors() as error:
         raise CheckpointError(
-            f"{name}: can't be loaded as a causal language model ({first_line_of(error)}) "
+            f"{name}: can't be loaded as a causal language model ({_reason(error, source, is_gguf)}) "
             "Give a folder saved by save_pretrained, a .gguf file, or a hub id that can be reached."
         ) from error
     model, found = loaded
@@ -103,6 +108,27 @@ def _load(name: str | Path, source: str, dtype: str | torch.dtype, options: dict
     return model, tokenizer
 
 
+def _reason(error: Exception, source: str, is_gguf: bool) -> str:
+    """What an error of the loader means; where it points to a report that is not shown, what stands there."""
+    if "above report" not in str(error):
+        return first_line_of(error)
+    if is_gguf:
+        return "its tensors have other shapes than its metadata says, or than transformers makes of that."
+    return f"{skeleton_of(open_checkpoint(source)).problem or 'shapes differ'}."
+
+
+def _tokenizer(name: str | Path, source: str, files: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, **files)
+    except Exception as error:  # tokenizers raises nothing more special for a damaged file
+        raise CheckpointError(
+            f"{name}: its tokenizer can't be loaded ({type(error).__name__}: {first_line_of(error)}). Give a model "
+            "with the tokenizer that its save_pretrained wrote."
+        ) from error
+
+
 def _source(name: str | Path, allow_pickle: bool) -> tuple[str, dict[str, Any]]:
     """Where transformers is to load from, and how, once what is there was checked."""
     path = Path(name).expanduser()
@@ -112,6 +138,14 @@ def _source(name: str | Path, allow_pickle: bool) -> tuple[str, dict[str, Any]]:
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / ADAPTER_CONFIG).is_file():
+                raise CheckpointError(
+                    f"{name}: this folder has an adapter and no model. Give the base model, and this as --adapter."
+                )
+            if (path / "snapshots").is_dir():
+                raise CheckpointError(
+                    f"{name}: this is a repository of the hub's cache. Give the folder snapshots/HASH in it."
+                )
             raise CheckpointError(f"{name}: this folder has no config.json. Give a folder saved by save_pretrained.")
         if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
             raise CheckpointError(f"{name}: this folder has no weights (*.safetensors). Save the model there first.")
@@ -119,7 +153,13 @@ def _source(name: str | Path, allow_pickle: bool) -> tuple[str, dict[str, Any]]:
         raise CheckpointError(f"{name}: there is no such model folder. Check the path.")
     else:
         path = resolve_model(str(name), allow_pickle=allow_pickle)
+    if (path / "modules.json").is_file():
+        raise CheckpointError(
+            f"{name}: this is a sentence-transformers model, which gives no answers. Give a causal language model."
+        )
     check_model_folder(path, allow_pickle=allow_pickle)
+    if not has_only_pickles(path):
+        check_holds_weights(open_checkpoint(path))
     return str(path), {"use_safetensors": not has_only_pickles(path), "weights_only": True}
 
 
@@ -174,5 +214,8 @@ def _forget_gguf(model: Any) -> None:
 
 def context_length(model: nn.Module) -> int | None:
     """The longest input in tokens, or None where the configuration gives none."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None

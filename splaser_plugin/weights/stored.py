@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, read_groups
-from splaser_plugin.checkpoints.header import StoredTensor, shown
+from splaser_plugin.checkpoints.header import StoredTensor
 from splaser_plugin.checkpoints.roles import Role
-from splaser_plugin.checkpoints.skeleton import Skeleton, Source, skeleton_of
+from splaser_plugin.checkpoints.skeleton import (
+    Skeleton,
+    Source,
+    check_holds_weights,
+    quantisation,
+    skeleton_of,
+)
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.weights.matrices import (
     Candidate,
@@ -26,8 +31,6 @@ if TYPE_CHECKING:
 
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Families whose checkpoints store linear weights as (inputs, outputs)."""
-SCALE = re.compile(r"scale|absmax|SCB", re.IGNORECASE)
-"""In the last segment of what stands beside quantised weights."""
 NOT_IN_MODEL = "transformers leaves it out when it loads this model"
 
 
@@ -39,6 +42,12 @@ class StoredWeights:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        check_holds_weights(checkpoint)
+        if method := quantisation(checkpoint.config):
+            raise CheckpointError(
+                f"{checkpoint.folder}: config.json says that its weights are quantised ({method}), which can't be "
+                "scanned. Give the model in bfloat16 or float32, as it was before it was quantised."
+            )
         self.checkpoint = checkpoint
         self.skeleton: Skeleton | None = None
         self.note = ""
@@ -65,7 +74,6 @@ class StoredWeights:
         They come in the files' order, which is the one to read them in. What is on disk and not in the model is
         among those left out.
         """
-        self._check_dtypes()
         candidates = _by_name(self.checkpoint) if self.skeleton is None else self._candidates(self.skeleton)
         matrices, skipped = choose_matrices(candidates, include=include, exclude=exclude, towers=towers)
         if self.skeleton is not None:
@@ -117,18 +125,6 @@ class StoredWeights:
 
     def _names_of(self, source: Source, role: Role) -> tuple[str, ...]:
         return source.stored
-
-    def _check_dtypes(self) -> None:
-        """Raises CheckpointError at the first tensor that holds codes with scales beside them instead of weights."""
-        tensors = self.checkpoint.tensors
-        scaled = {name.rpartition(".")[0] for name in tensors if SCALE.search(name.rpartition(".")[2])}
-        for name, stored in tensors.items():
-            is_code = not stored.dtype.is_floating_point or stored.dtype.itemsize == 1
-            if len(stored.shape) >= 2 and is_code and scaled & {name, name.rpartition(".")[0]}:
-                raise CheckpointError(
-                    f"{stored.shard}: tensor {shown(name)} is {str(stored.dtype).removeprefix('torch.')} with scales "
-                    "beside it: quantised weights, which can't be scanned. Give the model in bfloat16 or float32."
-                )
 
     def _parts(self, matrix: Matrix) -> list[StoredTensor]:
         """What is to be read for one matrix."""

@@ -39,6 +39,7 @@ DEEPSEEK = {
     "qk_nope_head_dim": 4,
     "v_head_dim": 8,
     "num_key_value_heads": 2,
+    "head_dim": 4,
 }
 GEMMA3N = {
     "vocab_size_per_layer_input": 64,

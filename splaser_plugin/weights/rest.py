@@ -1,0 +1,79 @@
+"""What a model's folder has beside the weights that its loader takes: kept in what is written of the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from splaser_plugin.checkpoints.checkpoint import open_checkpoint, read_tensors
+from splaser_plugin.checkpoints.folder import INDEX_NAME, SINGLE_NAME, resolve_model
+from splaser_plugin.checkpoints.skeleton import unplaced
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".index.json")
+"""How files end that hold weights, or say where they are."""
+OWN_FILES = frozenset(
+    {"README.md", "journal.jsonl", "recipe.json", "report.html", "results.json", "run.yaml", "scan.json"}
+)
+"""What a run of splaser wrote about another model."""
+SHARD = "model-{:05}-of-{:05}.safetensors"
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Tensors and files of a model's folder that the loaded model doesn't hold."""
+
+    folder: Path
+    tensors: tuple[str, ...]
+    """Names of tensors that the loader leaves out, as it does layers for multi-token prediction."""
+
+    @property
+    def note(self) -> str:
+        """The tensors for people; empty where there are none."""
+        if not self.tensors:
+            return ""
+        return f"{len(self.tensors)} tensors that transformers leaves out of this model: {self.tensors[0]}, ..."
+
+    def write(self, folder: Path) -> None:
+        """Add the rest to a folder that `save_pretrained` has written the model to."""
+        for file in sorted(self.folder.iterdir()):
+            is_other = file.is_file() and not file.name.endswith(WEIGHTS) and file.name not in OWN_FILES
+            if is_other and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+        if self.tensors:
+            self._write_tensors(folder)
+
+    def _write_tensors(self, folder: Path) -> None:
+        checkpoint = open_checkpoint(folder)
+        kept = [name for name in self.tensors if name not in checkpoint.tensors]
+        source = open_checkpoint(self.folder)
+        tensors = {name: tensor for (name, _), tensor in read_tensors(source, [(name, None) for name in kept])}
+        shards = list(checkpoint.shard_bytes)
+        names = {shard: SHARD.format(place, len(shards) + 1) for place, shard in enumerate(shards, 1)}
+        where = {name: names[stored.shard] for name, stored in checkpoint.tensors.items()}
+        for shard in shards:
+            shard.rename(folder / names[shard])
+        last = SHARD.format(len(shards) + 1, len(shards) + 1)
+        save_file(tensors, folder / last, metadata={"format": "pt"})
+        total = sum(file.stat().st_size for file in folder.glob("model-*.safetensors"))
+        index = {"metadata": {"total_size": total}, "weight_map": {**where, **dict.fromkeys(tensors, last)}}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / SINGLE_NAME).unlink(missing_ok=True)
+
+
+def rest_of(name: str | Path, model: Any) -> Rest | None:
+    """The rest of the folder that `model` was loaded from; None where its weights aren't safetensors.
+
+    name: of the folder, or the hub id, as for `load_model`. Raises CheckpointError as `open_checkpoint` does.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return None
+    folder = path if path.is_dir() else resolve_model(str(name), allow_pickle=True)
+    if not folder.is_dir() or not any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
+        return None
+    return Rest(folder, unplaced(model, open_checkpoint(folder)))
