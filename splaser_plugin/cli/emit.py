@@ -79,6 +79,7 @@ def axolotl(
     overwrite: Overwrite = False,
 ) -> None:
     """A configuration for `axolotl train`."""
+    from splaser_plugin.integrations.check import check_plan
     from splaser_plugin.integrations.configs.axolotl import axolotl_yaml
 
     if rl not in (None, "dpo"):
@@ -87,6 +88,7 @@ def axolotl(
     run = f"axolotl train {shlex.quote(str(output))}"
     plan = _plan(selection, training, rl or "sft")
     text = axolotl_yaml(plan, base=training.base, run=run, plugin=plugin, laser=laser)
+    check_plan(plan)
     _write(output, text, overwrite=overwrite)
     _tell(selection, output, run)
 
@@ -106,6 +108,7 @@ def llamafactory(
 
     With --mode unfrozen a Python script, since LLaMA-Factory's YAML can freeze whole blocks only.
     """
+    from splaser_plugin.integrations.check import check_plan
     from splaser_plugin.integrations.configs import llamafactory as tool
 
     is_script = training.mode == "unfrozen"
@@ -117,6 +120,7 @@ def llamafactory(
     run = f"{'python' if is_script else 'llamafactory-cli train'} {shlex.quote(str(output))}"
     write = tool.runner_script if is_script else tool.llamafactory_yaml
     text = write(plan, base=training.base, dataset_dir=output.parent, run=run)
+    check_plan(plan)
     if training.dataset is not None:
         info = output.parent / "dataset_info.json"
         entry = tool.dataset_info(training.dataset, stage, output.parent)
@@ -143,12 +147,14 @@ def peft(
     overwrite: Overwrite = False,
 ) -> None:
     """A LoRA configuration for PEFT, as adapter_config.json."""
+    from splaser_plugin.integrations.check import check_adapters
     from splaser_plugin.integrations.configs.adapter import adapter_config
     from splaser_plugin.integrations.configs.plan import DEFAULT_RANK, choose_rank
 
     selection = _chosen(scan, select)
     rank, _ = choose_rank(selection, ranks.lora_rank, ranks.match_rank)
     values = adapter_config(selection, rank=rank or DEFAULT_RANK, rank_pattern=rank_pattern, model=model)
+    check_adapters(selection, model or selection.model, **values)
     _write(output, _json(values), overwrite=overwrite)
     _tell(selection, output, f'LoraConfig.from_pretrained("{output.parent}")')
 

@@ -1,0 +1,71 @@
+"""What is emitted trains exactly what was chosen, by PEFT's own matching and Axolotl's own rule, or is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from splaser_plugin import scan
+from splaser_plugin.config.stages import SelectConfig
+from splaser_plugin.errors import MatrixError
+from splaser_plugin.integrations.check import check_adapters, check_unfrozen
+from splaser_plugin.integrations.configs.axolotl import unfrozen_patterns
+from splaser_plugin.integrations.peft import adapted_modules, lora_config
+from splaser_plugin.scanning.selection import choose, lora_targets
+from tests.weights.test_stored import CAUSAL, TEXT, build, llava, saved
+
+
+def chosen(folder, *types):
+    return choose(scan(folder), SelectConfig(top=1, types=types))
+
+
+def check(selection, folder):
+    check_adapters(selection, str(folder), target_modules=lora_targets(selection))
+    check_unfrozen(selection, str(folder), unfrozen_patterns(selection))
+
+
+@pytest.mark.parametrize("kind", ["llama", "llava", "qwen3_moe", "deepseek_v3", "gpt2", "exaone"])
+def test_the_chosen_matrices_of_a_scan_from_disk_are_those_that_are_adapted(kind, tmp_path):
+    folder = saved(llava() if kind == "llava" else build(kind, CAUSAL.get(kind, TEXT)), tmp_path)
+    types = {"gpt2": ["attn"], "exaone": ["attn", "self_attn"]}.get(kind, ["self_attn"])
+    types = [each for each in types if any(each in found.type for found in scan(folder).matrices)]
+    selection = chosen(folder, *types)
+    check(selection, folder)
+    auto = AutoModelForImageTextToText if kind == "llava" else AutoModelForCausalLM
+    model = get_peft_model(auto.from_pretrained(folder), lora_config(selection, rank=2))
+    assert set(adapted_modules(model)) == set(selection.names)
+
+
+def test_targets_that_peft_turns_into_all_experts_are_refused(splaser, tmp_path):
+    folder = saved(build("deepseek_v3", CAUSAL["deepseek_v3"]), tmp_path / "model")
+    with pytest.raises(MatrixError, match=r"PEFT would train model\.layers\.1\.mlp\.experts, as 1 in all"):
+        check(chosen(folder, "mlp.shared_experts.down_proj"), folder)
+    with pytest.raises(MatrixError, match=r"PEFT can't adapt .*up_proj without also targeting gate_proj"):
+        check(chosen(folder, "mlp.shared_experts.up_proj"), folder)
+    assert splaser("scan", folder, "-o", tmp_path / "scan.json")[0] == 0
+    emit = ("emit", "peft", tmp_path / "scan.json", "-o", tmp_path / "adapter_config.json", "--types")
+    code, _, told = splaser(*emit, "mlp.shared_experts.down_proj")
+    assert (code, (tmp_path / "adapter_config.json").exists()) == (1, False)
+    assert "PEFT would train model.layers.1.mlp.experts" in told
+    assert splaser(*emit, "self_attn")[0] == 0
+
+
+def test_what_peft_has_no_layer_for_and_names_of_another_model_are_refused(tmp_path):
+    folder = saved(build("mamba", CAUSAL["mamba"]), tmp_path / "mamba")
+    with pytest.raises(MatrixError, match=r"PEFT can't adapt the chosen matrices .*incompatible with Mamba"):
+        check(chosen(folder, "mixer.out_proj"), folder)
+    other = saved(llava(), tmp_path / "llava")
+    selection = chosen(other, "self_attn")
+    on_disk = [each.name.replace("model.language_model.", "language_model.model.") for each in selection.matrices]
+    old = tuple(replace(each, name=name) for each, name in zip(selection.matrices, on_disk, strict=True))
+    with pytest.raises(MatrixError, match=r"language_model\.model\.layers.* is not in the model that is loaded from"):
+        check(replace(selection, matrices=old), other)
+
+
+def test_a_model_that_is_not_here_is_not_checked(tmp_path):
+    selection = chosen(saved(build("llama", TEXT), tmp_path / "model"), "self_attn")
+    check(selection, "somebody/else")
+    check(selection, tmp_path / "gone")
