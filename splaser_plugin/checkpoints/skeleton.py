@@ -186,6 +186,14 @@ def auto_class(config: Any) -> Any:
     return AutoModel
 
 
+def answering_class(config: Any) -> Any:
+    """The auto class for models that answer prompts: as `auto_class`, and for what it doesn't know the causal one."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind = auto_class(config)
+    return kind if kind is AutoModelForImageTextToText else AutoModelForCausalLM
+
+
 def mapping_of(kind: Any) -> Any:
     """An auto class' table of configuration to model classes."""
     return kind._model_mapping

@@ -28,6 +28,8 @@ from splaser_plugin.progress import measured
 
 FIRST_BATCH = 8
 LEAST_GAIN = 1.1
+PADDING_TOLERANCE = 0.1
+"""Largest change of a logit by padding, in standard deviations of all logits, that rounding may make."""
 MODEL_ERRORS = (RuntimeError, ValueError, LookupError, ArithmeticError)
 """What a model's own code may raise over the numbers that it computes."""
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
@@ -90,11 +92,42 @@ class Generator:
         self.prompter = prompter
         self.max_new_tokens = max_new_tokens
         self.is_sharded = is_sharded(model)
-        self.batch = BatchSize(batch_size or FIRST_BATCH if self.is_sharded else batch_size)
         self.end_tokens = _end_tokens(model, prompter)
         self._pad = prompter.tokenizer.pad_token_id
         if self._pad is None:
             self._pad = self.end_tokens[0] if self.end_tokens else 0
+        at_once = batch_size if self.honours_padding() else 1
+        self.batch = BatchSize(at_once or FIRST_BATCH if self.is_sharded else at_once)
+
+    def honours_padding(self) -> bool:
+        """Whether the model leaves out what the attention mask hides: the state of RWKV takes padding in.
+
+        Models with keys and values alone do; of others it is seen by one prompt with and without padding.
+        """
+        if self.is_sharded or roomy_cache(self.model) is not None:
+            return True
+        ids = torch.arange(1, 9)[None].to(next(self.model.parameters()).device)
+        padded = torch.nn.functional.pad(ids, (ids.shape[1], 0), value=self._pad)
+        mask = (torch.arange(padded.shape[1], device=ids.device) >= ids.shape[1]).long()[None]
+        try:
+            alone, beside = self._first_logits(ids, torch.ones_like(ids)), self._first_logits(padded, mask)
+        except MODEL_ERRORS:
+            return True
+        return bool((alone - beside).abs().max() <= PADDING_TOLERANCE * alone.std())
+
+    @torch.no_grad()
+    def _first_logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Of the token that follows a prompt, as `generate` has them."""
+        with plain_generation(self.model), evaluating(self.model):
+            config = GenerationConfig(
+                max_new_tokens=1,
+                do_sample=False,
+                pad_token_id=self._pad,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            found = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        return found.logits[0].float()
 
     def answer(self, prompts: Sequence[Sequence[int]], expected: Sequence[int] | None = None) -> list[Answer]:
         """Greedy answers, in the prompts' order.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -33,13 +34,19 @@ class RoomyLayer(DynamicLayer):
 def roomy_cache(model: Any) -> DynamicCache | None:
     """An empty cache for the model; None where it needs another kind, which `generate` makes then."""
     supports = getattr(model, "_supports_default_dynamic_cache", None)
-    if supports is None or not supports():
+    if supports is None or not supports() or not _takes_a_cache(model):
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None
     cache.layers = [RoomyLayer() for _ in cache.layers]
     return cache
+
+
+def _takes_a_cache(model: Any) -> bool:
+    """Whether the model has a place for keys and values: the first GPT has none."""
+    taken = inspect.signature(model.forward).parameters
+    return "input_ids" not in taken or not taken.keys().isdisjoint({"cache", "past_key_values"})
 
 
 def _appended(before: Tensor, new: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from splaser_plugin.checkpoints.header import shown
 from splaser_plugin.checkpoints.trust import PICKLES, check_embedder_folder
 from splaser_plugin.distributed import share
 from splaser_plugin.errors import EmbedderError, first_line_of
-from splaser_plugin.generation.generator import evaluating
+from splaser_plugin.generation.generator import MODEL_ERRORS, evaluating
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import context_length
 
@@ -111,9 +111,25 @@ class SelfEmbedder:
                 ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
                 lengths = torch.tensor([len(row) for row in rows], device=device)
                 mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-                hidden = model(
-                    input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False
-                ).hidden_states[-1]
+                hidden = self._hidden(ids, mask.long())
                 mean = (hidden.float() * mask[..., None]).sum(1) / lengths[:, None]
                 vectors.update(zip(batch, torch.nn.functional.normalize(mean, dim=-1).cpu(), strict=True))
         return torch.stack([vectors[index] for index in range(len(tokens))])
+
+    def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The last hidden states, (texts, tokens, width). Raises EmbedderError when the model has no such."""
+        model: Any = self._weights.model
+        advice = "Give --embedder a sentence-transformers model."
+        try:
+            found = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+            hidden: Tensor = found.hidden_states[-1]
+        except MODEL_ERRORS as error:
+            raise EmbedderError(
+                f"embedder 'self': the model fails at its hidden states ({first_line_of(error)}). {advice}"
+            ) from error
+        if hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
+            raise EmbedderError(
+                f"embedder 'self': {type(model).__name__} has several streams of hidden states {tuple(hidden.shape)}, "
+                f"and not one vector a token. {advice}"
+            )
+        return hidden

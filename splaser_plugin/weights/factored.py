@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -83,13 +84,63 @@ def is_factorable(model: nn.Module, matrix: Matrix, rank: int) -> bool:
 
 
 def is_layer(model: nn.Module, matrix: Matrix) -> bool:
-    """Whether the matrix is the whole weight of a linear layer."""
+    """Whether the matrix is the whole weight of a linear layer that the model calls, and that is saved as it is."""
     from transformers.pytorch_utils import Conv1D
 
     if matrix.expert is not None:
         return False
     module, _, attribute = matrix.parameter.rpartition(".")
-    return attribute == "weight" and type(model.get_submodule(module)) in (nn.Linear, Conv1D)
+    is_linear = attribute == "weight" and type(model.get_submodule(module)) in (nn.Linear, Conv1D)
+    return is_linear and module in _called(model) and not _is_converted(model, matrix.parameter)
+
+
+def _called(model: nn.Module) -> frozenset[str]:
+    """Names of the linear layers that one forward pass calls: Mamba's mixer reads the weight of its `dt_proj` instead.
+
+    All of them where the model can't be run on two tokens alone.
+    """
+    if model not in _CALLED:
+        _CALLED[model] = _called_anew(model)
+    return _CALLED[model]
+
+
+_CALLED: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _called_anew(model: Any) -> frozenset[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    layers = {name: each for name, each in model.named_modules() if isinstance(each, (nn.Linear, Conv1D))}
+    called: set[str] = set()
+    hooks = [each.register_forward_hook(lambda *_, name=name: called.add(name)) for name, each in layers.items()]
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
+        model(input_ids=ids, use_cache=False)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
+        return frozenset(layers)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in training:
+            module.training = True
+    return frozenset(called)
+
+
+def _is_converted(model: Any, parameter: str) -> bool:
+    """Whether transformers joins or cuts the parameter when it saves the model, which factors can't be."""
+    if not hasattr(model, "base_model_prefix"):
+        return False
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    converters = [each.reverse_transform() for each in conversions if isinstance(each, WeightConverter)]
+    return any(each.rename_source_key(parameter)[1] is not None for each in converters)
 
 
 class FactoredLinear(nn.Linear):

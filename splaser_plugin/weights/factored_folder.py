@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from splaser_plugin.checkpoints.folder import read_config, resolve_model
 from splaser_plugin.checkpoints.header import shown
+from splaser_plugin.checkpoints.skeleton import answering_class
 from splaser_plugin.checkpoints.trust import check_model_folder
 from splaser_plugin.errors import CheckpointError, nearest
 from splaser_plugin.weights.factored import CONFIG_KEY, FactoredLinear, Factors, as_stored
@@ -68,20 +69,27 @@ def load(model: str | Path, **arguments: Any) -> Any:
     model: a folder or hub id, factored or not. arguments: of `from_pretrained` (dtype, device_map, ...).
     Raises CheckpointError, with the file and the tensor, when anything is missing, damaged or at odds.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     folder = resolve_model(str(model))
     check_model_folder(folder)
     ranks = stored_ranks(folder, read_config(folder))
     if not ranks:
-        return AutoModelForCausalLM.from_pretrained(folder, **arguments)
+        return answering_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, **arguments)
     checkpoint = open_checkpoint(folder)
     planned = _plan(folder)
     _install(planned, ranks, folder)
     _check_shapes(planned, checkpoint)
     loader = _factored_class(type(planned), ranks, folder)
     # sizes that are at odds under other names are reported below, by the tensor's name
-    loaded, report = loader.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments)
+    loaded, report = loader.from_pretrained(
+        folder,
+        # one class can be several kinds of model, which differ in how their tensors are called
+        config=AutoConfig.from_pretrained(folder),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **arguments,
+    )
     _check_report(report, checkpoint)
     _check_dtypes(ranks, checkpoint)
     for name, rank in ranks.items():
@@ -113,11 +121,12 @@ def _plan(folder: Path) -> Any:
     Raises CheckpointError when it describes none.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            config = AutoConfig.from_pretrained(folder)
+            return answering_class(config).from_config(config)
     except (
         OSError,
         ValueError,

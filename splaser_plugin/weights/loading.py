@@ -14,7 +14,7 @@ from torch import nn
 from splaser_plugin.checkpoints.checkpoint import open_checkpoint
 from splaser_plugin.checkpoints.folder import looks_like_path, resolve_model
 from splaser_plugin.checkpoints.header import shown
-from splaser_plugin.checkpoints.skeleton import auto_class, check_holds_weights, skeleton_of
+from splaser_plugin.checkpoints.skeleton import answering_class, check_holds_weights, skeleton_of
 from splaser_plugin.checkpoints.trust import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -73,7 +73,7 @@ def check_source(name: str | Path, *, allow_pickle: bool = False) -> None:
 
 
 def _load(name: str | Path, source: str, dtype: str | torch.dtype, options: dict[str, Any]) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     is_gguf = "gguf_file" in options
     files: dict[str, Any] = {"trust_remote_code": False, **({"gguf_file": options["gguf_file"]} if is_gguf else {})}
@@ -88,9 +88,7 @@ def _load(name: str | Path, source: str, dtype: str | torch.dtype, options: dict
         tokenizer = _tokenizer(name, source, files)
         if hasattr(config, CONFIG_KEY):
             return load_factored(source, dtype=dtype), tokenizer
-        kind = AutoModelForCausalLM if is_gguf else auto_class(config)
-        if kind not in (AutoModelForCausalLM, AutoModelForImageTextToText):
-            kind = AutoModelForCausalLM  # which says what it knows
+        kind = AutoModelForCausalLM if is_gguf else answering_class(config)
         loaded: Any = kind.from_pretrained(
             source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
         )

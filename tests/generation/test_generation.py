@@ -11,6 +11,7 @@ from splaser_plugin.errors import ModelError, PairsError
 from splaser_plugin.generation.generator import CACHE, BatchSize, Generator, evaluating
 from splaser_plugin.generation.prompts import Prompter
 from tests.builders import tiny_llama
+from tests.tiny_models import build
 
 
 def one_at_a_time(model, prompt, ends, limit):
@@ -240,3 +241,25 @@ def test_a_template_without_system_turns_gets_the_system_text_in_the_first_turn(
     )
     monkeypatch.setattr(tokenizer, "chat_template", picky)
     assert Prompter(tokenizer).text(TURNS) == "<user>Be brief.\n\nHi<assistant>Hello.<user>Bye"
+
+
+@pytest.mark.parametrize("kind", ["rwkv", "openai-gpt", "mamba"])
+def test_models_of_every_kind_answer_a_batch_as_each_prompt_alone(kind, tokenizer, prompts):
+    """RWKV's state takes padding in, so it answers one prompt at a time; the first GPT takes no cache."""
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    settings = {
+        "rwkv": {**sizes, "context_length": 512},
+        "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512},
+        "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    }[kind]
+    model = build(kind, {"vocab_size": 49152, "eos_token_id": 2, "bos_token_id": 1, **settings})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    together = generator(model, tokenizer, max_new_tokens=6, batch_size=8)
+    assert (together.batch.now == 1) == (kind == "rwkv")
+    alone = generator(model, tokenizer, max_new_tokens=6, batch_size=1)
+    said = together.answer(prompts)
+    assert said == [alone.answer([prompt])[0] for prompt in prompts]
+    assert any(answer.tokens for answer in said)

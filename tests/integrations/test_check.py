@@ -15,7 +15,7 @@ from splaser_plugin.integrations.check import check_adapters, check_unfrozen
 from splaser_plugin.integrations.configs.axolotl import unfrozen_patterns
 from splaser_plugin.integrations.peft import adapted_modules, lora_config
 from splaser_plugin.scanning.selection import choose, lora_targets
-from tests.weights.test_stored import CAUSAL, TEXT, build, llava, saved
+from tests.tiny_models import CAUSAL, TEXT, build, llava, saved
 
 
 def chosen(folder, *types):

@@ -15,7 +15,7 @@ from splaser_plugin.checkpoints.checkpoint import open_checkpoint, read_tensors
 from splaser_plugin.errors import CheckpointError, ModelError
 from splaser_plugin.jobs.apply import apply
 from splaser_plugin.weights.loading import check_source, load_model
-from tests.weights.test_stored import CAUSAL, CLIP, TEXT, build, change, configure, saved
+from tests.tiny_models import CAUSAL, CLIP, TEXT, build, change, configure, saved
 
 QUICK = LaserConfig(embedder="self", max_new_tokens=4, candidates=2, device="cpu", ranks="0.5", accept="improve")
 
