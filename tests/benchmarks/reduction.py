@@ -1,9 +1,11 @@
 """Ways to reduce SmolLM2 at several budgets: loss on unseen text, bytes, seconds and memory.
 
     python tests/benchmarks/reduction.py --text FILE --measured FILE.jsonl [--methods NAME ...] [--budgets SHARE ...]
+        [--calibration-tokens N] [--judged-tokens N] [--threads N]
 
 The text's first half is what the reductions are calibrated on, its second half what they are judged on. Each row is
 one model, measured once and kept in the file of measurements: run the command again to go on where it was stopped.
+The statistics are kept beside it, in FILE.pt.
 Ranks are `uniform` (each matrix loses the same share) or `allocated` over all matrices at once: by predicted nats for
 `fisher`, by the share of the lost output or weight energy of the matrix for the others. `gauge` stores r (n + m - r)
 numbers for a rank, the rest r (n + m). Bytes are those of the blocks' matrices in the model's dtype.
@@ -83,7 +85,8 @@ class Row:
 class Study:
     """SmolLM2, its statistics, and the text to judge on."""
 
-    def __init__(self, text: str, calibration_tokens: int, judged_tokens: int) -> None:
+    def __init__(self, text: str, statistics: Path, calibration_tokens: int, judged_tokens: int) -> None:
+        self.statistics = statistics
         self.model, tokenizer = load_model(prepare_model(ROOT / ".cache"), device="cpu", dtype="float32")
         self.weights = Weights(self.model)
         self.matrices = self.weights.matrices()[0]
@@ -112,15 +115,19 @@ class Study:
 
     def decompositions(self, reduce: str) -> dict[Matrix, Decomposition]:
         if reduce != "svd" and not self._moments:
-            with self.timed("statistics"):
-                for matrix, found in measure(self.weights, self.matrices, window_rows(self.calibration)):
-                    assert isinstance(found, Moments), found
-                    self._moments[matrix] = found
+            if not self.statistics.exists():
+                self._measure_moments()
+            self._moments, self.seconds["statistics"] = torch.load(self.statistics, weights_only=False)
         if self._decomposed[0] != reduce:
             self._decomposed = ("", {})
             with self.timed(f"decomposition ({reduce})"):
                 self._decomposed = (reduce, {each: self._decompose(each, reduce) for each in self.matrices})
         return self._decomposed[1]
+
+    def _measure_moments(self) -> None:
+        with self.timed("statistics"):
+            found = dict(measure(self.weights, self.matrices, window_rows(self.calibration)))
+        torch.save((found, self.seconds["statistics"]), self.statistics)
 
     def _decompose(self, matrix: Matrix, reduce: str) -> Decomposition:
         weight = self.originals[matrix]
@@ -225,7 +232,8 @@ def main() -> None:
     measured = read(arguments.measured)
     left = [(name, each) for name in arguments.methods for each in arguments.budgets if (name, each) not in measured]
     if left:
-        study = Study(arguments.text, arguments.calibration_tokens, arguments.judged_tokens)
+        statistics = arguments.measured.with_suffix(".pt")
+        study = Study(arguments.text, statistics, arguments.calibration_tokens, arguments.judged_tokens)
     for name, budget in left:
         row = measured[name, budget] = study.measure(name, budget)
         with arguments.measured.open("a") as file:

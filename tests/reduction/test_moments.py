@@ -219,6 +219,7 @@ def test_rows_of_pairs_count_the_answers_predictions_and_those_of_text_all():
     assert len(first_tokens(rows, 1000)) == 5
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_rows_and_both_get_the_numbers_of_one(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     script = str(ROOT / "tests" / "reduction" / "shared_runs.py")

@@ -219,6 +219,7 @@ def kl_of(model, rows, before):
     return float((before.exp() * (before - now)).sum(-1).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_of", [lambda: tiny_llama(vocabulary=512), tiny_gpt2, lambda: tiny_fused("gpt_oss")])
 def test_the_predicted_cost_is_the_measured_divergence_of_small_changes(model_of):
     model = model_of()
