@@ -5,7 +5,7 @@
 
 The text's first half is what the reductions are calibrated on, its second half what they are judged on. Each row is
 one model, measured once and kept in the file of measurements: run the command again to go on where it was stopped.
-The statistics are kept beside it, in FILE.pt.
+The statistics are kept beside it, in FILE.pt; both are for one text and one choice of tokens.
 Ranks are `uniform` (each matrix loses the same share) or `allocated` over all matrices at once: by predicted nats for
 `fisher`, by the share of the lost output or weight energy of the matrix for the others. `gauge` stores r (n + m - r)
 numbers for a rank, the rest r (n + m). Bytes are those of the blocks' matrices in the model's dtype.
