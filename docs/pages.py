@@ -8,8 +8,6 @@ from typing import Any
 
 from mkdocs.structure.files import File
 
-from splaser_plugin import _HOMES
-
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {
     "README.md": "index.md",
@@ -19,7 +17,6 @@ OUTSIDE = {
     "RELEASE.md": "release.md",
 }
 """Files of the repository's root, and what they are called on the site."""
-EXPORTED = re.compile(r"^::: splaser_plugin\.(\w+)$", re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 
 
@@ -31,7 +28,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
-    """Make each link hold on the site, where what is no page of it is shown in the repository; find exported names."""
+    """Make each link hold on the site, where what is no page of it is shown in the repository."""
     outside = page.file.src_uri in OUTSIDE.values()
     folder = ROOT if outside else ROOT / "docs"
 
@@ -47,5 +44,4 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     if outside:
         source = next(path for path, uri in OUTSIDE.items() if uri == page.file.src_uri)
         page.edit_url = f"{config.repo_url}/edit/main/{source}"
-    markdown = EXPORTED.sub(lambda found: f"::: {_HOMES[found[1]]}.{found[1]}", markdown)
     return LINK.sub(on_site, markdown)

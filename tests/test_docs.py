@@ -46,6 +46,7 @@ def folders(tiny_folder, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "language", "code"),
     BLOCKS,
@@ -183,6 +184,7 @@ def test_messages_in_troubleshooting_are_those_of_the_code():
             assert part.strip() in code, heading
 
 
+@pytest.mark.slow
 def test_what_the_blocks_of_the_readme_wrote_is_there(folders):
     folder = folders[PAGES[0]]
     for name in ("scan.json", "lasered/recipe.json", "rebuilt/recipe.json", "axolotl.yml", "report.html"):

@@ -136,3 +136,20 @@ def test_the_reference_has_every_public_name():
     page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     names = re.findall(r"^::: splaser_plugin\.(\w+)$", page, re.MULTILINE)
     assert sorted([*names, "__version__"]) == sorted(splaser_plugin.__all__)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=told)
+def test_nothing_is_imported_from_a_test_module(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        modules = [name for name in names if name.split(".")[-1].startswith("test_") and name.startswith("tests.")]
+        assert not modules, ast.unparse(node)
+
+
+def test_the_lowest_versions_that_are_tried_are_those_that_are_allowed():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lists = re.findall(r"^(?:dependencies|gguf|trl|emit) = \[(.*?)\]", project, re.MULTILINE | re.DOTALL)
+    allowed = {name for each in lists for name in re.findall(r'"(.*?)"', each)}
+    lines = (ROOT / ".ci" / "lowest.txt").read_text(encoding="utf-8").splitlines()
+    assert {line.replace("==", ">=") for line in lines if not line.startswith("#")} == allowed

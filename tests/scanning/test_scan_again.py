@@ -48,6 +48,7 @@ def stopped_after(matrices, model, output):
         yield process
 
 
+@pytest.mark.slow
 def test_a_killed_scan_goes_on_where_it_stopped_and_ends_with_the_same_bytes(tmp_path):
     slow = {"model.layers.9.mlp.up_proj.weight": torch.randn(1200, 1200)}
     model = save_single(tmp_path / "model", {**layers(), **slow})
@@ -66,6 +67,7 @@ def test_a_killed_scan_goes_on_where_it_stopped_and_ends_with_the_same_bytes(tmp
     assert {path.name for path in tmp_path.iterdir()} == {"model", "killed.json", "unbroken.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_say_how_to_go_on_and_keep_what_is_finished(tmp_path, how):
     slow = {"model.layers.9.mlp.up_proj.weight": torch.randn(2400, 2400)}  # ends after the signal
@@ -196,6 +198,7 @@ def launch(launcher, *arguments):
     return subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=100)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one_and_only_one_of_them_speaks(tmp_path):
     model = save_sharded(tmp_path / "model", [mixture(), layers(7)])
     script = tmp_path / "splaser.py"
@@ -208,6 +211,7 @@ def test_two_processes_give_the_bytes_of_one_and_only_one_of_them_speaks(tmp_pat
     assert not (tmp_path / "two.json.journal.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_each_read_their_own_part_and_go_on_with_what_one_left(tmp_path):
     model, output = save_sharded(tmp_path / "model", [layers(9)]), tmp_path / "scan.json"
     alone = scan_checkpoint(open_checkpoint(model))
@@ -240,6 +244,7 @@ def test_two_processes_each_read_their_own_part_and_go_on_with_what_one_left(tmp
     assert set(first["read"]) | set(second["read"]) == set(list(layers(9))[1:])
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all_with_its_message(tmp_path):
     broken = layers(4)
     broken["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
