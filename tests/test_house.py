@@ -15,7 +15,7 @@ from importlinter import api
 from setuptools import find_packages
 
 import splaser_plugin
-from tests.conftest import ROOT
+from tests.builders import ROOT
 
 LINT = "from importlinter.cli import lint_imports_command as lint; lint()"
 LINES = 400
@@ -26,6 +26,7 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*")
     if path.suffix in (".py", ".js")
 )
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 PACKAGES = sorted(path.parent for path in SOURCES if path.name == "__init__.py")
 FOR_WHOLE_RUNS = {"benchmarks", "data", "fuzz", "tools"}
 """Folders of tests/ that aren't a package's."""
@@ -101,7 +102,7 @@ def test_a_package_says_in_one_paragraph_what_is_in_it(package):
     assert docstring.split("\n\n")[0].rstrip().endswith(".")
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=told)
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=told)
 def test_a_file_stays_short(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines < LINES, f"{lines} lines"
@@ -120,6 +121,12 @@ def test_the_tests_lie_in_folders_of_the_packages_names():
     packages = {path.name for path in PACKAGES if path.name != "splaser_plugin"}
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders - FOR_WHOLE_RUNS <= packages
+
+
+def test_nothing_is_imported_from_a_test_module_or_conftest():
+    """What tests share is in helper modules, so that a test file can be read, run and moved alone."""
+    found = re.compile(r"^\s*(?:from|import) tests\.(?:\w+\.)*(?:test_\w+|conftest)\b.*", re.MULTILINE)
+    assert {told(path): found.findall(path.read_text()) for path in TESTS if found.search(path.read_text())} == {}
 
 
 def test_there_is_one_version_number():

@@ -12,8 +12,7 @@ import pytest
 import splaser_plugin
 from splaser_plugin import LaserConfig, SelectConfig, choose, laser
 from splaser_plugin.errors import ConfigError
-from tests.builders import QUICK
-from tests.conftest import ROOT
+from tests.builders import QUICK, ROOT
 from tests.report_data import made_up_scan
 
 SCRIPT = """

@@ -199,7 +199,7 @@ def damaged(draw, stored):
 @pytest.fixture(scope="module")
 def whole_scan(tmp_path_factory):
     from splaser_plugin.scanning.scan import scan as run_scan
-    from tests.conftest import tiny_llama
+    from tests.builders import tiny_llama
 
     return run_scan(tiny_llama()).to_dict()
 

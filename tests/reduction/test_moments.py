@@ -16,8 +16,7 @@ from splaser_plugin.reduction.calibration import Row, answer_rows, first_tokens,
 from splaser_plugin.reduction.moments import Moments, draw, measure
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Skipped
-from tests.builders import ROOT, torchrun
-from tests.conftest import tiny_llama
+from tests.builders import ROOT, tiny_llama, torchrun
 from tests.reduction.models import tiny_fused, tiny_gpt2
 
 ROWS = [Row(tuple(range(5, 30))), Row(tuple(range(90, 130)), 12), Row((3, 1, 4, 1, 5, 9, 2, 6))]

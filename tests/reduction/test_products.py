@@ -7,7 +7,7 @@ from torch.nn import functional
 from splaser_plugin.reduction.products import watching
 from splaser_plugin.weights.adapted import MergedWeights
 from splaser_plugin.weights.in_memory import Weights
-from tests.conftest import tiny_llama
+from tests.builders import tiny_llama
 from tests.reduction.models import FUSED, tiny_fused, tiny_gpt2
 
 IDS = torch.arange(7, 47).reshape(2, 20) * 11 % 512

@@ -12,7 +12,7 @@ from splaser_plugin.reduction.moments import Moments, measure
 from splaser_plugin.reduction.truncation import SHRINKAGE, decompose, decompose_by_moments
 from splaser_plugin.spectra.spectrum import factors, singular_values, truncate
 from splaser_plugin.weights.in_memory import Weights
-from tests.conftest import tiny_llama
+from tests.builders import tiny_llama
 from tests.reduction.models import tiny_fused, tiny_gpt2
 
 
