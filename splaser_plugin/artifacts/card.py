@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -13,11 +13,10 @@ from huggingface_hub.utils import validate_repo_id
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.artifacts.results import Results, Verdict
 from splaser_plugin.errors import printable
+from splaser_plugin.files.sources import is_hub_id
 
 TAGS = ["splaser", "laser", "low-rank"]
 LASER_PAPER = "https://arxiv.org/abs/2312.13558"
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(recipe: Recipe, run: Results | None = None) -> ModelCard:
@@ -64,7 +63,7 @@ def code(text: str) -> str:
 
 
 def _is_on_hub(name: str) -> bool:
-    return bool(_HUB_ID.fullmatch(name)) and not name.startswith(".") and not Path(name).exists()
+    return "/" in name and is_hub_id(name)
 
 
 def _is_repo_id(name: str) -> bool:

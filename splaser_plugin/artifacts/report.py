@@ -20,10 +20,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from splaser_plugin.artifacts.results import Results
-from splaser_plugin.checkpoints.folder import looks_like_path
 from splaser_plugin.config.stages import EDGES
 from splaser_plugin.errors import RecipeError, SplaserError
 from splaser_plugin.files.output import check_file, whole_file
+from splaser_plugin.files.sources import looks_like_path, path_of
 from splaser_plugin.integrations.configs.axolotl import axolotl_yaml
 from splaser_plugin.integrations.configs.llamafactory import llamafactory_yaml
 from splaser_plugin.integrations.configs.plan import Plan
@@ -53,7 +53,7 @@ def report(source: str | Path, output: str | Path = "report.html") -> Path:
     or is a file of somebody else's.
     """
     check_file(output, replaceable=MARK)
-    path = Path(source).expanduser()
+    path = path_of(source)
     if not path.is_dir():
         scan, run, name = Scan.load(path), None, path.name
     else:
@@ -129,8 +129,7 @@ _BIDI_CONTROLS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FS
 
 def _title(model: str) -> str:
     """A hub id as it is, a folder's or file's own name of a path."""
-    is_path = looks_like_path(model) or "\\" in model
-    return PurePath(model.replace("\\", "/")).name or model if is_path else model
+    return PurePath(model.replace("\\", "/")).name or model if looks_like_path(model) else model
 
 
 def _template_file(name: str) -> str:

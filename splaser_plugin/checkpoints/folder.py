@@ -12,6 +12,7 @@ from typing import Any
 from splaser_plugin.checkpoints.header import parse_json_object, shown
 from splaser_plugin.errors import CheckpointError, SplaserError
 from splaser_plugin.files.reading import read_bytes
+from splaser_plugin.files.sources import looks_like_path, path_of
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -41,22 +42,17 @@ def resolve_model(model: str, *, allow_pickle: bool = False) -> Path:
     Raises CheckpointError when there is neither such a folder nor such a model on the hub.
     """
     try:
-        folder = Path(model).expanduser()
+        folder = path_of(model)
         if model and folder.is_dir():
             return folder
         is_file = folder.is_file()
-    except (OSError, RuntimeError) as error:  # too long a name, or an unknown home
+    except OSError as error:  # too long a name
         raise CheckpointError(f"{shown(model)}: not a usable path or hub id ({error}).") from error
     if is_file:
         raise CheckpointError(f"{shown(model)}: it is a file. Give the folder that holds it.")
     if looks_like_path(model):
         raise CheckpointError(f"{shown(model)}: no such folder. Give a model's folder or a hub id.")
     return _from_hub(model, allow_pickle)
-
-
-def looks_like_path(model: str) -> bool:
-    """Whether a name that is no file or folder here was meant as one, and not as a hub id."""
-    return model.startswith((".", "/", "~")) or model.count("/") > 1
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

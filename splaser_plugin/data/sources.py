@@ -10,13 +10,13 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import re
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from splaser_plugin.data.formats import OPTIONAL_COLUMNS, recognise
 from splaser_plugin.errors import PairsError, first_line_of
+from splaser_plugin.files.sources import is_hub_id, path_of
 
 MAX_LINE_BYTES = 64 * 2**20
 MAX_ARRAY_BYTES = 256 * 2**20
@@ -37,8 +37,6 @@ PUBLISHED = {
     "openhermes": HubDataset("teknium/openhermes", "train"),
 }
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
 
 def open_source(source: str | Path, split: str | None = None) -> tuple[str, Rows]:
     """(name for the records, rows) of a file, a folder of data files, a published name or a hub id.
@@ -49,7 +47,7 @@ def open_source(source: str | Path, split: str | None = None) -> tuple[str, Rows
     published = PUBLISHED.get(str(source)) or next((p for p in PUBLISHED.values() if p.id == str(source)), None)
     if published is not None:
         return published.id, _read_dataset(published.id, split or published.split)
-    path = Path(source)
+    path = path_of(source)
     reader = _READERS.get(path.suffix.lower())
     if path.is_dir():
         return str(path), _read_dataset(str(path), split or "train")
@@ -59,12 +57,12 @@ def open_source(source: str | Path, split: str | None = None) -> tuple[str, Rows
                 f"{path}: its name ends in {path.suffix!r}, expected one of {', '.join(_READERS)}. Convert it to jsonl."
             )
         return str(path), reader(path)
-    if reader is not None or isinstance(source, Path) or not _HUB_ID.fullmatch(source):
+    if reader is not None or not is_hub_id(source):
         raise PairsError(
             f"{source}: no such file. Give a {', '.join(_READERS)} file, one of {', '.join(PUBLISHED)}, "
             "or the id of a data set on the hub."
         )
-    return source, _read_dataset(source, split or "train")
+    return str(source), _read_dataset(str(source), split or "train")
 
 
 def _read_lines(path: Path) -> Rows:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from splaser_plugin.errors import TextError, first_line_of
+from splaser_plugin.files.sources import looks_like_path, path_of
 
 BLOCK_CHARS = 2**18
 """Read of a file at a time, and the rest of the line: about what the windows of a run with the defaults take."""
@@ -45,10 +46,10 @@ def open_text(source: str) -> Iterator[str]:
 
     Raises TextError, at once or while it is read.
     """
-    path = Path(source).expanduser()
+    path = path_of(source)
     if path.is_file():
         return _read_file(path)
-    if path.suffix == ".txt" or (source.startswith((".", "/", "~")) and not path.is_dir()):
+    if path.suffix == ".txt" or (looks_like_path(source) and not path_of(source.partition(":")[0]).is_dir()):
         raise TextError(f"--text {source}: there is no such file. Give a text file, or the name of a hub data set.")
     return _read_dataset(source)
 
@@ -71,6 +72,7 @@ def _read_dataset(source: str) -> Iterator[str]:
     import pyarrow
 
     name, _, subset = source.partition(":")
+    name = str(path_of(name)) if looks_like_path(name) else name
     try:
         splits = datasets.load_dataset(name, subset or None, streaming=True)
         rows: Iterator[Mapping[str, Any]] = iter(splits["test" if "test" in splits else next(iter(splits))])

@@ -14,6 +14,7 @@ from typing import TextIO
 from splaser_plugin.errors import OutputError
 from splaser_plugin.files.journal import is_still_there, open_locked
 from splaser_plugin.files.reading import read_json
+from splaser_plugin.files.sources import path_of
 
 MARK = "recipe.json"
 """The file by which an earlier output is known."""
@@ -35,7 +36,7 @@ def check_output(
     """
     path = Path(out).expanduser().resolve()
     for given in inputs:
-        source = Path(given).expanduser()
+        source = path_of(given)
         if source.exists():
             source = source.resolve()
             if path == source or source in path.parents or path in source.parents:

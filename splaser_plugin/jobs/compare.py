@@ -18,6 +18,7 @@ from splaser_plugin.data.split import LEAST
 from splaser_plugin.data.windows import open_text
 from splaser_plugin.errors import ConfigError, PairsError
 from splaser_plugin.files.output import check_file
+from splaser_plugin.files.sources import path_of
 from splaser_plugin.progress import SILENT, Progress, counting
 from splaser_plugin.scanning.records import write_json
 from splaser_plugin.scoring.margin import MarginScorer
@@ -251,7 +252,7 @@ def _measure(name: str, pairs: PairSet, config: CompareConfig, first: Measured |
 
 
 def _file_bytes(model: str, allow_pickle: bool) -> int:
-    path = Path(model).expanduser()
+    path = path_of(model)
     return stored_bytes(path if path.is_file() else resolve_model(model, allow_pickle=allow_pickle))
 
 

@@ -15,6 +15,7 @@ from splaser_plugin.data.split import Split, split_by_prompt, split_by_set
 from splaser_plugin.distributed import in_main
 from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.files.output import check_output, check_space
+from splaser_plugin.files.sources import path_of
 from splaser_plugin.jobs.result import NO_PAIRS, LaserResult
 from splaser_plugin.jobs.stages import (
     begin,
@@ -86,7 +87,7 @@ def _laser(
         name = model_name(model)
     else:
         if output is not None and config.dtype == "auto":
-            in_main(lambda: check_space(output, stored_bytes(Path(name).expanduser())))
+            in_main(lambda: check_space(output, stored_bytes(path_of(name))))
         with progress.phase("loading", 1):
             model, tokenizer = load_model(
                 model,

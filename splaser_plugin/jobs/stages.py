@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from splaser_plugin.artifacts.recipe import Recipe, Step, versions
@@ -16,6 +15,7 @@ from splaser_plugin.data.split import Split, split_windows
 from splaser_plugin.distributed import my_part
 from splaser_plugin.errors import ModelError, RecipeError
 from splaser_plugin.files.output import size
+from splaser_plugin.files.sources import path_of
 from splaser_plugin.progress import SILENT, Progress, counting
 from splaser_plugin.scanning.scan import Scan, scan_model
 from splaser_plugin.scoring.margin import MarginScorer
@@ -159,7 +159,7 @@ def scan_of_these_weights(config: LaserConfig, matrices: Sequence[Matrix], ident
 
     Raises RecipeError when it is damaged, was made of other weights, or lacks a matrix.
     """
-    stored = Scan.load(Path(config.scan).expanduser())
+    stored = Scan.load(path_of(config.scan))
     if stored.weights_identity != identity:
         raise RecipeError(
             f"--scan {config.scan}: of the weights {stored.weights_identity[:12]} of {stored.model}, and these are "

@@ -11,11 +11,12 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from splaser_plugin.checkpoints.folder import HUB_FILES, looks_like_path, reaching_hub
+from splaser_plugin.checkpoints.folder import HUB_FILES, reaching_hub
 from splaser_plugin.checkpoints.header import shown
 from splaser_plugin.checkpoints.trust import PICKLES, check_embedder_folder
 from splaser_plugin.distributed import share
 from splaser_plugin.errors import EmbedderError, first_line_of
+from splaser_plugin.files.sources import looks_like_path, path_of
 from splaser_plugin.generation.generator import MODEL_ERRORS, evaluating
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import context_length
@@ -69,7 +70,7 @@ class SentenceEmbedder:
 
 def _embedder_folder(model: str, allow_pickle: bool) -> Path:
     """Itself if it is a folder, else the hub cache's, which is downloaded or completed where the hub can be reached."""
-    folder = Path(model).expanduser()
+    folder = path_of(model)
     if folder.is_dir():
         return folder
     if looks_like_path(model):

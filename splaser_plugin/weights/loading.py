@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from splaser_plugin.checkpoints.checkpoint import open_checkpoint
-from splaser_plugin.checkpoints.folder import looks_like_path, resolve_model
+from splaser_plugin.checkpoints.folder import resolve_model
 from splaser_plugin.checkpoints.header import shown
 from splaser_plugin.checkpoints.skeleton import answering_class, check_holds_weights, skeleton_of
 from splaser_plugin.checkpoints.trust import (
@@ -24,6 +24,7 @@ from splaser_plugin.checkpoints.trust import (
 )
 from splaser_plugin.distributed import best_device
 from splaser_plugin.errors import CheckpointError, ConfigError, ModelError, first_line_of
+from splaser_plugin.files.sources import looks_like_path, path_of
 from splaser_plugin.weights.factored import CONFIG_KEY
 from splaser_plugin.weights.factored_folder import load as load_factored
 
@@ -63,7 +64,7 @@ def load_model(
     if "gguf_file" in options:
         _forget_gguf(model)
     if adapter:
-        model = _merge(model, Path(adapter).expanduser(), allow_pickle)
+        model = _merge(model, path_of(adapter), allow_pickle)
     return model.to(place).eval(), tokenizer
 
 
@@ -129,7 +130,7 @@ def _tokenizer(name: str | Path, source: str, files: dict[str, Any]) -> Any:
 
 def _source(name: str | Path, allow_pickle: bool) -> tuple[str, dict[str, Any]]:
     """Where transformers is to load from, and how, once what is there was checked."""
-    path = Path(name).expanduser()
+    path = path_of(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"{name}: there is no such file. Check the path.")
@@ -147,7 +148,7 @@ def _source(name: str | Path, allow_pickle: bool) -> tuple[str, dict[str, Any]]:
             raise CheckpointError(f"{name}: this folder has no config.json. Give a folder saved by save_pretrained.")
         if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
             raise CheckpointError(f"{name}: this folder has no weights (*.safetensors). Save the model there first.")
-    elif path.exists() or looks_like_path(str(name)):
+    elif path.exists() or looks_like_path(name):
         raise CheckpointError(f"{name}: there is no such model folder. Check the path.")
     else:
         path = resolve_model(str(name), allow_pickle=allow_pickle)
