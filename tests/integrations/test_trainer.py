@@ -19,6 +19,8 @@ from splaser_plugin.weights.adapted import MergedWeights
 from tests.builders import ROOT, changed, states, tiny_llama
 from tests.integrations.trainings import CONFIG, Logs, steps_of
 
+pytestmark = pytest.mark.slow
+
 
 def test_after_training_the_model_in_memory_on_disk_and_saved_later_are_the_same(trainer_of, pairs, tmp_path):
     model, logs = tiny_llama(), Logs()

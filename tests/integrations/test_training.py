@@ -13,6 +13,8 @@ from splaser_plugin.errors import ModelError
 from splaser_plugin.integrations.training import check_sharding, undisturbed
 from tests.builders import tiny_llama
 
+pytestmark = pytest.mark.slow
+
 
 def test_deepspeed_is_refused_for_the_laser_alone():
     Accelerator(cpu=True)

@@ -11,6 +11,8 @@ from splaser_plugin.weights.adapted import MergedWeights
 from tests.builders import states, tiny_llama
 from tests.integrations.trainings import CONFIG, SHORT
 
+pytestmark = pytest.mark.slow
+
 trl = pytest.importorskip("trl")
 
 QUIET = {**SHORT, "bf16": False}

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.builders import ROOT, accelerate, torchrun
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = str(ROOT / "tests" / "distributed_runs.py")
 
 

@@ -16,6 +16,8 @@ import typer
 from splaser_plugin.cli.app import Commands
 from tests.builders import FLAGS, SPLASER
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

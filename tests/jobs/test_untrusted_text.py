@@ -55,6 +55,7 @@ def run(*arguments, cwd):
     return ended.returncode, ended.stdout.decode(), ended.stderr.decode()
 
 
+@pytest.mark.slow
 def test_a_matrix_with_a_hostile_name_is_scanned_and_chosen_without_sending_it_to_the_terminal(tmp_path):
     hostile = "mlp.up\x1b[2J\u202e\x9b[red]_proj"
     model = save_named(tmp_path / "model", hostile)
@@ -71,6 +72,7 @@ def test_a_matrix_with_a_hostile_name_is_scanned_and_chosen_without_sending_it_t
         assert code in (0, 1)
 
 
+@pytest.mark.slow
 def test_a_model_whose_folder_has_a_hostile_name_is_scanned_without_sending_it_to_the_terminal(tmp_path):
     name = "m\x1b]0;owned\x07\u202e"
     save_named(tmp_path / name, "mlp.up_proj")
