@@ -20,6 +20,7 @@ from splaser_plugin.integrations.configs.axolotl import (
     unfrozen_patterns,
 )
 from splaser_plugin.integrations.freeze import check_trained
+from splaser_plugin.scanning.records import Scan
 from splaser_plugin.scanning.selection import Selection, choose, lora_targets
 
 LOG = get_logger("axolotl.splaser")  # Axolotl shows INFO of no others
@@ -179,12 +180,11 @@ def select(section: SPLaserSection, base_model: str) -> Selection:
     return choose(scan, section.select, source=source)
 
 
-def _scan_from_disk(base_model: str) -> Any:
-    from splaser_plugin.checkpoints.checkpoint import open_checkpoint, resolve_model
-    from splaser_plugin.scanning.scan import scan_checkpoint
+def _scan_from_disk(base_model: str) -> Scan:
+    from splaser_plugin.scanning.scan import scan
 
     LOG.info("splaser: scanning %s", base_model)
-    return scan_checkpoint(open_checkpoint(resolve_model(base_model)), name=base_model)
+    return scan(base_model)
 
 
 def _log(selection: Selection) -> None:

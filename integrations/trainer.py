@@ -26,7 +26,7 @@ from splaser_plugin.integrations.training import (
     undisturbed,
 )
 from splaser_plugin.jobs.laser import LaserResult, laser_weights, read_pairs
-from splaser_plugin.scanning.scan import scan_model
+from splaser_plugin.scanning.scan import scan_source
 from splaser_plugin.scanning.selection import choose
 from splaser_plugin.scoring.embedding import SentenceEmbedder
 from splaser_plugin.scoring.scorers import Rulers, check_rulers
@@ -214,7 +214,7 @@ class LaserCallback(TrainerCallback):
                 "freeze_to is for full fine-tuning, and this model has adapters. Give PEFT the LoraConfig of "
                 "splaser_plugin.integrations.peft.lora_config instead."
             )
-        scan = scan_model(Weights(model), config=self.config, name=getattr(model.config, "_name_or_path", ""))
+        scan = scan_source(Weights(model), config=self.config, name=getattr(model.config, "_name_or_path", ""))
         selection = choose(scan, top=self.top, fraction=self.fraction, by=self.by)
         freeze_all_but(model, selection.names)
         checkpointing: Any = args.gradient_checkpointing_kwargs or {}

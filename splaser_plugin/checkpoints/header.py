@@ -93,6 +93,13 @@ class StoredTensor:
             byte_count=(stop - start) * row_bytes,
         )
 
+    def values(self, start: int, stop: int) -> StoredTensor:
+        """What lies from `start` up to `stop` of the flattened tensor."""
+        width = self.dtype.itemsize
+        return replace(
+            self, shape=(stop - start,), offset=self.offset + start * width, byte_count=(stop - start) * width
+        )
+
 
 def read_header(file: BinaryIO, file_bytes: int, shard: Path) -> list[StoredTensor]:
     """Every tensor of the safetensors file `shard`, in the order of its bytes.

@@ -17,7 +17,7 @@ from splaser_plugin.errors import ModelError, RecipeError
 from splaser_plugin.files.output import size
 from splaser_plugin.files.sources import path_of
 from splaser_plugin.progress import SILENT, Progress, counting
-from splaser_plugin.scanning.scan import Scan, scan_model
+from splaser_plugin.scanning.scan import Scan, scan_source
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.own_scorer import code_of
 from splaser_plugin.scoring.scorers import Material, Rulers
@@ -149,7 +149,7 @@ def scan_weights(run: Run, measures: Measures) -> Scan:
         return given
 
     def scanned() -> Scan:
-        return scan_model(run.weights, config=config, name=run.name, identity=identity, progress=run.progress)
+        return scan_source(run.weights, config=config, name=run.name, identity=identity, progress=run.progress)
 
     return run.journal.once("scan", (), scanned, Scan.to_dict, Scan.from_dict)
 

@@ -14,15 +14,14 @@ from splaser_plugin.errors import CheckpointError, RecipeError, SpectrumError
 from splaser_plugin.files.validation import InvalidRecordError
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.scanning.records import SCHEMA, MatrixScan, Scan, matrix_scan, rank_key, read_json, write_json
-from splaser_plugin.weights.matrices import Matrix
+from splaser_plugin.weights.matrices import Matrix, overview
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from splaser_plugin.checkpoints.checkpoint import Checkpoint
     from splaser_plugin.scanning.journal import ScanJournal
     from splaser_plugin.spectra.spectrum import Precision
-    from splaser_plugin.weights.in_memory import Weights
+    from splaser_plugin.weights.matrices import MatrixSource
 
     _Read: TypeAlias = Callable[[Sequence[Matrix], Sequence[Matrix]], Iterator[tuple[Matrix, Tensor]]]
     """This process's matrices with their weights, in order, given those and all that the processes want."""
@@ -34,8 +33,7 @@ __all__ = [
     "rank_key",
     "read_json",
     "scan",
-    "scan_checkpoint",
-    "scan_model",
+    "scan_source",
     "write_json",
 ]
 
@@ -71,25 +69,27 @@ def scan(
     if output is not None:
         _check_output(output)
     if not isinstance(model, (str, Path)):
-        from splaser_plugin.weights.in_memory import model_name
+        from splaser_plugin.weights.in_memory import Weights, model_name
 
-        return _scan_loaded(model, model_name(model), config, output, progress)
+        return scan_source(Weights(model), config=config, name=model_name(model), output=output, progress=progress)
     from splaser_plugin.checkpoints.checkpoint import open_checkpoint, resolve_model
     from splaser_plugin.weights.factored_folder import stored_ranks
+    from splaser_plugin.weights.stored import StoredWeights
 
     allow_pickle = config is not None and config.allow_pickle
     if str(model).endswith(".gguf") or (allow_pickle and _is_pickled(str(model))):
+        from splaser_plugin.weights.in_memory import Weights
         from splaser_plugin.weights.loading import load_model
 
         loaded, _ = load_model(model, allow_pickle=allow_pickle)
-        return _scan_loaded(loaded, str(model), config, output, progress)
+        return scan_source(Weights(loaded), config=config, name=str(model), output=output, progress=progress)
     checkpoint = open_checkpoint(resolve_model(str(model)))
     if stored_ranks(checkpoint.folder, checkpoint.config):
         raise CheckpointError(
             f"{model}: has matrices stored as factors, which are not scanned. Scan the dense model: "
             f"splaser expand {model} -o DENSE."
         )
-    return scan_checkpoint(checkpoint, config=config, name=str(model), output=output, progress=progress)
+    return scan_source(StoredWeights(checkpoint), config=config, name=str(model), output=output, progress=progress)
 
 
 def _is_pickled(model: str) -> bool:
@@ -99,18 +99,8 @@ def _is_pickled(model: str) -> bool:
     return has_only_pickles(resolve_model(model, allow_pickle=True))
 
 
-def _scan_loaded(
-    model: nn.Module, name: str, config: ScanConfig | None, output: str | Path | None, progress: Progress
-) -> Scan:
-    from splaser_plugin.weights.in_memory import Weights
-
-    weights = Weights(model)
-    identity = weights.identity()
-    return scan_model(weights, config=config, name=name, identity=identity, output=output, progress=progress)
-
-
-def scan_model(
-    model_weights: Weights,
+def scan_source(
+    source: MatrixSource,
     *,
     config: ScanConfig | None = None,
     name: str = "",
@@ -118,56 +108,33 @@ def scan_model(
     output: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> Scan:
-    """Scan a loaded model where it is: on its device, one matrix at a time.
+    """Scan weights where they are: a loaded model's on its device, files straight from disk; one matrix at a time.
 
-    name, identity: how the model and its weights are called in the result. output: see `scan`; weights of
-    one `identity` are taken for the same.
-    Raises MatrixError, ModelError or SpectrumError, the last with the matrix's name; with `output` OutputError.
+    Of files one matrix (or a batch of small experts) and the next one are held. Several processes each take their own
+    part; the result is the same to the last bit where each computes on as many threads as the one.
+
+    Args:
+        source: `in_memory.Weights` or `stored.StoredWeights`.
+        config: See `scan`.
+        name: How the model is called in the result.
+        identity: The weights' own, where it is known already.
+        output: See `scan`; weights of one identity are taken for the same.
+        progress: See `scan`.
+
+    Raises:
+        CheckpointError, ModelError, MatrixError: See `scan`.
+        SpectrumError: With the matrix's name.
+        OutputError: With `output`.
     """
     config = config or ScanConfig()
-    matrices, skipped = model_weights.matrices(config.include, config.exclude, config.towers)
-
-    def read(mine: Sequence[Matrix], wanted: Sequence[Matrix]) -> Iterator[tuple[Matrix, Tensor]]:
-        kept = frozenset(mine)
-        for matrix in wanted if model_weights.is_sharded else mine:
-            weight = model_weights.read(matrix)
-            if matrix in kept:
-                yield matrix, weight
-
+    matrices, skipped = source.matrices(config.include, config.exclude, config.towers)
+    if not identity:  # a run that knows it has told of its model already
+        progress.fact("model", f"{name}: {overview(matrices)}")
+        identity = source.identity()
+    if source.note:
+        progress.fact("names", source.note)
     empty = Scan(name, identity, config.edge, (), tuple(skipped), config.precision, __version__)
-    return _scan(empty, matrices, read, output, progress)
-
-
-def scan_checkpoint(
-    checkpoint: Checkpoint,
-    *,
-    config: ScanConfig | None = None,
-    name: str = "",
-    output: str | Path | None = None,
-    progress: Progress = SILENT,
-) -> Scan:
-    """Scan safetensors straight from disk, holding one matrix (or a batch of small experts) and the next one.
-
-    output: see `scan`. Several processes each read their own part of the matrices; the result is the same
-    to the last bit where each computes on as many threads as the one.
-    Raises CheckpointError, MatrixError or SpectrumError; with `output` OutputError.
-    """
-    from splaser_plugin.weights.matrices import overview
-    from splaser_plugin.weights.stored import StoredWeights
-
-    config = config or ScanConfig()
-    stored = StoredWeights(checkpoint)
-    matrices, skipped = stored.matrices(include=config.include, exclude=config.exclude, towers=config.towers)
-
-    def read(mine: Sequence[Matrix], wanted: Sequence[Matrix]) -> Iterator[tuple[Matrix, Tensor]]:
-        return stored.read(mine)
-
-    name = name or str(checkpoint.folder)
-    progress.fact("model", f"{name}: {overview(matrices)}")
-    if stored.note:
-        progress.fact("names", stored.note)
-    empty = Scan(name, checkpoint.identity(), config.edge, (), tuple(skipped), config.precision, __version__)
-    return _scan(empty, matrices, read, output, progress)
+    return _scan(empty, matrices, source.stream, output, progress)
 
 
 def _scan(empty: Scan, matrices: Sequence[Matrix], read: _Read, output: str | Path | None, progress: Progress) -> Scan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from splaser_plugin.checkpoints.identity import identity_of, sampled_places
 from splaser_plugin.distributed import broadcast, is_main, is_sharded
 from splaser_plugin.errors import MatrixError, ModelError, RankError
 from splaser_plugin.weights.factored import FactoredLinear, Factors, as_stored, balanced, is_factorable
-from splaser_plugin.weights.identity import identity_of, sampled_places
 from splaser_plugin.weights.matrices import Matrix, Skipped, model_matrices, named_parameters
 from splaser_plugin.weights.reducer import PlainReducer, Reducer
 
@@ -37,6 +38,8 @@ class Weights:
         """What `reduce` does."""
         self.rest: Rest | None = None
         """What the model's folder has beside it, to be written with it; None where it came from no folder."""
+
+    note = ""
 
     def matrices(
         self, include: Sequence[str] = (), exclude: Sequence[str] = (), towers: bool = False
@@ -88,15 +91,33 @@ class Weights:
         return {**buffers, **{name: whole[id(parameter)] for name, parameter in self.parameters.items()}}
 
     @torch.no_grad()
-    def identity(self, *, with_dtypes: bool = False) -> str:
-        """Which weights these are; see `identity.identity_of`. with_dtypes: as recipes of version 0.1.0 have it."""
-        return identity_of(self._sampled(with_dtypes))
+    def identity(self) -> str:
+        """Which weights these are; see `checkpoints.identity.identity_of`."""
 
-    def _sampled(self, with_dtypes: bool) -> Iterator[tuple[str, Sequence[object], Tensor]]:
-        for name in self.parameters:
+        def sampled(name: str) -> tuple[str, tuple[int, ...], Tensor]:
             whole = self.effective(name)
-            described = [tuple(whole.shape), whole.dtype] if with_dtypes else [tuple(whole.shape)]
-            yield name, described, whole.flatten()[sampled_places(whole.numel()).to(whole.device)]
+            return name, tuple(whole.shape), whole.flatten()[sampled_places(whole.numel()).to(whole.device)]
+
+        return identity_of(map(sampled, self.parameters))
+
+    @torch.no_grad()
+    def identity_of_version_0_1(self) -> str:
+        """The digest that recipes of version 0.1 have: with dtypes, and 16 values of each parameter."""
+        digest = hashlib.sha256()
+        for name in sorted(self.parameters):
+            whole = self.effective(name)
+            digest.update(f"{name} {tuple(whole.shape)} {whole.dtype}\n".encode())
+            places = torch.linspace(0, whole.numel() - 1, 16, dtype=torch.float64).long()
+            digest.update(whole.flatten()[places.to(whole.device)].double().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def stream(self, mine: Sequence[Matrix], wanted: Sequence[Matrix]) -> Iterator[tuple[Matrix, Tensor]]:
+        """See `MatrixSource.stream`. Where every process holds only a part, all of them read all that is wanted."""
+        kept = frozenset(mine)
+        for matrix in wanted if self.is_sharded else mine:
+            weight = self.read(matrix)
+            if matrix in kept:
+                yield matrix, weight
 
     @torch.no_grad()
     def read(self, matrix: Matrix) -> Tensor:

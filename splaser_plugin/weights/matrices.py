@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from splaser_plugin.checkpoints.naming import block_index, type_in_block, types_and_blocks
 from splaser_plugin.errors import MatrixError, ModelError, nearest
@@ -47,6 +47,24 @@ class Matrix:
         if self.expert is None:
             return parameter.view(self.shape)
         return (parameter if parameter.ndim == 3 else parameter.view(-1, *self.shape))[self.expert].view(self.shape)
+
+
+class MatrixSource(Protocol):
+    """Where a scan gets its matrices from: a loaded model (`in_memory.Weights`) or files (`stored.StoredWeights`)."""
+
+    note: str
+    """What is to be said of the names; empty for nothing."""
+
+    def matrices(
+        self, include: Sequence[str] = (), exclude: Sequence[str] = (), towers: bool = False
+    ) -> tuple[list[Matrix], list[Skipped]]:
+        """The matrices in the order to read them in, and what is left out, with reasons; see `model_matrices`."""
+
+    def identity(self) -> str:
+        """Which weights these are; see `checkpoints.identity.identity_of`."""
+
+    def stream(self, mine: Sequence[Matrix], wanted: Sequence[Matrix]) -> Iterator[tuple[Matrix, Tensor]]:
+        """Each of `mine` with its weights, (rows, columns), in order. wanted: those of all processes together."""
 
 
 def overview(matrices: Sequence[Matrix]) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, read_groups
 from splaser_plugin.checkpoints.header import StoredTensor
+from splaser_plugin.checkpoints.identity import identity_of, sampled_places
 from splaser_plugin.checkpoints.roles import Role
 from splaser_plugin.checkpoints.skeleton import (
     Skeleton,
@@ -22,6 +25,7 @@ from splaser_plugin.weights.matrices import (
     Skipped,
     choose_matrices,
     looks_like_embedding,
+    named_parameters,
     other_of,
     sharers,
 )
@@ -67,7 +71,7 @@ class StoredWeights:
         self._sources: dict[str, Source] = {} if self.skeleton is None else dict(self.skeleton.sources)
 
     def matrices(
-        self, *, include: Sequence[str] = (), exclude: Sequence[str] = (), towers: bool = False
+        self, include: Sequence[str] = (), exclude: Sequence[str] = (), towers: bool = False
     ) -> tuple[list[Matrix], list[Skipped]]:
         """As `matrices.model_matrices` gives them for the loaded model; `Matrix.stored` has the names on disk.
 
@@ -91,10 +95,51 @@ class StoredWeights:
         matrices.sort(key=lambda each: (first[each.parameter], each.parameter, each.expert or 0))
         return matrices, skipped
 
-    def read(self, matrices: Sequence[Matrix]) -> Iterator[tuple[Matrix, Tensor]]:
-        """Each matrix with its weights, (rows, columns), on the CPU, in the order given; see `read_groups`."""
-        groups = [self._parts(matrix) for matrix in matrices]
-        order = iter(matrices)
+    def identity(self) -> str:
+        """Which weights these are: as `in_memory.Weights.identity` of the model that they are loaded into."""
+        if self.skeleton is None:
+            return self.checkpoint.identity()
+        parameters = named_parameters(self.skeleton.model)
+        shared: dict[int, list[str]] = {}
+        for name, parameter in parameters.items():
+            shared.setdefault(id(parameter), []).append(name)
+        sources = {
+            name: next((self._sources[each] for each in (name, *shared[id(parameter)]) if each in self._sources), None)
+            for name, parameter in parameters.items()
+        }
+        plain = {
+            name: source.stored[0] for name, source in sources.items() if source is not None and not source.conversion
+        }
+        values = self.checkpoint.sampled(plain.values())
+
+        def sampled(name: str) -> Tensor:
+            source = sources[name]
+            if name in plain:
+                return values[plain[name]]
+            return torch.empty(0) if source is None else self._sampled_of_converted(name, source)
+
+        return identity_of((name, tuple(parameter.shape), sampled(name)) for name, parameter in parameters.items())
+
+    def _sampled_of_converted(self, name: str, source: Source) -> Tensor:
+        """Of a parameter that is made of several tensors; of a stack, only the experts that are sampled are read."""
+        assert source.conversion is not None and self.skeleton is not None
+        shape = self.skeleton.model.get_parameter(name).shape
+        places = sampled_places(shape.numel())
+        each = places.new_tensor(shape[1:]).prod() if len(shape) == 3 else places.new_tensor(shape).prod()
+        found = []
+        for index in (places // each).unique():
+            inside = places[places // each == index]
+            of_expert = source.conversion.expert(int(index), shape[0]) if len(shape) == 3 else None
+            names = of_expert or source.stored
+            tensors = next(read_groups(self.checkpoint, [[self.checkpoint.tensors[stored] for stored in names]]))
+            made = source.conversion.of(dict(zip(names, tensors, strict=True)), self.skeleton.model)[name]
+            found.append(made.flatten()[inside - index * each if of_expert else inside])
+        return torch.cat(found)
+
+    def stream(self, mine: Sequence[Matrix], wanted: Sequence[Matrix]) -> Iterator[tuple[Matrix, Tensor]]:
+        """Each of `mine` with its weights, (rows, columns), on the CPU, in the order given; see `read_groups`."""
+        groups = [self._parts(matrix) for matrix in mine]
+        order = iter(mine)
 
         def made(tensors: list[Tensor]) -> tuple[Matrix, Tensor]:
             matrix = next(order)

@@ -30,7 +30,7 @@ from splaser_plugin.cli.demo import prepare_embedder, prepare_model
 from splaser_plugin.data.pairs import Pair, load_pairs
 from splaser_plugin.generation.generator import Generator, plain_generation
 from splaser_plugin.generation.prompts import Prompter
-from splaser_plugin.scanning.scan import scan_model
+from splaser_plugin.scanning.scan import scan_source
 from splaser_plugin.scoring.embedding import SentenceEmbedder
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.scoring.semantic import SemanticScorer
@@ -190,7 +190,7 @@ def replay(found: SearchResult, size: int, acceptance: Acceptance, seed: int) ->
 
 def noisiest(bench: Bench, count: int) -> tuple[Weights, list[Candidate]]:
     weights = Weights(bench.model)
-    return weights, choose_candidates(scan_model(weights), weights.matrices()[0])[:count]
+    return weights, choose_candidates(scan_source(weights), weights.matrices()[0])[:count]
 
 
 def timed_search(weights: Weights, candidates: Sequence[Candidate], judge: Judge) -> tuple[float, SearchResult]:

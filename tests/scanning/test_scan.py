@@ -11,9 +11,10 @@ from splaser_plugin.checkpoints.checkpoint import open_checkpoint
 from splaser_plugin.cli.demo import MODEL_WHEEL, _wheel
 from splaser_plugin.config.stages import ScanConfig
 from splaser_plugin.errors import RecipeError, SpectrumError
-from splaser_plugin.scanning.scan import Scan, scan_checkpoint, scan_model
+from splaser_plugin.scanning.scan import Scan, scan_source
 from splaser_plugin.scanning.scan import scan as run_scan
 from splaser_plugin.weights.in_memory import Weights
+from splaser_plugin.weights.stored import StoredWeights
 from tests.benchmarks.scan_memory import measure, write_llama
 from tests.builders import save_sharded, save_single, tiny_llama
 from tests.reference import snr_and_rank, thresholds
@@ -21,7 +22,7 @@ from tests.scanning.checkpoints import Notes, layers, mixture
 
 
 def test_agrees_with_the_published_arithmetic(tiny_model):
-    scan = scan_model(Weights(tiny_model))
+    scan = scan_source(Weights(tiny_model))
     for matrix in scan.matrices:
         weight = tiny_model.get_parameter(matrix.name + ".weight").detach()
         for edge, threshold in thresholds(weight).items():
@@ -40,13 +41,13 @@ def test_a_scan_from_disk_is_the_scan_of_the_loaded_model(tmp_path):
     model = tiny_llama(tie_word_embeddings=False).bfloat16()
     model.save_pretrained(tmp_path, max_shard_size="2MB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    live = {matrix.name: matrix for matrix in scan_model(Weights(model)).matrices}
-    stored = {matrix.name: matrix for matrix in scan_checkpoint(open_checkpoint(tmp_path)).matrices}
+    live = {matrix.name: matrix for matrix in scan_source(Weights(model)).matrices}
+    stored = {matrix.name: matrix for matrix in scan_source(StoredWeights(open_checkpoint(tmp_path))).matrices}
     assert live == stored
 
 
 def test_a_saved_scan_comes_back_equal_and_has_the_documented_fields(tiny_model, tmp_path):
-    scan = scan_model(Weights(tiny_model), name="tiny", identity="abc", config=ScanConfig(edge="mp"))
+    scan = scan_source(Weights(tiny_model), name="tiny", identity="abc", config=ScanConfig(edge="mp"))
     scan.save(tmp_path / "scan.json")
     assert Scan.load(tmp_path / "scan.json") == scan
     stored = json.loads((tmp_path / "scan.json").read_text())
@@ -69,7 +70,7 @@ def test_matrices_without_noise_rank_above_all_others_and_by_their_headroom(tiny
     flat.diagonal().copy_(torch.linspace(1.8, 2.0, 32))
     weights.write(matrices[0], flat)
     weights.write(matrices[1], steep)
-    ranked = scan_model(weights).ranked()
+    ranked = scan_source(weights).ranked()
     assert [matrix.name for matrix in ranked[-2:]] == [matrices[1].name, matrices[0].name]
     for matrix in ranked[-2:]:
         fit = matrix.edges["iqr"]
@@ -79,7 +80,7 @@ def test_matrices_without_noise_rank_above_all_others_and_by_their_headroom(tiny
 
 
 def test_the_kept_spectrum_spans_all_singular_values(tiny_model):
-    scan = scan_model(Weights(tiny_model))
+    scan = scan_source(Weights(tiny_model))
     matrix = scan.matrices[0]
     values = torch.linalg.svdvals(tiny_model.get_parameter(matrix.name + ".weight").detach().double()).numpy()
     np.testing.assert_allclose(matrix.spectrum, values, rtol=1e-5)
@@ -92,7 +93,7 @@ def test_a_weight_that_is_not_finite_is_named(tiny_model, bad):
     with torch.no_grad():
         tiny_model.model.layers[1].mlp.up_proj.weight[3, 4] = bad
     with pytest.raises(SpectrumError, match=r"model\.layers\.1\.mlp\.up_proj"):
-        scan_model(Weights(tiny_model))
+        scan_source(Weights(tiny_model))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_a_damaged_scan_is_refused(tmp_path, text, message):
 
 @pytest.mark.parametrize("spectrum", [["1"], [10**400], 7])
 def test_a_scan_whose_spectrum_is_not_of_numbers_is_refused(tiny_model, tmp_path, spectrum):
-    stored = scan_model(Weights(tiny_model)).to_dict()
+    stored = scan_source(Weights(tiny_model)).to_dict()
     stored["matrices"][0]["spectrum"] = spectrum
     (tmp_path / "scan.json").write_text(json.dumps(stored))
     with pytest.raises(RecipeError, match="not a whole scan"):
@@ -126,7 +127,7 @@ def test_a_missing_scan_is_refused(tmp_path):
 
 def test_fused_experts_are_scanned_in_their_order_as_one_by_one(tmp_path):
     tensors = mixture()
-    scan = scan_checkpoint(open_checkpoint(save_sharded(tmp_path, [tensors])))
+    scan = scan_source(StoredWeights(open_checkpoint(save_sharded(tmp_path, [tensors]))))
     names = [matrix.name for matrix in scan.matrices if "down_proj" in matrix.name]
     assert names == [f"model.layers.{block}.mlp.experts.down_proj[{index}]" for block in range(2) for index in range(5)]
     for matrix in scan.matrices:
@@ -141,18 +142,18 @@ def test_an_expert_that_is_not_finite_is_named(tmp_path):
     tensors = mixture()
     tensors["model.layers.1.mlp.experts.gate_up_proj"][3, 0, 0] = float("inf")
     with pytest.raises(SpectrumError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj\[3\]: .*inf or nan"):
-        scan_checkpoint(open_checkpoint(save_sharded(tmp_path, [tensors])))
+        scan_source(StoredWeights(open_checkpoint(save_sharded(tmp_path, [tensors]))))
 
 
 def test_a_scan_in_parts_has_the_same_bits_also_where_experts_are_computed_together(tmp_path):
     model, output = open_checkpoint(save_sharded(tmp_path / "model", [mixture(), layers(3)])), tmp_path / "scan.json"
-    whole = scan_checkpoint(model, output=tmp_path / "whole.json")
-    scan_checkpoint(model, output=output)
+    whole = scan_source(StoredWeights(model), output=tmp_path / "whole.json")
+    scan_source(StoredWeights(model), output=output)
     stored = json.loads(output.read_text())
     stored["matrices"] = stored["matrices"][::3]
     output.write_text(json.dumps(stored))
     notes = Notes()
-    assert scan_checkpoint(model, output=output, progress=notes) == whole
+    assert scan_source(StoredWeights(model), output=output, progress=notes) == whole
     assert 0 < notes.computed < len(whole.matrices)
     assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
 

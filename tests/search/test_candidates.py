@@ -15,7 +15,7 @@ from splaser_plugin.generation.teacher_forcing import forced_means
 from splaser_plugin.jobs import laser as jobs
 from splaser_plugin.jobs.apply import apply
 from splaser_plugin.progress import Progress
-from splaser_plugin.scanning.scan import scan_model
+from splaser_plugin.scanning.scan import scan_source
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.candidates import Candidate, by_prediction, by_size, choose_candidates
@@ -31,7 +31,7 @@ RUNGS = st.lists(st.sampled_from([*EDGES, *(place / 20 for place in range(1, 20)
 @pytest.fixture(scope="module")
 def scanned():
     weights = Weights(tiny_llama())
-    return scan_model(weights), weights.matrices()[0]
+    return scan_source(weights), weights.matrices()[0]
 
 
 @given(RUNGS, st.sampled_from([",", ", ", " ,"]))
@@ -97,7 +97,7 @@ def test_a_ladder_that_removes_nothing_is_refused():
     for matrix in weights.matrices()[0]:
         weights.write(matrix, torch.eye(*matrix.shape))
     with pytest.raises(MatrixError, match=r"ranks keeps every singular value of all 14 matrices.*lower rank"):
-        choose_candidates(scan_model(weights), weights.matrices()[0], ["iqr"])
+        choose_candidates(scan_source(weights), weights.matrices()[0], ["iqr"])
 
 
 @settings(deadline=None)
@@ -198,7 +198,7 @@ def test_a_planted_harmful_component_is_predicted_best(tokenizer, pairs):
     up, _, down = torch.linalg.svd(outside[0] @ gradient @ outside[1])
     weights.write(matrix, weights.read(matrix) - 0.9 * values[15] * torch.outer(up[:, 0], down[0]))
     assert scorer.score(range(4)).mean < healthy - 0.02
-    scan = scan_model(weights)
+    scan = scan_source(weights)
     chosen = choose_candidates(scan, weights.matrices()[0], [0.5])
     found = sensitivities(weights, scorer, weights.matrices()[0])
     best = by_prediction(chosen, [found[each.matrix].predicted(each.rank) for each in chosen])[0]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from splaser_plugin.errors import MatrixError
-from splaser_plugin.scanning.scan import scan_model
+from splaser_plugin.scanning.scan import scan_source
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.acceptance import Confident, Harmless, Improve
 from splaser_plugin.search.candidates import Candidate, choose_candidates
@@ -95,7 +95,7 @@ def test_an_interrupted_search_leaves_no_undecided_weight(tiny_model, candidates
 
 def test_candidates_are_the_reducible_matrices_of_lowest_snr(tiny_model):
     weights = Weights(tiny_model)
-    scan = scan_model(weights)
+    scan = scan_source(weights)
     chosen = choose_candidates(scan, weights.matrices()[0])[:5]
     rank_of = {matrix.name: (matrix.edges["iqr"].rank, min(matrix.shape)) for matrix in scan.matrices}
     expected = [matrix.name for matrix in scan.ranked() if rank_of[matrix.name][0] < rank_of[matrix.name][1]][:5]
@@ -109,7 +109,7 @@ def test_a_model_without_noise_has_no_candidates():
     for matrix in weights.matrices()[0]:
         weights.write(matrix, torch.eye(*matrix.shape))
     with pytest.raises(MatrixError, match=r"every singular value of all 14 matrices signal.*another edge"):
-        choose_candidates(scan_model(weights), weights.matrices()[0])
+        choose_candidates(scan_source(weights), weights.matrices()[0])
 
 
 class Noise:

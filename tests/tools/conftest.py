@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from splaser_plugin.checkpoints.checkpoint import open_checkpoint
-from splaser_plugin.scanning.scan import Scan, scan_checkpoint
+from splaser_plugin.scanning.scan import Scan, scan_source
 from splaser_plugin.scanning.selection import choose
+from splaser_plugin.weights.stored import StoredWeights
 from tests.tools.runs import ENVIRONMENTS, HERE, Run
 
 collect_ignore_glob = [] if ENVIRONMENTS else ["test_*.py"]
@@ -45,7 +46,7 @@ def small_smollm2(smollm2, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_scan(small_smollm2) -> Scan:
-    return scan_checkpoint(open_checkpoint(small_smollm2), name=str(small_smollm2))
+    return scan_source(StoredWeights(open_checkpoint(small_smollm2)), name=str(small_smollm2))
 
 
 @pytest.fixture
