@@ -29,7 +29,7 @@ from splaser_plugin.jobs.laser import LaserResult, laser_weights, read_pairs
 from splaser_plugin.scanning.scan import scan_source
 from splaser_plugin.scanning.selection import choose
 from splaser_plugin.scoring.embedding import SentenceEmbedder
-from splaser_plugin.scoring.scorers import Rulers, check_rulers
+from splaser_plugin.scoring.scorers import Scorers, check_scorers
 from splaser_plugin.search.prediction import check_predictable
 from splaser_plugin.weights.adapted import weights_of
 from splaser_plugin.weights.in_memory import Weights, model_name
@@ -165,13 +165,13 @@ class LaserCallback(TrainerCallback):
         with undisturbed():
             self._split = self._read_pairs(training)
             check_output(lasered_folder(training.args), overwrite=True, inputs=(model_name(model),))
-            check_rulers(self.config)
-            rulers, scorers = Rulers(model, training.tokenizer, self.config), self.config.scorers
-            if "perplexity" in scorers:
-                rulers.windows()
-            for pair in self._split.pairs if scorers & {"semantic", "margin"} else ():
-                rulers.prompter.tokens(pair.messages)
-            if "semantic" in scorers and self.config.embedder != "self":
+            check_scorers(self.config)
+            scorers, used = Scorers(model, training.tokenizer, self.config), self.config.scorers
+            if "perplexity" in used:
+                scorers.windows()
+            for pair in self._split.pairs if used & {"semantic", "margin"} else ():
+                scorers.prompter.tokens(pair.messages)
+            if "semantic" in used and self.config.embedder != "self":
                 SentenceEmbedder(self.config.embedder, torch.device("cpu"), allow_pickle=self.config.allow_pickle)
 
     def _read_pairs(self, training: Training) -> Split:

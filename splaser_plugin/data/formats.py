@@ -207,7 +207,7 @@ def _column_list(form: Format) -> str:
 
 
 def describe_columns(columns: Iterable[object], max_columns: int = 20, max_chars: int = 40) -> str:
-    """Column names from strangers, short and safe to print: control characters are escaped."""
+    """Untrusted column names, short and safe to print: control characters are escaped."""
     names = [repr(c[:max_chars]) if isinstance(c, str) else f"<{type(c).__name__}>" for c in columns]
     more = f" and {len(names) - max_columns} more" if len(names) > max_columns else ""
     return (", ".join(names[:max_columns]) or "none") + more

@@ -1,7 +1,7 @@
 """Preference pairs: a prompt, a chosen answer and, mostly, a rejected one.
 
 `load_pairs` takes a local file or a hub data set, `pairs_from_rows` takes rows in memory. Both recognise the
-formats of `pair_formats` by their columns, and drop and count the rows that can't be used.
+formats of `data.formats` by their columns, and drop and count the rows that can't be used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from splaser_plugin.errors import ConfigError, PairsError
 __all__ = ["Message", "Pair", "PairSet", "load_pairs", "pairs_from_rows", "pairs_sha256"]
 
 ROWS = "rows"
-"""Source of pairs that no file or data set is known of."""
+"""The source of pairs that come from no file or data set."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PairSet:
     source: str
     """Path or hub id, for the records."""
     dropped: Mapping[str, int]
-    """Cause to count, of the rows read."""
+    """How many of the rows read were dropped, by cause."""
     rows_read: int
     """Reading stops at the last sample wanted, so a source may have more rows."""
 

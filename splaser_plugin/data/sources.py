@@ -1,4 +1,4 @@
-"""Rows from where pairs are kept: local json, jsonl, csv and parquet files, and hub data sets. All but a json
+"""The rows of the sources of pairs: local json, jsonl, csv and parquet files, and hub data sets. All but a json
 array are streamed: one line or one small batch is in memory at a time.
 
 A damaged line is an error that names file and line, since a silent loss would be worse. What a row holds is
@@ -20,7 +20,7 @@ from splaser_plugin.files.sources import is_hub_id, path_of
 
 MAX_LINE_BYTES = 64 * 2**20
 MAX_ARRAY_BYTES = 256 * 2**20
-PARQUET_BATCH_ROWS = 64  # small, so that a batch of very long texts still fits
+PARQUET_BATCH_ROWS = 64  # A batch is small, so that one of very long texts fits into memory.
 
 
 Rows = Generator[object, None, None]

@@ -1,4 +1,4 @@
-"""What the search never sees: pairs or windows of text in two parts, one to search on and one held out."""
+"""Pairs or windows of text in two parts: one to search on, and one held out, which the search never sees."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from splaser_plugin.errors import PairsError
 _Item = TypeVar("_Item")
 
 LEAST = 6
-"""Items that each part needs: fewer can't reach a verdict at a risk of 0.05, even if all of them agree."""
+"""The fewest items of a part: fewer can't reach a verdict at a risk of 0.05, even if all of them agree."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Split:
     """What was read, before a part of it was held out."""
     search: tuple[Pair, ...]
     held_out: tuple[Pair, ...]
-    """Empty: there is no verdict."""
+    """Empty where there can be no verdict."""
     reason: str
     """Which pairs are held out, or why none are; for people."""
 
@@ -36,7 +36,7 @@ class WindowSplit:
 
     search: tuple[Sequence[int], ...] = ()
     held_out: tuple[Sequence[int], ...] = ()
-    """Empty: there is no verdict."""
+    """Empty where there can be no verdict."""
     reason: str = ""
     """Which windows are held out, or why none are; for people."""
 
@@ -80,7 +80,7 @@ def split_by_set(pairs: PairSet, held_out: PairSet) -> Split:
 def _parted(
     items: Sequence[_Item], names: Sequence[str], fraction: float, seed: int, unit: str, advice: str
 ) -> tuple[tuple[_Item, ...], tuple[_Item, ...], str]:
-    """What to search on, what is held out (those of lowest hash by name, equal ones together), and why, for people."""
+    """The items to search on, those held out (of lowest hash by name, equal ones together), and the reason in words."""
     if fraction == 0:
         return tuple(items), (), "none, as asked for: no verdict"
     chosen = _lowest_hashes(Counter(names), round(fraction * len(items)), seed)

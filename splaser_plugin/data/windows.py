@@ -11,7 +11,7 @@ from splaser_plugin.errors import TextError, first_line_of
 from splaser_plugin.files.sources import looks_like_path, path_of
 
 BLOCK_CHARS = 2**18
-"""Read of a file at a time, and the rest of the line: about what the windows of a run with the defaults take."""
+"""How much of a file is read at a time, up to the end of a line: about what a run with the defaults needs."""
 COLUMN = "text"
 
 

@@ -37,24 +37,24 @@ CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ els
 SELECTABLE = (RoomyLayer, DynamicLayer, DynamicSlidingWindowLayer)
 """Layers of a cache that hold keys and values of each row, and nothing else."""
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
-"""How those devices say it that have no error of their own for it."""
+"""Words in the errors of devices that have no error class of their own for it."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to one prompt."""
+    """The model's answer to one prompt."""
 
     text: str
     tokens: tuple[int, ...]
-    """Generated ids, with the end token if the model came to one."""
+    """Generated token ids, with the end token if the model generated one."""
     is_cut: bool = False
-    """Whether the longest length ended it, and not the model."""
+    """Whether it was cut off at the longest length before the model ended it."""
 
 
 class BatchSize:
     """How many prompts are answered at once: `now`.
 
-    fixed: that many; with 0 it starts at 8 and doubles for as long as tokens come at least a tenth faster.
+    fixed: the size, or 0 to start at 8 and double it for as long as tokens are generated at least a tenth faster.
     """
 
     def __init__(self, fixed: int) -> None:
@@ -63,7 +63,7 @@ class BatchSize:
         self._tokens_per_s = 0.0
 
     def took(self, prompts: int, tokens: int, seconds: float) -> None:
-        """Learn from a batch that was answered."""
+        """Adapt the size to the speed of a batch that was answered."""
         if not self._grows or prompts < self.now:
             return
         if tokens / seconds >= LEAST_GAIN * self._tokens_per_s:
@@ -74,7 +74,7 @@ class BatchSize:
             self.now //= 2
 
     def halve(self) -> None:
-        """Make it smaller for good: the memory was too small."""
+        """Halve the size for good, as the memory was too small."""
         self._grows = False
         self.now //= 2
 
@@ -102,7 +102,7 @@ class Generator:
     def honours_padding(self) -> bool:
         """Whether the model leaves out what the attention mask hides: the state of RWKV takes padding in.
 
-        Models with keys and values alone do; of others it is seen by one prompt with and without padding.
+        Models with nothing but keys and values do. Others are tried on one prompt, with and without padding.
         """
         if self.is_sharded or roomy_cache(self.model) is not None:
             return True
@@ -117,7 +117,7 @@ class Generator:
 
     @torch.no_grad()
     def _first_logits(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Of the token that follows a prompt, as `generate` has them."""
+        """The logits of the token that follows a prompt, as `generate` computes them."""
         with plain_generation(self.model), evaluating(self.model):
             config = GenerationConfig(
                 max_new_tokens=1,
@@ -172,7 +172,7 @@ class Generator:
 
     @torch.no_grad()
     def _generate(self, prompts: list[Sequence[int]], said: list[list[int]]) -> list[list[int]]:
-        """What follows the beginnings of some answers, each up to its end or its room."""
+        """The tokens that follow some unfinished answers, every answer up to its end or as far as there is room."""
         rooms = [self._room(prompt, tokens) for prompt, tokens in zip(prompts, said, strict=True)]
         rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, said, strict=True)]
         longest = max(len(row) for row in rows)
@@ -190,7 +190,7 @@ class Generator:
         return [tokens[:room] for tokens, room in zip(output, rooms, strict=True)]
 
     def _continue(self, ids: Tensor, mask: Tensor, steps: int) -> list[list[int]]:
-        """Up to `steps` tokens that follow each row. Whenever half of the rows have ended, the others go on alone."""
+        """Up to `steps` tokens that follow every row. Whenever half of the rows have ended, the others go on alone."""
         made: list[list[int]] = [[] for _ in ids]
         going = list(range(len(ids)))
         ends = torch.tensor(self.end_tokens, device=ids.device)
@@ -277,7 +277,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _rows_of(cache: Any, rows: Tensor) -> Any:
-    """Those rows of a cache of keys and values; None, so that it is computed again, where it holds anything else."""
+    """Some rows of a cache of keys and values. None where the cache holds anything else: it is then computed again."""
     if not all(type(layer) in SELECTABLE for layer in getattr(cache, "layers", [None])):
         return None
     cache.batch_select_indices(rows)

@@ -10,11 +10,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 LEAST_ROOM = 64
-"""Tokens that there is room for when it was made larger, or a quarter of those before, whichever is more."""
+"""How many more tokens there is room for after the cache has grown; or a quarter of all tokens, if that is more."""
 
 
 class RoomyLayer(DynamicLayer):
-    """What transformers' own layer is, in tensors that are larger than what they hold."""
+    """Transformers' own layer, but its tensors have room for more than they hold."""
 
     _keys_room: Tensor | None = None
     _values_room: Tensor | None = None
@@ -28,11 +28,11 @@ class RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._keys_room = self._values_room = None  # the rows that are left out would stay in memory
+        self._keys_room = self._values_room = None  # They would keep the rows that are left out in memory.
 
 
 def roomy_cache(model: Any) -> DynamicCache | None:
-    """An empty cache for the model; None where it needs another kind, which `generate` makes then."""
+    """An empty cache for the model. None where the model needs another kind of cache, which `generate` makes then."""
     supports = getattr(model, "_supports_default_dynamic_cache", None)
     if supports is None or not supports() or not _takes_a_cache(model):
         return None
@@ -50,7 +50,10 @@ def _takes_a_cache(model: Any) -> bool:
 
 
 def _appended(before: Tensor, new: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both as one, along the tokens, and what it is a part of: `room` while `before` begins it and all fits in."""
+    """Both tensors joined along the tokens, and the tensor with room that the result is a view of.
+
+    That is `room` as long as `before` is its beginning and everything fits in, else a new one.
+    """
     start, end = before.shape[-2], before.shape[-2] + new.shape[-2]
     is_part = room is not None and before.data_ptr() == room.data_ptr() and before.shape[:-2] == room.shape[:-2]
     if room is None or not is_part or room.shape[-2] < end:

@@ -1,4 +1,4 @@
-"""What a model expects at each token of a given answer: one forward pass, where generating takes one a token."""
+"""What a model predicts at every token of a given answer: one forward pass, where generating takes one a token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from splaser_plugin.generation.generator import evaluating
 from splaser_plugin.progress import measured
 
 LOGITS_ROWS = 2048
-"""Predicted tokens in one forward pass, about: each has logits over the whole vocabulary."""
+"""About how many tokens one forward pass predicts: every one has logits over the whole vocabulary."""
 
 
 def forced_logits(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -55,7 +55,7 @@ def mean_log_probabilities(
 ) -> list[float]:
     """`forced_means` of any number of answers. The model is in evaluation mode meanwhile.
 
-    batch_size: most answers in one forward pass. done: told how many each of these took.
+    batch_size: most answers in one forward pass. done: called after every forward pass with its number of answers.
     """
     means: dict[int, float] = {}
     with evaluating(model):
@@ -69,13 +69,13 @@ def mean_log_probabilities(
 def similar_lengths(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch_size: int
 ) -> list[list[int]]:
-    """The answers' places in batches, those of similar length together, so that little is padded."""
+    """The answers' places in batches, answers of similar length together, so that little is padded."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]) + len(answers[index]))
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
 
 def _mean(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Of the tokens' log-probabilities. logits: (tokens, vocabulary), those that predict each token."""
+    """Mean of the tokens' log-probabilities. logits: (tokens, vocabulary), which predict the tokens."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if not tokens:
         return torch.zeros((), dtype=dtype, device=logits.device)

@@ -23,7 +23,7 @@ from splaser_plugin.progress import SILENT, Progress, counting
 from splaser_plugin.scanning.records import write_json
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.perplexity import exp, perplexity
-from splaser_plugin.scoring.scorers import Material, Rulers
+from splaser_plugin.scoring.scorers import Material, Scorers
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.statistics import RISK, can_reach, paired_bootstrap
@@ -224,10 +224,10 @@ def _measure(name: str, pairs: PairSet, config: CompareConfig, first: Measured |
     progress.fact("model", name)
     with progress.phase("loading", 1):
         model, tokenizer = load_model(name, device=config.device, dtype=config.dtype, allow_pickle=config.allow_pickle)
-        rulers = Rulers(model, tokenizer, config)
-        windows = rulers.windows() if config.text else []
-        margins = MarginScorer(model, rulers.prompter, pairs.pairs, batch_size=rulers.batch_size)
-        scorer = SemanticScorer(rulers.generator, rulers.embedder, pairs.pairs)
+        scorers = Scorers(model, tokenizer, config)
+        windows = scorers.windows() if config.text else []
+        margins = MarginScorer(model, scorers.prompter, pairs.pairs, batch_size=scorers.batch_size)
+        scorer = SemanticScorer(scorers.generator, scorers.embedder, pairs.pairs)
         scorer.answers([0])  # what is slow only the first time isn't timed
     items = range(len(pairs))
     with progress.phase("measuring", 2 * len(pairs) + len(windows)) as advance, counting(advance):
@@ -236,7 +236,7 @@ def _measure(name: str, pairs: PairSet, config: CompareConfig, first: Measured |
         generation_s = time.perf_counter() - started
         semantic = scorer.scored(items, answers, first.semantic if first else None)
         margin = margins.score(items)
-        text = rulers.make("perplexity", Material((), windows)).score(range(len(windows))) if windows else None
+        text = scorers.make("perplexity", Material((), windows)).score(range(len(windows))) if windows else None
     both = [item for item, pair in enumerate(pairs) if pair.rejected is not None]
     return Measured(
         model=name,

@@ -26,7 +26,7 @@ from splaser_plugin.jobs.stages import (
     search_and_compare,
 )
 from splaser_plugin.progress import SILENT, Progress
-from splaser_plugin.scoring.scorers import check_rulers
+from splaser_plugin.scoring.scorers import check_scorers
 from splaser_plugin.search.journal import Journal, LaserJournal
 from splaser_plugin.weights.in_memory import Weights, model_name
 from splaser_plugin.weights.loading import load_model
@@ -79,7 +79,7 @@ def _laser(
     progress: Progress,
 ) -> LaserResult:
     split = read_pairs(pairs, config)
-    check_rulers(config)
+    check_scorers(config)
     name, given = str(model), model
     if isinstance(model, nn.Module):
         if tokenizer is None:

@@ -20,7 +20,7 @@ from splaser_plugin.progress import SILENT, Progress, counting
 from splaser_plugin.scanning.scan import Scan, scan_source
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.own_scorer import code_of
-from splaser_plugin.scoring.scorers import Material, Rulers
+from splaser_plugin.scoring.scorers import Material, Scorers
 from splaser_plugin.scoring.scores import Scorer, Scores
 from splaser_plugin.search.acceptance import Acceptance, Confident, Harmless, Improve
 from splaser_plugin.search.candidates import Candidate, by_prediction, by_size, choose_candidates
@@ -102,8 +102,8 @@ def begin(
 def prepare_measures(run: Run, split: Split) -> Measures:
     """The scorers of the run, which have tokenized and embedded what they measure on."""
     config, journal, progress = run.config, run.journal, run.progress
-    rulers = Rulers(run.weights.model, run.tokenizer, config, run.weights)
-    split, searched, apart = _materials(split, rulers, config)
+    scorers = Scorers(run.weights.model, run.tokenizer, config, run.weights)
+    split, searched, apart = _materials(split, scorers, config)
     if split.pairs.pairs:
         progress.fact("pairs", split.pairs.summary)
     if searched.windows:
@@ -111,7 +111,7 @@ def prepare_measures(run: Run, split: Split) -> Measures:
     progress.fact("held out", split.reason)
 
     def make(name: str, material: Material) -> Scorer:
-        return RecordedScorer(rulers.make(name, material), journal)
+        return RecordedScorer(scorers.make(name, material), journal)
 
     return Measures(
         split=split,
@@ -120,7 +120,7 @@ def prepare_measures(run: Run, split: Split) -> Measures:
         scorer=make(config.scorer, searched),
         held_out=make(config.scorer, apart) if apart else None,
         guard=Guard(make(config.guard_scorer, searched), config.guard_limit) if config.guard else None,
-        predictor=_predictor(run, rulers, split) if config.rank_by == "gradient" else None,
+        predictor=_predictor(run, scorers, split) if config.rank_by == "gradient" else None,
     )
 
 
@@ -229,18 +229,20 @@ def make_recipe(run: Run, scan: Scan, found: SearchResult) -> Recipe:
     )
 
 
-def _materials(split: Split, rulers: Rulers, config: LaserConfig) -> tuple[Split, Material, Material | None]:
+def _materials(split: Split, scorers: Scorers, config: LaserConfig) -> tuple[Split, Material, Material | None]:
     """What is searched on and, if anything, held out; the split's reason is that of the windows where they decide."""
     if config.scorer != "perplexity":
-        windows = rulers.windows() if config.guard_scorer == "perplexity" else []
+        windows = scorers.windows() if config.guard_scorer == "perplexity" else []
         return split, Material(split.search, windows), Material(split.held_out) if split.held_out else None
-    parts = split_windows(rulers.windows(), config.held_out_fraction, config.seed)
+    parts = split_windows(scorers.windows(), config.held_out_fraction, config.seed)
     apart = Material((), parts.held_out) if parts.held_out else None
     return replace(split, reason=parts.reason), Material(split.search, parts.search), apart
 
 
-def _predictor(run: Run, rulers: Rulers, split: Split) -> MarginScorer:
-    return MarginScorer(run.weights.model, rulers.prompter, split.search[:GRADIENT_PAIRS], batch_size=rulers.batch_size)
+def _predictor(run: Run, scorers: Scorers, split: Split) -> MarginScorer:
+    return MarginScorer(
+        run.weights.model, scorers.prompter, split.search[:GRADIENT_PAIRS], batch_size=scorers.batch_size
+    )
 
 
 def _predictions(run: Run, scorer: MarginScorer, candidates: Sequence[Candidate]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Texts to unit vectors: the ruler that answers are measured with."""
+"""Embedders: texts to unit vectors, by which answers are compared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import context_length
 
 USUAL_OWNER = "sentence-transformers"
-"""Of models on the hub that are named without one."""
+"""The owner of a hub model that is named without one."""
 OTHER_RUNTIMES = ["onnx/*", "openvino/*"]
 
 
@@ -69,7 +69,7 @@ class SentenceEmbedder:
 
 
 def _embedder_folder(model: str, allow_pickle: bool) -> Path:
-    """Itself if it is a folder, else the hub cache's, which is downloaded or completed where the hub can be reached."""
+    """The folder itself, or the one in the hub's cache, downloaded or completed where the hub can be reached."""
     folder = path_of(model)
     if folder.is_dir():
         return folder
@@ -85,7 +85,7 @@ def _embedder_folder(model: str, allow_pickle: bool) -> Path:
 class SelfEmbedder:
     """The language model's own last hidden states, averaged over a text's tokens.
 
-    They are taken with the original weights, so that the ruler doesn't bend with what it measures.
+    They are taken with the original weights, so that the embedder stays the same while the model is changed.
     """
 
     name = "self"
@@ -118,7 +118,7 @@ class SelfEmbedder:
         return torch.stack([vectors[index] for index in range(len(tokens))])
 
     def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The last hidden states, (texts, tokens, width). Raises EmbedderError when the model has no such."""
+        """The last hidden states, (texts, tokens, width). Raises EmbedderError when the model has none."""
         model: Any = self._weights.model
         advice = "Give --embedder a sentence-transformers model."
         try:

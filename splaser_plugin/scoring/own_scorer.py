@@ -24,7 +24,7 @@ Function = Callable[[Any, Any, list[Pair]], Sequence[float]]
 
 
 class CallableScorer:
-    """What a function says of the model: one number a pair, higher is better.
+    """Scores the model by a function: one number a pair, higher is better.
 
     function: called with the model in evaluation mode, its tokenizer and some of the pairs, without gradients; the
     same model and pairs have to give the same numbers. name: how it is called in messages.
@@ -48,9 +48,12 @@ class CallableScorer:
             pairs = [self._pairs[item] for item in items]
             try:
                 returned = self._function(self._model, self._tokenizer, pairs)
-            except (MemoryError, torch.OutOfMemoryError):  # the machine's, not the candidate's
+            except (
+                MemoryError,
+                torch.OutOfMemoryError,
+            ):  # The machine is too small, which is not the candidate's fault.
                 raise
-            except Exception as error:  # whatever code of the user's own raises
+            except Exception as error:  # The user's code may raise anything.
                 raise ScoreError(f"--scorer {self.name}: it raised {type(error).__name__}: {error!s:.200}.") from error
         try:
             values = [float(value) for value in returned]

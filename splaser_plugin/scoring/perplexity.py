@@ -41,7 +41,7 @@ def perplexity(scores: Scores) -> float | None:
 
 
 def exp(value: float) -> float | None:
-    """None where it is too large for a number, above about 709 nats."""
+    """e to the power of `value`, or None where that is too large for a number: above about 709 nats."""
     try:
         return math.exp(value)
     except OverflowError:

@@ -34,7 +34,7 @@ class Material:
     """Token ids of text, equally many in each."""
 
 
-class Rulers:
+class Scorers:
     """Makes scorers of one model; what they have in common is made once, when it is first needed.
 
     weights: of the model, if it will be changed.
@@ -80,7 +80,7 @@ class Rulers:
         return SentenceEmbedder(self.config.embedder, device, allow_pickle=self.config.allow_pickle)
 
 
-def check_rulers(config: LaserConfig) -> None:
+def check_scorers(config: LaserConfig) -> None:
     """Raise now what a missing text or function would raise once the model is there."""
     if config.scorer not in SCORERS:
         load_function(config.scorer)

@@ -20,9 +20,9 @@ class Scores:
     items: tuple[int, ...]
     """What was scored: places in the scorer's items, ascending."""
     values: tuple[float, ...]
-    """One score for each of them."""
+    """One score for each item."""
     answers: tuple[Answer, ...] = ()
-    """What the model said to each; empty for scorers that generate nothing."""
+    """The model's answer to each item; empty for scorers that generate nothing."""
 
     def __post_init__(self) -> None:
         for item, value in zip(self.items, self.values, strict=True):
@@ -43,7 +43,7 @@ class Scores:
 
     @property
     def cut_answers(self) -> int:
-        """Of the answers those that the longest length cut off."""
+        """How many answers were cut off at the longest length."""
         return sum(answer.is_cut for answer in self.answers)
 
     def on(self, items: Sequence[int]) -> Scores:
@@ -64,7 +64,7 @@ class Scores:
 
 
 class Scorer(Protocol):
-    """A ruler for the model it was made with."""
+    """Measures the model it was made with."""
 
     name: str
     size: int
@@ -73,7 +73,7 @@ class Scorer(Protocol):
     def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
         """Measure the model as it is now on some of the items, given by their places.
 
-        like: a measurement of all items, of a model that is probably much the same; what is equal need not be
-        computed again, and nothing else follows from it.
-        Under several processes each does its part, and all get the whole.
+        like: a measurement of all items, of a model that is probably much the same. An answer that is the same there
+        need not be embedded again; the result does not depend on it otherwise.
+        With several processes, every process measures its part and gets the whole.
         """

@@ -73,5 +73,5 @@ def _known_values(items: Sequence[int], answers: Sequence[Answer], like: Scores 
     known = {
         (item, answer.text): value for item, answer, value in zip(like.items, like.answers, like.values, strict=True)
     }
-    said = [(item, answer.text) for item, answer in zip(items, answers, strict=True)]
-    return {place: known[each] for place, each in enumerate(said) if each in known}
+    given = [(item, answer.text) for item, answer in zip(items, answers, strict=True)]
+    return {place: known[answer] for place, answer in enumerate(given) if answer in known}

@@ -1,4 +1,4 @@
-"""A second ruler, under which nothing that is kept may be much worse than the base model."""
+"""A second scorer, by which nothing that is kept may be much worse than the base model."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def singular_values(weight: Tensor, *, precision: Precision = "auto") -> np.ndar
 def singular_values_of_batch(weights: Tensor, *, precision: Precision = "auto") -> np.ndarray:
     """All singular values of many weights of one shape, such as the experts of one layer.
 
-    weights: (count, rows, columns). Returns (count, min(rows, columns)) float64, each row descending. Weights of
+    weights: (count, rows, columns). Returns (count, min(rows, columns)) float64, every row descending. Weights of
     at most 1 MiB in float64 are computed as many at once as make 8 MiB, larger ones, where that is no faster,
     one by one. For the rest see `singular_values`.
     """
@@ -249,7 +249,7 @@ def _unscaled_tensor(block: Tensor, exponent: int) -> Tensor:
 
 
 def _row_blocks(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Views of the matrix, its long side upright, with as many rows each as fit into a block of float64."""
+    """Views of the matrix, its long side upright, every view with as many rows as fit into a block of float64."""
     rows, columns = matrix.shape
     upright = matrix if rows >= columns else matrix.mT
     return upright.split(max(1, _BLOCK_BYTES // (8 * upright.shape[1])))
@@ -321,7 +321,7 @@ def _split(weight: Tensor, rank: int, precision: Precision) -> tuple[Tensor, Ten
 
 
 def _separated(squares: np.ndarray, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether the eigenvectors kept are told apart from the others well enough for the truncation.
+    """Whether the eigenvectors kept are separated from the others well enough for the truncation.
 
     The error bound over the gap between the last square kept and the first one removed is the sine of the angle
     by which the two mix (Davis & Kahan 1970); what is mixed is no larger than the last singular value kept.

@@ -17,7 +17,7 @@ from splaser_plugin.data.windows import BLOCK_CHARS, open_text, read_windows
 from splaser_plugin.errors import ConfigError, ScorerError, TextError
 from splaser_plugin.scoring.own_scorer import CallableScorer, load_function
 from splaser_plugin.scoring.perplexity import PerplexityScorer, perplexity
-from splaser_plugin.scoring.scorers import Material, Rulers
+from splaser_plugin.scoring.scorers import Material, Scorers
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.guard import Guard
 from splaser_plugin.search.judge import Judge
@@ -144,7 +144,7 @@ def test_a_laser_run_by_perplexity_needs_no_pairs_and_has_its_verdict_on_other_w
 
 def test_a_function_of_ones_own_is_called_with_the_pairs_asked_for(tiny_model, tokenizer, pairs):
     usable = pairs_from_rows(pairs).pairs
-    scorer = Rulers(tiny_model, tokenizer, MeasureConfig()).make("tests.planted.shorter_is_better", Material(usable))
+    scorer = Scorers(tiny_model, tokenizer, MeasureConfig()).make("tests.planted.shorter_is_better", Material(usable))
     whole = scorer.score(range(4))
     assert whole.values == tuple(map(float, shorter_is_better(tiny_model, tokenizer, usable)))
     assert scorer.score([2, 0]).values == (whole.values[2], whole.values[0])
