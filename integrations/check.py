@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from splaser_plugin.errors import CheckpointError, MatrixError, first_line_of
+from splaser_plugin.errors import CheckpointError, MatrixError
+from splaser_plugin.files.text import first_line_of
 
 if TYPE_CHECKING:
     from splaser_plugin.integrations.configs.plan import Plan

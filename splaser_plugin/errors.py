@@ -94,24 +94,6 @@ class MissingExtraError(SplaserError):
     """An optional package is needed; the message has the exact command that installs it."""
 
 
-MESSAGE_CHARS = 4000
-
-
-def printable(text: str, max_chars: int = MESSAGE_CHARS) -> str:
-    """`text` as a terminal may get it, on one line: what isn't printable is spelled out, and the middle left out.
-
-    Escapes, other control characters and changes of writing direction are spelled as in Python: `\\x1b`.
-    """
-    if len(text) > max_chars:
-        text = f"{text[: max_chars // 2]} ... {text[-(max_chars // 2) :]}"
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def first_line_of(error: BaseException) -> str:
-    """Of another library's message, at most 200 of its characters, printable; the error's kind where it has none."""
-    return printable(next(iter(str(error).strip().splitlines()), type(error).__name__)[:200])
-
-
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The `count` known names most like `name`, as a phrase for an error message."""
     matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.0)

@@ -12,7 +12,7 @@ from typing import Any
 
 from splaser_plugin.data.formats import recognise
 from splaser_plugin.errors import ConfigError, OutputError
-from splaser_plugin.files.reading import read_json
+from splaser_plugin.files.json import read_json
 from splaser_plugin.integrations.configs.plan import DEFAULT_RANK, Plan, first_row, header, unusable
 from splaser_plugin.integrations.configs.yaml_text import base_values, comment, merged_yaml, new_yaml
 from splaser_plugin.scanning.selection import lora_targets, trained_parameters

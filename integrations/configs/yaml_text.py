@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from splaser_plugin.errors import ConfigError, MissingExtraError, OutputError, printable
+from splaser_plugin.errors import ConfigError, MissingExtraError, OutputError
 from splaser_plugin.files.reading import read_bytes
+from splaser_plugin.files.text import printable
 
 MARK = "# splaser: "
 """Begins each comment line at the top, by which the lines of an earlier merge are known."""

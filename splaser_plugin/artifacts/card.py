@@ -12,8 +12,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.artifacts.results import Results, Verdict
-from splaser_plugin.errors import printable
 from splaser_plugin.files.sources import is_hub_id
+from splaser_plugin.files.text import printable
 
 TAGS = ["splaser", "laser", "low-rank"]
 LASER_PAPER = "https://arxiv.org/abs/2312.13558"

@@ -15,7 +15,8 @@ from splaser_plugin.artifacts.card import public_name
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.checkpoints.folder import hub_errors
 from splaser_plugin.config.stages import LaserConfig
-from splaser_plugin.errors import ConfigError, OutputError, first_line_of
+from splaser_plugin.errors import ConfigError, OutputError
+from splaser_plugin.files.text import first_line_of
 from splaser_plugin.scanning.records import Scan
 
 STAYS_HERE = ("results.json", "report.html", "run.yaml", "journal.jsonl")

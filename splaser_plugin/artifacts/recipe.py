@@ -14,9 +14,9 @@ from pydantic import AfterValidator, Field
 
 from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.errors import ConfigError, RecipeError
+from splaser_plugin.files.json import read_json, write_json
 from splaser_plugin.files.validation import NO_OTHER_KEYS, InvalidRecordError, Number, Whole, plain, validated
 from splaser_plugin.progress import SILENT, Progress
-from splaser_plugin.scanning.records import read_json, write_json
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import by_name
 
@@ -78,7 +78,7 @@ class Recipe:
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
         """Read a recipe.json. Raises RecipeError when it is missing, damaged or of another version."""
-        stored = read_json(path)
+        stored = read_json(path, RecipeError)
         if not isinstance(stored, dict) or stored.pop("schema", None) != SCHEMA:
             raise RecipeError(f"{path}: not a recipe of schema '{SCHEMA}'. Give the recipe.json of a laser run.")
         try:

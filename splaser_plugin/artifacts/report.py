@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path, PurePath
@@ -24,6 +23,7 @@ from splaser_plugin.config.stages import EDGES
 from splaser_plugin.errors import RecipeError, SplaserError
 from splaser_plugin.files.output import check_file, whole_file
 from splaser_plugin.files.sources import looks_like_path, path_of
+from splaser_plugin.files.text import visible
 from splaser_plugin.integrations.configs.axolotl import axolotl_yaml
 from splaser_plugin.integrations.configs.llamafactory import llamafactory_yaml
 from splaser_plugin.integrations.configs.plan import Plan
@@ -110,21 +110,6 @@ def _environment() -> Environment:
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment
-
-
-def visible(text: str) -> str:
-    """Text from strangers as a page may show it: control characters, bidirectional overrides and lone surrogates
-    are spelled out; line breaks, tabs and every script's own characters stay."""
-    return "".join(repr(char)[1:-1] if _is_unsafe(char) else char for char in text)
-
-
-def _is_unsafe(char: str) -> bool:
-    if char in "\n\t":
-        return False
-    return unicodedata.category(char) in ("Cc", "Cs") or unicodedata.bidirectional(char) in _BIDI_CONTROLS
-
-
-_BIDI_CONTROLS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
 def _title(model: str) -> str:

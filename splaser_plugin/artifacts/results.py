@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Tag
 
 from splaser_plugin.errors import RecipeError
+from splaser_plugin.files.json import read_json, write_json
 from splaser_plugin.files.validation import InvalidRecordError, Number, Whole, plain, validated
-from splaser_plugin.scanning.records import read_json, write_json
 from splaser_plugin.statistics import RISK, paired_bootstrap
 
 SCHEMA = "splaser.results/1"
+MAX_BYTES = 2_000_000_000
 RESAMPLES = 2_000
 """For the interval of each candidate: enough to draw it, and quick where there are hundreds."""
 
@@ -259,7 +260,7 @@ class Results:
     @classmethod
     def load(cls, path: Path) -> Results:
         """Read a results.json. Raises RecipeError when it is missing, damaged or of another version."""
-        return cls.from_dict(read_json(path), str(path))
+        return cls.from_dict(read_json(path, RecipeError, max_bytes=MAX_BYTES), str(path))
 
     def _check(self) -> None:
         """Raises ValueError or IndexError where parts of different lengths don't fit together."""

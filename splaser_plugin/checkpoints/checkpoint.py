@@ -19,10 +19,11 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from splaser_plugin.checkpoints.folder import INDEX_NAME, find_shards, read_config, resolve_model
-from splaser_plugin.checkpoints.header import StoredTensor, read_header, shown
+from splaser_plugin.checkpoints.header import StoredTensor, read_header
 from splaser_plugin.checkpoints.identity import identity_of, sampled_places
 from splaser_plugin.errors import CheckpointError, nearest
 from splaser_plugin.files.reading import open_file
+from splaser_plugin.files.text import shown
 
 __all__ = ["Checkpoint", "TensorPart", "open_checkpoint", "read_groups", "read_tensors", "resolve_model"]
 

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from splaser_plugin.checkpoints.header import parse_json_object, shown
+from splaser_plugin.checkpoints.header import parse_json_object
 from splaser_plugin.errors import CheckpointError, SplaserError
 from splaser_plugin.files.reading import read_bytes
 from splaser_plugin.files.sources import looks_like_path, path_of
+from splaser_plugin.files.text import shown
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import reprlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from splaser_plugin.errors import CheckpointError
+from splaser_plugin.files.text import shown
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_DIMENSIONS = 64  # what torch's own kernels stop at
@@ -46,14 +46,6 @@ DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 160
-
-
-def shown(value: object) -> str:
-    """`value` as a message may carry it: quoted, shortened, control and escape characters spelled out."""
-    return _repr.repr(value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint
-from splaser_plugin.checkpoints.header import shown
-from splaser_plugin.errors import CheckpointError, first_line_of, printable
+from splaser_plugin.errors import CheckpointError
+from splaser_plugin.files.text import first_line_of, printable, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,9 +13,10 @@ from typing import Any
 
 from splaser_plugin.checkpoints.checkpoint import open_checkpoint
 from splaser_plugin.checkpoints.folder import INDEX_NAME, SINGLE_NAME, read_object
-from splaser_plugin.checkpoints.header import StoredTensor, read_header, shown
+from splaser_plugin.checkpoints.header import StoredTensor, read_header
 from splaser_plugin.errors import CheckpointError, EmbedderError, SplaserError
 from splaser_plugin.files.reading import open_file
+from splaser_plugin.files.text import shown
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")

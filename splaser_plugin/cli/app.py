@@ -18,7 +18,8 @@ from typer.core import TyperGroup
 from splaser_plugin import __version__
 from splaser_plugin.cli.options import options
 from splaser_plugin.config.stages import ApplyConfig, CompareConfig, LaserConfig, ScanConfig
-from splaser_plugin.errors import ConfigError, SplaserError, on_command_line, printable
+from splaser_plugin.errors import ConfigError, SplaserError, on_command_line
+from splaser_plugin.files.text import printable
 
 if TYPE_CHECKING:
     from splaser_plugin.jobs.compare import Comparison
@@ -108,9 +109,8 @@ def scan(
     """Singular values of every weight matrix, split into signal and noise; nothing is changed."""
     progress = _progress(quiet, verbose, "scanning.scan", transformers=model.endswith(".gguf") or config.allow_pickle)
     from splaser_plugin.distributed import is_main, join_processes
-    from splaser_plugin.files.output import check_names_file
+    from splaser_plugin.files.json import check_names_file, write_json
     from splaser_plugin.scanning.scan import scan as run_scan
-    from splaser_plugin.scanning.scan import write_json
     from splaser_plugin.scanning.selection import top_by_type
 
     if top_json is not None:

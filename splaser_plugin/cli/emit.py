@@ -13,7 +13,8 @@ import typer
 
 from splaser_plugin.cli.options import options
 from splaser_plugin.config.stages import RankConfig, SelectConfig, TrainingConfig
-from splaser_plugin.errors import ConfigError, OutputError, printable
+from splaser_plugin.errors import ConfigError, OutputError
+from splaser_plugin.files.text import printable
 
 if TYPE_CHECKING:
     from splaser_plugin.integrations.configs.plan import Plan

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from splaser_plugin.cli.trial_table import shortened, trial_line, trial_table
-from splaser_plugin.errors import printable
+from splaser_plugin.files.text import printable
 from splaser_plugin.progress import Advance, Progress, ignore
 
 if TYPE_CHECKING:

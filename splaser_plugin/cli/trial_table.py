@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from splaser_plugin.errors import printable
+from splaser_plugin.files.text import printable
 
 if TYPE_CHECKING:
     from splaser_plugin.search.candidates import Candidate

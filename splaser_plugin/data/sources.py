@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from splaser_plugin.data.formats import OPTIONAL_COLUMNS, recognise
-from splaser_plugin.errors import PairsError, first_line_of
+from splaser_plugin.errors import PairsError
 from splaser_plugin.files.sources import is_hub_id, path_of
+from splaser_plugin.files.text import first_line_of
 
 MAX_LINE_BYTES = 64 * 2**20
 MAX_ARRAY_BYTES = 256 * 2**20

@@ -7,8 +7,9 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from splaser_plugin.errors import TextError, first_line_of
+from splaser_plugin.errors import TextError
 from splaser_plugin.files.sources import looks_like_path, path_of
+from splaser_plugin.files.text import first_line_of
 
 BLOCK_CHARS = 2**18
 """How much of a file is read at a time, up to the end of a line: about what a run with the defaults needs."""

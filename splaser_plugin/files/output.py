@@ -13,7 +13,6 @@ from typing import TextIO
 
 from splaser_plugin.errors import OutputError
 from splaser_plugin.files.journal import is_still_there, open_locked
-from splaser_plugin.files.reading import read_json
 from splaser_plugin.files.sources import path_of
 
 MARK = "recipe.json"
@@ -61,7 +60,7 @@ def check_output(
 
 def check_file(out: str | Path, *, replaceable: str) -> None:
     """Raises OutputError when the file exists and isn't JSON of our schema `replaceable`, or can't be written."""
-    path = _writable(out)
+    path = writable(out)
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -70,29 +69,14 @@ def check_file(out: str | Path, *, replaceable: str) -> None:
         raise OutputError(f"{out}: exists and was not written by splaser. Choose another --output.")
 
 
-def check_names_file(out: str | Path) -> None:
-    """Raises OutputError when the file exists and isn't JSON of names by module type, or can't be written."""
-    path = _writable(out)
-    if path.exists() and not _is_names(path):
-        raise OutputError(f"{out}: exists and was not written by splaser. Choose another --top-json.")
-
-
-def _writable(out: str | Path) -> Path:
+def writable(out: str | Path) -> Path:
+    """The path of a file that may be written. Raises OutputError when it is a folder, or has none to stand in."""
     path = Path(out).expanduser()
     if not path.parent.is_dir():
         raise OutputError(f"{out}: there is no folder {path.parent}. Make it first.")
     if path.is_dir():
         raise OutputError(f"{out}: is a folder, expected a file name.")
     return path
-
-
-def _is_names(path: Path) -> bool:
-    try:
-        stored = read_json(path, OutputError)
-    except OutputError:
-        return False
-    groups = stored.values() if isinstance(stored, dict) else [None]
-    return all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in groups)
 
 
 def check_space(out: Path, needed: int) -> None:

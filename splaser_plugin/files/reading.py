@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
 
 from splaser_plugin.errors import SplaserError
 
@@ -35,23 +33,3 @@ def read_bytes(file: Path, error: type[SplaserError], max_bytes: int = MAX_JSON_
     if len(content) > max_bytes:
         raise error(f"{file}: more than {max_bytes:,} bytes, which no such file needs.")
     return content
-
-
-def read_json(
-    file: str | Path,
-    error: type[SplaserError],
-    *,
-    max_bytes: int = MAX_JSON_BYTES,
-    object_hook: Callable[[dict[str, Any]], Any] | None = None,
-) -> Any:
-    """The content of a JSON file; object_hook as in `json.loads`.
-
-    Raises `error` when it can't be read, has more than `max_bytes`, or isn't JSON in UTF-8.
-    """
-    content = read_bytes(Path(file), error, max_bytes)
-    try:
-        return json.loads(content.decode("utf-8"), object_hook=object_hook)
-    except RecursionError as problem:
-        raise error(f"{file}: not JSON (nested too deeply). Make it anew.") from problem
-    except ValueError as problem:
-        raise error(f"{file}: not JSON ({problem}). It may be half written; make it anew.") from problem

@@ -17,10 +17,10 @@ from splaser_plugin.data.pairs import PairSet, PairSource, read_pairs_from
 from splaser_plugin.data.split import LEAST
 from splaser_plugin.data.windows import open_text
 from splaser_plugin.errors import ConfigError, PairsError
+from splaser_plugin.files.json import write_json
 from splaser_plugin.files.output import check_file
 from splaser_plugin.files.sources import path_of
 from splaser_plugin.progress import SILENT, Progress, counting
-from splaser_plugin.scanning.records import write_json
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.perplexity import exp, perplexity
 from splaser_plugin.scoring.scorers import Material, Scorers

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,8 +14,7 @@ import numpy as np
 from pydantic import AfterValidator, Field, PlainValidator
 
 from splaser_plugin.errors import RecipeError
-from splaser_plugin.files import reading
-from splaser_plugin.files.output import whole_file
+from splaser_plugin.files.json import read_json, write_json
 from splaser_plugin.files.validation import NO_OTHER_KEYS, InvalidRecordError, Number, Whole, validated
 from splaser_plugin.spectra.edges import EDGES, EdgeFit, fit_edges
 from splaser_plugin.tables import Table
@@ -165,7 +163,7 @@ class Scan(Table):
     @classmethod
     def load(cls, path: str | Path) -> Scan:
         """Read a scan.json. Raises RecipeError when it is missing, damaged or of another version."""
-        return cls.from_dict(read_json(path, _compact), str(path))
+        return cls.from_dict(read_json(path, RecipeError, max_bytes=MAX_SCAN_BYTES, object_hook=_compact), str(path))
 
 
 def rank_key(matrix: MatrixScan, by: str, edge: str) -> tuple[bool, float, str, int, str]:
@@ -199,22 +197,3 @@ def _compact(stored: dict[str, Any]) -> dict[str, Any]:
         if "spectrum" in stored:
             stored["spectrum"] = _packed(stored["spectrum"])
     return stored
-
-
-def read_json(path: str | Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """A JSON file's content; object_hook as in `json.loads`.
-
-    Raises RecipeError when it is missing, too large or no JSON.
-    """
-    return reading.read_json(path, RecipeError, max_bytes=MAX_SCAN_BYTES, object_hook=object_hook)
-
-
-def write_json(path: str | Path, content: Any, default: Callable[[Any], Any] | None = None) -> None:
-    """Write JSON with a final newline, whole or not at all; refuses nan and infinity.
-
-    default: turns what JSON doesn't know into what it does, one at a time as it is written.
-    Raises OutputError when the file can't be written.
-    """
-    with whole_file(path) as file:
-        json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False, default=default)
-        file.write("\n")

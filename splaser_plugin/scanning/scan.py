@@ -13,7 +13,7 @@ from splaser_plugin.config.stages import ScanConfig
 from splaser_plugin.errors import CheckpointError, RecipeError, SpectrumError
 from splaser_plugin.files.validation import InvalidRecordError
 from splaser_plugin.progress import SILENT, Progress
-from splaser_plugin.scanning.records import SCHEMA, MatrixScan, Scan, matrix_scan, rank_key, read_json, write_json
+from splaser_plugin.scanning.records import SCHEMA, MatrixScan, Scan, matrix_scan, rank_key
 from splaser_plugin.weights.matrices import Matrix, overview
 
 if TYPE_CHECKING:
@@ -31,10 +31,8 @@ __all__ = [
     "Scan",
     "matrix_scan",
     "rank_key",
-    "read_json",
     "scan",
     "scan_source",
-    "write_json",
 ]
 
 BATCH_ENTRIES = 2**20

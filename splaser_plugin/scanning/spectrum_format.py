@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from splaser_plugin.checkpoints.naming import block_index, type_in_block
 from splaser_plugin.config.stages import SelectConfig
 from splaser_plugin.errors import ConfigError, RecipeError
-from splaser_plugin.scanning.scan import MatrixScan, Scan, read_json, write_json
+from splaser_plugin.files.json import read_json, write_json
+from splaser_plugin.scanning.records import MAX_SCAN_BYTES, MatrixScan, Scan
 from splaser_plugin.weights.matrices import Skipped
 
 LARGEST = sys.float_info.max
@@ -59,7 +60,7 @@ def load_scan(path: str | Path) -> Scan | PublishedScan:
 
     Raises RecipeError when it is missing, damaged or of another kind.
     """
-    stored = read_json(path)
+    stored = read_json(path, RecipeError, max_bytes=MAX_SCAN_BYTES)
     if isinstance(stored, dict) and "schema" not in stored:
         return published_from_dict(stored, str(path))
     return Scan.from_dict(stored, str(path))

@@ -12,11 +12,11 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from splaser_plugin.checkpoints.folder import HUB_FILES, reaching_hub
-from splaser_plugin.checkpoints.header import shown
 from splaser_plugin.checkpoints.trust import PICKLES, check_embedder_folder
 from splaser_plugin.distributed import share
-from splaser_plugin.errors import EmbedderError, first_line_of
+from splaser_plugin.errors import EmbedderError
 from splaser_plugin.files.sources import looks_like_path, path_of
+from splaser_plugin.files.text import first_line_of, shown
 from splaser_plugin.generation.generator import MODEL_ERRORS, evaluating
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import context_length

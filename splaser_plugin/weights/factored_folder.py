@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from splaser_plugin.checkpoints.folder import read_config, resolve_model
-from splaser_plugin.checkpoints.header import shown
 from splaser_plugin.checkpoints.skeleton import answering_class
 from splaser_plugin.checkpoints.trust import check_model_folder
 from splaser_plugin.errors import CheckpointError, nearest
+from splaser_plugin.files.text import shown
 from splaser_plugin.weights.factored import CONFIG_KEY, FactoredLinear, Factors, as_stored
 from splaser_plugin.weights.in_memory import Weights
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from splaser_plugin.checkpoints.checkpoint import open_checkpoint
 from splaser_plugin.checkpoints.folder import resolve_model
-from splaser_plugin.checkpoints.header import shown
 from splaser_plugin.checkpoints.skeleton import answering_class, check_holds_weights, skeleton_of
 from splaser_plugin.checkpoints.trust import (
     ADAPTER,
@@ -23,8 +22,9 @@ from splaser_plugin.checkpoints.trust import (
     has_only_pickles,
 )
 from splaser_plugin.distributed import best_device
-from splaser_plugin.errors import CheckpointError, ConfigError, ModelError, first_line_of
+from splaser_plugin.errors import CheckpointError, ConfigError, ModelError
 from splaser_plugin.files.sources import looks_like_path, path_of
+from splaser_plugin.files.text import first_line_of, shown
 from splaser_plugin.weights.factored import CONFIG_KEY
 from splaser_plugin.weights.factored_folder import load as load_factored
 

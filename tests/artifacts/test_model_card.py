@@ -17,7 +17,7 @@ from splaser_plugin.artifacts.recipe import Recipe, Step
 from splaser_plugin.artifacts.results import Results
 from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.errors import ConfigError, OutputError
-from splaser_plugin.scanning.records import write_json
+from splaser_plugin.files.json import write_json
 from tests.report_data import made_up_results, made_up_scan, replaced
 
 SCAN = made_up_scan(4)

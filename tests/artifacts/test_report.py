@@ -12,12 +12,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splaser_plugin.artifacts.report import render, report, visible
+from splaser_plugin.artifacts.report import render, report
 from splaser_plugin.artifacts.results import Results
 from splaser_plugin.errors import OutputError, RecipeError
+from splaser_plugin.files.json import write_json
+from splaser_plugin.files.text import visible
 from splaser_plugin.integrations.configs.axolotl import axolotl_yaml
 from splaser_plugin.integrations.configs.plan import Plan
-from splaser_plugin.scanning.records import Scan, matrix_scan, write_json
+from splaser_plugin.scanning.records import Scan, matrix_scan
 from splaser_plugin.scanning.selection import choose
 from splaser_plugin.weights.matrices import Matrix
 from tests.report_data import made_up_results, made_up_scan, replaced

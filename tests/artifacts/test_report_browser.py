@@ -14,7 +14,8 @@ import pytest
 
 from splaser_plugin.artifacts.report import report, write_report
 from splaser_plugin.artifacts.results import Results
-from splaser_plugin.scanning.records import Scan, write_json
+from splaser_plugin.files.json import write_json
+from splaser_plugin.scanning.records import Scan
 from tests.artifacts.browser import CHROMIUM_FLAGS, CHROMIUM_NAMES, DRAWN, wait_for
 from tests.report_data import LARGE, made_up_results, made_up_scan, replaced
 

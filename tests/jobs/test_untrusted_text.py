@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splaser_plugin.artifacts.recipe import Recipe
-from splaser_plugin.errors import RecipeError, SplaserError, printable
-from splaser_plugin.files.reading import read_json
+from splaser_plugin.errors import RecipeError, SplaserError
+from splaser_plugin.files.json import read_json
+from splaser_plugin.files.text import printable
 from splaser_plugin.scanning.selection import choose
 from splaser_plugin.scanning.spectrum_format import load_scan
 from tests.builders import FLAGS, SPLASER
