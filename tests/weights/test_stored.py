@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 from splaser_plugin import scan
 from splaser_plugin.checkpoints.checkpoint import open_checkpoint
 from splaser_plugin.errors import CheckpointError
+from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import model_matrices
 from splaser_plugin.weights.stored import NOT_IN_MODEL, StoredWeights
 from tests.tiny_models import CAUSAL, TEXT, build, change, configure, llava, qwen2_5_vl, saved
@@ -29,8 +30,12 @@ def check_same(folder, auto=AutoModelForCausalLM, **options):
     """On disk as loaded: the same matrices by name, type and shape, and bit for bit the same weights."""
     matrices, loaded = both(folder, auto, **options)
     assert sorted(matrices, key=lambda each: each.name) == sorted(loaded, key=lambda each: each.name)
-    parameters = dict(auto.from_pretrained(folder).named_parameters())
-    for matrix, weight in StoredWeights(open_checkpoint(folder)).read(matrices):
+    model = auto.from_pretrained(folder)
+    parameters = dict(model.named_parameters())
+    stored = StoredWeights(open_checkpoint(folder))
+    if not model.config.is_encoder_decoder:
+        assert stored.identity() == Weights(model).identity()
+    for matrix, weight in stored.stream(matrices, matrices):
         assert torch.equal(weight, matrix.view(parameters[matrix.parameter])), matrix.name
         assert set(matrix.stored) <= set(load_file(folder / "model.safetensors"))
     return matrices
