@@ -32,7 +32,7 @@ FOR_WHOLE_RUNS = {"benchmarks", "data", "fuzz", "tools"}
 """Folders of tests/ that aren't a package's."""
 
 
-def told(path: Path) -> str:
+def shown(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
@@ -95,14 +95,14 @@ def test_every_adapter_has_its_place_in_the_contract():
     }
 
 
-@pytest.mark.parametrize("package", PACKAGES, ids=told)
+@pytest.mark.parametrize("package", PACKAGES, ids=shown)
 def test_a_package_says_in_one_paragraph_what_is_in_it(package):
     docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8")))
     assert docstring
     assert docstring.split("\n\n")[0].rstrip().endswith(".")
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=told)
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=shown)
 def test_a_file_stays_short(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines < LINES, f"{lines} lines"
@@ -126,13 +126,13 @@ def test_the_tests_lie_in_folders_of_the_packages_names():
 def test_nothing_is_imported_from_a_test_module_or_conftest():
     """What tests share is in helper modules, so that a test file can be read, run and moved alone."""
     found = re.compile(r"^\s*(?:from|import) tests\.(?:\w+\.)*(?:test_\w+|conftest)\b.*", re.MULTILINE)
-    assert {told(path): found.findall(path.read_text()) for path in TESTS if found.search(path.read_text())} == {}
+    assert {shown(path): found.findall(path.read_text()) for path in TESTS if found.search(path.read_text())} == {}
 
 
 def test_there_is_one_version_number():
     assert metadata("splaser-plugin")["Version"] == splaser_plugin.__version__
     stated = [
-        told(path)
+        shown(path)
         for path in [ROOT / "pyproject.toml", *SOURCES]
         if re.search(rf'version\w* = "{re.escape(splaser_plugin.__version__)}"', path.read_text(encoding="utf-8"))
     ]
@@ -145,7 +145,7 @@ def test_the_reference_has_every_public_name():
     assert sorted([*names, "__version__"]) == sorted(splaser_plugin.__all__)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=told)
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=shown)
 def test_nothing_is_imported_from_a_test_module(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -42,16 +42,18 @@ class Phases(Progress):
     ],
 )
 def test_a_measurement_counts_its_items_as_they_are_done(text, tiny_folder, options, baseline):
-    told = Phases()
+    phases = Phases()
     config = LaserConfig(**{**QUICK, "text": text, "window": 16, "samples": 24, **options})
-    result = laser(tiny_folder, None if options.get("scorer") == "perplexity" else PAIRS, config=config, progress=told)
+    result = laser(
+        tiny_folder, None if options.get("scorer") == "perplexity" else PAIRS, config=config, progress=phases
+    )
     assert result.held_out is not None
-    assert (told.totals["baseline"], told.totals["held-out base"]) == (baseline, 7)
+    assert (phases.totals["baseline"], phases.totals["held-out base"]) == (baseline, 7)
     for name in ("baseline", "held-out base", "held-out result"):
-        if name in told.totals:
-            assert sum(told.steps[name]) == pytest.approx(told.totals[name]), name
-    assert len(told.steps["baseline"]) > 1
-    assert sum(told.steps["search"]) == len(result.search.trials)
+        if name in phases.totals:
+            assert sum(phases.steps[name]) == pytest.approx(phases.totals[name]), name
+    assert len(phases.steps["baseline"]) > 1
+    assert sum(phases.steps["search"]) == len(result.search.trials)
 
 
 def test_what_a_stopped_run_has_measured_is_counted_at_once(tiny_folder, tmp_path):
@@ -59,15 +61,15 @@ def test_what_a_stopped_run_has_measured_is_counted_at_once(tiny_folder, tmp_pat
         def event(self, event):
             raise KeyboardInterrupt
 
-    for told in (Stopped(), Phases()):
+    for phases in (Stopped(), Phases()):
         with suppress(KeyboardInterrupt):
-            laser(tiny_folder, PAIRS, config=LaserConfig(**QUICK), output=tmp_path / "lasered", progress=told)
-        assert told.totals["baseline"] == sum(told.steps["baseline"]) == 17
-    assert told.totals["search"] == sum(told.steps["search"])
+            laser(tiny_folder, PAIRS, config=LaserConfig(**QUICK), output=tmp_path / "lasered", progress=phases)
+        assert phases.totals["baseline"] == sum(phases.steps["baseline"]) == 17
+    assert phases.totals["search"] == sum(phases.steps["search"])
 
 
 def test_a_comparison_counts_pairs_twice_and_windows(text, tiny_folder, minilm):
-    told = Phases()
+    phases = Phases()
     config = CompareConfig(max_new_tokens=5, window=16, samples=9, device="cpu", embedder=str(minilm), text=text)
-    compare([tiny_folder], PAIRS, config=config, progress=told)
-    assert told.totals["measuring"] == pytest.approx(sum(told.steps["measuring"])) == 3 * 9
+    compare([tiny_folder], PAIRS, config=config, progress=phases)
+    assert phases.totals["measuring"] == pytest.approx(sum(phases.steps["measuring"])) == 3 * 9

@@ -1,4 +1,4 @@
-"""What a report says, and that nothing of strangers' texts is more than text. Its looks: test_report_browser.py."""
+"""What a report says, and that untrusted texts stay text. Its looks: test_report_browser.py."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def squeezed(text):
 
 def test_a_report_answers_in_the_order_of_the_questions():
     text = squeezed(Page(render(SCAN, Results.from_dict(RESULTS))).text)
-    told = [
+    sentences = [
         "1 of 4 candidates kept",
         "better than the best before it, on all 20 pairs",
         "after 10 pairs a bound said that it can't be accepted any more",
@@ -77,7 +77,7 @@ def test_a_report_answers_in_the_order_of_the_questions():
         "LoRA on these and nothing else",
         "lora_target_modules",
     ]
-    places = [text.index(each) for each in told]
+    places = [text.index(sentence) for sentence in sentences]
     assert places == sorted(places)
 
 
@@ -106,19 +106,19 @@ def test_what_changed_most_comes_first_and_what_did_not_change_is_left_out():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "sentence"),
     [
         ({"verdict": "worse"}, "No: worse on 8 pairs that the search never saw."),
         ({"verdict": "no difference that 8 pairs can show"}, "No difference that 8 pairs can show."),
         ({"verdict": None, "split": "none, as asked for"}, "That can't be said: no pairs were held out."),
     ],
 )
-def test_the_verdict_in_words(change, told):
+def test_the_verdict_in_words(change, sentence):
     run = Results.from_dict({**RESULTS, "held_out": {**RESULTS["held_out"], **change}})
-    assert told in squeezed(Page(render(SCAN, run)).text)
+    assert sentence in squeezed(Page(render(SCAN, run)).text)
 
 
-def test_a_run_on_windows_of_text_by_the_harmless_rule_is_told_in_its_own_words():
+def test_a_run_on_windows_of_text_by_the_harmless_rule_has_words_of_its_own():
     stored = json.loads(json.dumps(RESULTS))
     stored |= {"unit": "windows", "compared_with": "base", "parameters_removed": 12345, "texts": {"search": []}}
     stored["held_out"]["split"] = "8 windows; 20 to search on"
@@ -130,7 +130,7 @@ def test_a_run_on_windows_of_text_by_the_harmless_rule_is_told_in_its_own_words(
     stored["candidates"].append({**stored["candidates"][0], **failed})
     run = Results.from_dict(stored)
     text = squeezed(Page(render(SCAN, run)).text)
-    for told in (
+    for sentence in (
         "20 windows searched on",
         "Stored as factors, the kept matrices have 12,345 parameters fewer.",
         "against the base model, on the same windows",
@@ -139,7 +139,7 @@ def test_a_run_on_windows_of_text_by_the_harmless_rule_is_told_in_its_own_words(
         "it can't be scored: only nan came out",
         "better on 8 windows that the search never saw. Loses less than the tolerance of 0.02.",
     ):
-        assert told in text
+        assert sentence in text
     assert "pair" not in text.split("The answers, before and after")[0]
     stopped = run.attempts[2]
     gained = np.subtract(stored["final"]["per_pair"], stored["baseline"]["per_pair"])[:10]
@@ -195,7 +195,7 @@ EVIL = "</script><script>pwned=1</script><img src=x onerror=pwned=1>"
 @pytest.mark.parametrize(
     "planted", [EVIL, "{{ 7 * 7 }}", "<b>bold</b> & \"quotes\" 'too'", "a\x1b[31mb\x00", "\u202eevil"]
 )
-def test_texts_from_strangers_are_text(planted):
+def test_untrusted_texts_stay_text(planted):
     scan = made_up_scan(2, model=f"somebody/{planted}")
     stored = replaced(scan.to_dict(), "q_proj", f"q_proj{planted}")
     results = replaced(made_up_results(scan), "Question", planted)

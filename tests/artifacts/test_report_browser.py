@@ -72,13 +72,15 @@ class Opened:
         )
         return found[0], found[1]
 
-    def hover_heat_map(self, x: int, y: int, told: str) -> None:
-        """Point at a cell, and wait until what is told of it begins with `told`."""
+    def hover_heat_map(self, x: int, y: int, hovered: str) -> None:
+        """Point at a cell, and wait until the text that appears begins with `hovered`."""
         place = self.scroll_to_cell(x, y)
         self.page.mouse.move(place[0] - 2, place[1])
         self.page.mouse.move(*place)
         wait_for(
-            self.page, "told => document.querySelector('#heat-map .hoverlayer').textContent.startsWith(told)", told
+            self.page,
+            "hovered => document.querySelector('#heat-map .hoverlayer').textContent.startsWith(hovered)",
+            hovered,
         )
 
 
@@ -136,10 +138,10 @@ def test_hovering_tells_about_a_matrix_and_clicking_shows_its_spectrum(open_page
             m for m in SCAN.matrices if m.block == block and m.type == sorted({m.type for m in SCAN.matrices})[kind]
         )
         it.hover_heat_map(block, kind, matrix.name)
-        told = it.text("#heat-map .hoverlayer")
+        hovered = it.text("#heat-map .hoverlayer")
         fit = matrix.edges["iqr"]
         for part in (matrix.name, "x".join(map(str, matrix.shape)), f"rank {fit.rank} of", f"{fit.threshold:.4g}"):
-            assert part.replace(" ", "") in told.replace(" ", "")
+            assert part.replace(" ", "") in hovered.replace(" ", "")
         it.page.mouse.down()
         it.page.mouse.up()
         it.wait_for_matrix(matrix.name)

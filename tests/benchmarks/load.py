@@ -98,8 +98,8 @@ def measure_scan(folder: Path) -> Iterator[str]:
     model = folder / "model"
     model.mkdir()
     row = measure("experts", model, write_experts(model, 256, 512, torch.bfloat16), folder / "scan.json")
-    told = f"scan of {row.matrices:,} matrices, {row.checkpoint_bytes / MEGABYTE:,.0f} MB"
-    yield f"| {told} | {row.peak_bytes / MEGABYTE:.0f} MB | {row.elapsed_s:.0f} s |"
+    what = f"scan of {row.matrices:,} matrices, {row.checkpoint_bytes / MEGABYTE:,.0f} MB"
+    yield f"| {what} | {row.peak_bytes / MEGABYTE:.0f} MB | {row.elapsed_s:.0f} s |"
 
 
 def measure_pairs(folder: Path, count: int) -> Iterator[str]:
@@ -109,8 +109,8 @@ def measure_pairs(folder: Path, count: int) -> Iterator[str]:
         (read, kept, peak_bytes), elapsed_s = run(PAIRS, file, USABLE)
         if (int(read), int(kept)) != (count, USABLE):
             raise SystemExit(f"{file.name}: {read} rows read, {kept} pairs kept")
-        told = f"pairs{suffix}: {count:,} rows, {file.stat().st_size / MEGABYTE:,.0f} MB"
-        yield f"| {told} | {int(peak_bytes) / MEGABYTE:.0f} MB | {elapsed_s:.0f} s |"
+        what = f"pairs{suffix}: {count:,} rows, {file.stat().st_size / MEGABYTE:,.0f} MB"
+        yield f"| {what} | {int(peak_bytes) / MEGABYTE:.0f} MB | {elapsed_s:.0f} s |"
         file.unlink()
 
 

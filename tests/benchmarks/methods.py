@@ -122,10 +122,10 @@ def methods_table(rows: dict[str, dict[str, Any]]) -> str:
     ]
     for name, row in rows.items():
         difference, low, high = row["held_out"]
-        told = f"{difference:+.4f} ({low:+.4f} to {high:+.4f})"
+        change = f"{difference:+.4f} ({low:+.4f} to {high:+.4f})"
         numbers = f"{row['tried']} | {row['generated_tokens']:,} | {row['minutes']:.1f} | {row['kept']}"
         name += " (margin)" if row["scorer"] == "margin" else ""
-        lines.append(f"| {name} | {numbers} | {row['parameters_removed']:,} | {told} |")
+        lines.append(f"| {name} | {numbers} | {row['parameters_removed']:,} | {change} |")
     return "\n".join(lines)
 
 

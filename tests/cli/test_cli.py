@@ -30,39 +30,43 @@ def test_a_switch_can_be_turned_off(splaser, tiny_folder, pairs_file, tmp_path):
 def test_the_verdict_on_held_out_pairs_is_printed_and_stored(splaser, tiny_folder, pairs_file, tmp_path):
     held_out = ROOT / "examples" / "data" / "held_out.jsonl"
     rules = ["--held-out", held_out, "--samples", 10, "--accept", "confident", "--alpha", 0.1]
-    code, _, told = splaser("laser", tiny_folder, "--pairs", pairs_file, "-o", tmp_path / "out", *FLAGS, *rules)
-    assert code == 0, told
+    code, _, stderr = splaser("laser", tiny_folder, "--pairs", pairs_file, "-o", tmp_path / "out", *FLAGS, *rules)
+    assert code == 0, stderr
     stored = json.loads((tmp_path / "out" / "results.json").read_text())["held_out"]
     assert stored["pairs"] == 10
-    assert f"verdict  {stored['verdict']}" in told
-    assert f"10 pairs of {held_out}" in told.replace("\n", "")
+    assert f"verdict  {stored['verdict']}" in stderr
+    assert f"10 pairs of {held_out}" in stderr.replace("\n", "")
     settings = json.loads((tmp_path / "out" / "recipe.json").read_text())["settings"]
     assert (settings["held_out"], settings["accept"], settings["alpha"]) == (str(held_out), "confident", 0.1)
-    code, _, told = splaser("laser", tiny_folder, "--pairs", pairs_file, "-o", held_out, *FLAGS, "--held-out", held_out)
+    code, _, stderr = splaser(
+        "laser", tiny_folder, "--pairs", pairs_file, "-o", held_out, *FLAGS, "--held-out", held_out
+    )
     assert code == 1
-    assert "would overwrite" in told
+    assert "would overwrite" in stderr
 
 
 def test_scan_writes_the_scan_and_the_top_names(splaser, tiny_folder, tmp_path):
     out, top = tmp_path / "scan.json", tmp_path / "top.json"
-    code, _, told = splaser("scan", tiny_folder, "-o", out, "--top", 1, "--top-json", top, "--exclude", "layers.1.mlp")
+    code, _, stderr = splaser(
+        "scan", tiny_folder, "-o", out, "--top", 1, "--top-json", top, "--exclude", "layers.1.mlp"
+    )
     assert code == 0
     scan = Scan.load(out)
     assert len(scan.matrices) == 11
     names = json.loads(top.read_text())
     assert set(names) == {matrix.type for matrix in scan.matrices}
     assert all(len(each) == 1 for each in names.values())
-    assert "scanned  11 matrices" in told
-    assert str(out) in told
+    assert "scanned  11 matrices" in stderr
+    assert str(out) in stderr
 
 
 @pytest.mark.parametrize("content", ["my notes", '{"a": 1}', "[]", '{"schema": "splaser.scan/1", "matrices": []}'])
 def test_the_top_names_replace_no_other_file(splaser, tiny_folder, tmp_path, content):
     top = tmp_path / "top.json"
     top.write_text(content)
-    code, _, told = splaser("scan", tiny_folder, "-o", tmp_path / "scan.json", "--top-json", top)
+    code, _, stderr = splaser("scan", tiny_folder, "-o", tmp_path / "scan.json", "--top-json", top)
     assert (code, top.read_text()) == (1, content)
-    assert f"OutputError: {top}: exists and was not written by splaser. Choose another --top-json." in told
+    assert f"OutputError: {top}: exists and was not written by splaser. Choose another --top-json." in stderr
     assert not (tmp_path / "scan.json").exists()
     top.write_text('{"mlp.up_proj": ["a"]}')
     assert splaser("scan", tiny_folder, "-o", tmp_path / "scan.json", "--top-json", top)[0] == 0
@@ -77,14 +81,14 @@ def test_scan_prints_json_to_stdout_and_nothing_else(splaser, tiny_folder, tmp_p
 
 def test_laser_then_apply_give_the_same_model(splaser, tiny_folder, pairs_file, tmp_path):
     out = tmp_path / "out"
-    code, printed, told = splaser("laser", tiny_folder, "--pairs", pairs_file, "-o", out, *FLAGS, "--json")
-    assert code == 0, told
+    code, printed, stderr = splaser("laser", tiny_folder, "--pairs", pairs_file, "-o", out, *FLAGS, "--json")
+    assert code == 0, stderr
     assert json.loads(printed) == json.loads((out / "results.json").read_text())
     assert {path.name for path in out.iterdir()} >= {"scan.json", "recipe.json", "results.json", "model.safetensors"}
-    assert "baseline score" in told
-    assert "kept" in told
-    code, _, told = splaser("apply", out / "recipe.json", tiny_folder, "-o", tmp_path / "again", "--device", "cpu")
-    assert code == 0, told
+    assert "baseline score" in stderr
+    assert "kept" in stderr
+    code, _, stderr = splaser("apply", out / "recipe.json", tiny_folder, "-o", tmp_path / "again", "--device", "cpu")
+    assert code == 0, stderr
     first = AutoModelForCausalLM.from_pretrained(out).state_dict()
     second = AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -92,12 +96,12 @@ def test_laser_then_apply_give_the_same_model(splaser, tiny_folder, pairs_file, 
 
 def test_a_run_comes_with_its_report_and_card(splaser, tiny_folder, pairs_file, tmp_path):
     out = tmp_path / "out"
-    code, _, told = splaser("laser", tiny_folder, "--pairs", pairs_file, "-o", out, *FLAGS)
-    assert code == 0, told
-    assert f"report  {out / 'report.html'}" in told
-    code, printed, told = splaser("report", out, "-o", tmp_path / "again.html")
+    code, _, stderr = splaser("laser", tiny_folder, "--pairs", pairs_file, "-o", out, *FLAGS)
+    assert code == 0, stderr
+    assert f"report  {out / 'report.html'}" in stderr
+    code, printed, stderr = splaser("report", out, "-o", tmp_path / "again.html")
     assert (code, printed) == (0, "")
-    assert str(tmp_path / "again.html") in told
+    assert str(tmp_path / "again.html") in stderr
     page = (tmp_path / "again.html").read_bytes()
     assert page == (out / "report.html").read_bytes()
     assert b"What is the capital of France?" in page
@@ -106,8 +110,8 @@ def test_a_run_comes_with_its_report_and_card(splaser, tiny_folder, pairs_file, 
     assert str(tiny_folder) not in str(card) and str(tmp_path) not in str(card)
     recipe = json.loads((out / "recipe.json").read_text())
     assert all(step["name"] in card.text for step in recipe["steps"])
-    code, _, told = splaser("apply", out / "recipe.json", tiny_folder, "-o", tmp_path / "rebuilt", "--device", "cpu")
-    assert code == 0, told
+    code, _, stderr = splaser("apply", out / "recipe.json", tiny_folder, "-o", tmp_path / "rebuilt", "--device", "cpu")
+    assert code == 0, stderr
     assert ModelCard.load(tmp_path / "rebuilt" / "README.md").data == ModelCard.load(out / "README.md").data
 
 
@@ -117,13 +121,13 @@ def test_a_run_can_be_pushed_to_the_hub(splaser, tiny_folder, pairs_file, tmp_pa
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, **options: SimpleNamespace(repo_id=repo))
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: pushed.append(options["repo_id"]))
     run = ("laser", tiny_folder, "--pairs", pairs_file, "-o", tmp_path / "out", *FLAGS, "--push-to-hub")
-    code, _, told = splaser(*run, "not/a/repo")
-    assert code == 2 and "--push-to-hub: got 'not/a/repo'" in told
+    code, _, stderr = splaser(*run, "not/a/repo")
+    assert code == 2 and "--push-to-hub: got 'not/a/repo'" in stderr
     assert not (tmp_path / "out").exists()
-    code, printed, told = splaser(*run, "alice/mine")
-    assert code == 0, told
+    code, printed, stderr = splaser(*run, "alice/mine")
+    assert code == 0, stderr
     assert pushed == ["alice/mine"]
-    assert "hf_planted" not in printed + told
+    assert "hf_planted" not in printed + stderr
     assert not any(b"hf_planted" in path.read_bytes() for path in (tmp_path / "out").iterdir())
 
 
@@ -165,11 +169,11 @@ def test_bad_input_is_one_line_with_an_exit_code_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     known = {"MODEL": str(tiny_folder), "PAIRS": pairs_file}
-    got, printed, told = splaser(*[known.get(each, each) for each in arguments])
+    got, printed, stderr = splaser(*[known.get(each, each) for each in arguments])
     assert got == code
     assert printed == ""
-    assert message in told
-    assert "Traceback" not in told
+    assert message in stderr
+    assert "Traceback" not in stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -179,9 +183,9 @@ def test_a_weight_that_is_not_finite_stops_the_laser_by_name(splaser, tokenizer,
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "broken")
     tokenizer.save_pretrained(tmp_path / "broken")
-    code, _, told = splaser("laser", tmp_path / "broken", "--pairs", pairs_file, "-o", tmp_path / "out", *FLAGS)
+    code, _, stderr = splaser("laser", tmp_path / "broken", "--pairs", pairs_file, "-o", tmp_path / "out", *FLAGS)
     assert code == 1
-    assert "SpectrumError: model.layers.0.mlp.up_proj" in told
+    assert "SpectrumError: model.layers.0.mlp.up_proj" in stderr
     assert not (tmp_path / "out").exists()
 
 

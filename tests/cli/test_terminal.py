@@ -39,7 +39,7 @@ def drawn(width, level=Level.NORMAL):
 
 
 @pytest.mark.parametrize(
-    ("judgement", "told"),
+    ("judgement", "line"),
     [
         (Judgement("kept", SCORES, 0.25), "score +0.3750 (+0.1250)  kept"),
         (Judgement("restored", SCORES, 0.5), "score +0.3750 (-0.1250)  restored"),
@@ -48,10 +48,10 @@ def drawn(width, level=Level.NORMAL):
         (Judgement("failed", None, None, reason="answers \x1b are empty"), "failed: answers \\x1b are empty"),
     ],
 )
-def test_a_line_tells_how_far_a_candidate_came(judgement, told):
+def test_a_line_shows_how_far_a_candidate_came(judgement, line):
     progress, printed = plain()
     progress.event(trial(judgement))
-    assert printed.getvalue().split() == f"1 model.layers.0.mlp.up_proj rank 1024 of 4096 {told}".split()
+    assert printed.getvalue().split() == f"1 model.layers.0.mlp.up_proj rank 1024 of 4096 {line}".split()
 
 
 def everything(progress):
@@ -82,12 +82,12 @@ def test_no_line_is_longer_than_the_terminal(width, level):
 
 
 @pytest.mark.parametrize("steps", [[8], [8, 4]])
-def test_the_time_left_is_told_from_the_first_step_on(steps):
+def test_the_time_left_is_shown_from_the_first_step_on(steps):
     progress, printed = drawn(80)
     with progress.phase("baseline", 24) as advance:
         for each in steps:
             advance(each)
-        progress.fact("drawn", "with what was told so far")
+        progress.fact("drawn", "with what was shown so far")
     assert re.search(rf"{sum(steps)}/24 .*0:00:0\d left", printed.getvalue())
 
 
@@ -115,14 +115,14 @@ def test_elsewhere_each_thing_is_one_plain_line():
     assert lines[4].endswith("restored  1.2 s, 0 tokens")
 
 
-def test_quiet_tells_what_came_out_and_nothing_else():
+def test_quiet_prints_what_came_out_and_nothing_else():
     progress, printed = plain(Level.QUIET)
     everything(progress)
-    told = [line.split()[0] for line in printed.getvalue().splitlines()]
-    assert told == ["verdict", "rebuild"]
+    labels = [line.split()[0] for line in printed.getvalue().splitlines()]
+    assert labels == ["verdict", "rebuild"]
 
 
-def test_names_from_strangers_are_shown_as_they_are_and_escaped():
+def test_untrusted_names_are_shown_as_they_are_and_escaped():
     progress, printed = plain()
     progress.fact("model", "[red]a[/red] :smile: \x1b[2J")
     progress.event(trial(Judgement("kept", SCORES, 0.25), "[bold]\x1b]0;x"))

@@ -25,14 +25,14 @@ def recipe(folder):
 
 
 def test_a_file_alone_runs_and_flags_win_over_it(splaser, folder):
-    code, _, told = splaser("laser", "--config", "run.yaml")
-    assert code == 0, told
+    code, _, stderr = splaser("laser", "--config", "run.yaml")
+    assert code == 0, stderr
     settings = recipe(folder / "out")["settings"]
     given = ("candidates", "edge", "include", "race", "max_new_tokens")
     assert [settings[key] for key in given] == [4, "mp", ["mlp"], False, 6]
     flags = ["-o", "other", "--candidates", 1, "--include", "self_attn", "--race"]
-    code, _, told = splaser("laser", "--config", "run.yaml", *flags)
-    assert code == 0, told
+    code, _, stderr = splaser("laser", "--config", "run.yaml", *flags)
+    assert code == 0, stderr
     settings = recipe(folder / "other")["settings"]
     assert [settings[key] for key in given] == [1, "mp", ["self_attn"], True, 6]
 
@@ -42,8 +42,8 @@ def test_run_yaml_of_the_output_gives_the_same_recipe_again(splaser, tiny_folder
     options = [*FLAGS, "--held-out", held_out, "--samples", 8, "--alpha", 0.001, "--exclude", "layers.1.mlp"]
     splaser("laser", tiny_folder, "--pairs", pairs_file, "-o", tmp_path / "out", *options)
     recorded = tmp_path / "out" / "run.yaml"
-    code, _, told = splaser("laser", "--config", recorded, "-o", tmp_path / "again")
-    assert code == 0, told
+    code, _, stderr = splaser("laser", "--config", recorded, "-o", tmp_path / "again")
+    assert code == 0, stderr
     assert recipe(tmp_path / "again") == recipe(tmp_path / "out")
     assert (tmp_path / "again" / "run.yaml").read_bytes() == recorded.read_bytes()
     values = yaml.safe_load(recorded.read_text())
@@ -61,8 +61,8 @@ def test_every_option_can_stand_in_the_file():
 def test_scan_takes_a_file_too(splaser, tiny_folder, tmp_path):
     values = {"model": str(tiny_folder), "output": str(tmp_path / "s.json"), "top": 1, "edge": "mp"}
     (tmp_path / "scan.yaml").write_text(yaml.safe_dump({**values, "top_json": str(tmp_path / "top.json")}))
-    code, _, told = splaser("scan", "--config", tmp_path / "scan.yaml")
-    assert code == 0, told
+    code, _, stderr = splaser("scan", "--config", tmp_path / "scan.yaml")
+    assert code == 0, stderr
     assert json.loads((tmp_path / "s.json").read_text())["edge"] == "mp"
     assert {len(names) for names in json.loads((tmp_path / "top.json").read_text()).values()} == {1}
 
@@ -95,18 +95,18 @@ def test_scan_takes_a_file_too(splaser, tiny_folder, tmp_path):
 )
 def test_a_bad_file_is_refused_by_its_name(splaser, folder, text, message):
     (folder / "bad.yaml").write_text(text)
-    code, _, told = splaser("laser", "--config", "bad.yaml")
+    code, _, stderr = splaser("laser", "--config", "bad.yaml")
     assert code == 2
-    assert told.startswith("ConfigError: --config bad.yaml: ")
-    assert message in told
-    assert told.count("\n") == 1
+    assert stderr.startswith("ConfigError: --config bad.yaml: ")
+    assert message in stderr
+    assert stderr.count("\n") == 1
 
 
 def test_what_is_missing_is_asked_for(splaser, folder):
-    code, _, told = splaser("laser", "--config", "nothing.yaml")
+    code, _, stderr = splaser("laser", "--config", "nothing.yaml")
     assert code == 2
-    assert "--config nothing.yaml: can't be read (No such file or directory)" in told
+    assert "--config nothing.yaml: can't be read (No such file or directory)" in stderr
     (folder / "empty.yaml").write_text("")
-    code, _, told = splaser("laser", "--config", "empty.yaml")
+    code, _, stderr = splaser("laser", "--config", "empty.yaml")
     assert code == 2
-    assert "Missing" in told
+    assert "Missing" in stderr

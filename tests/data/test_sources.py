@@ -132,7 +132,7 @@ def test_a_line_beyond_the_limit_is_refused_without_reading_it_whole(
         load_pairs(file)
 
 
-def test_a_json_array_beyond_the_limit_is_refused_and_told_to_convert(
+def test_a_json_array_beyond_the_limit_is_refused_with_the_advice_to_convert_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pair_sources, "MAX_ARRAY_BYTES", 100)

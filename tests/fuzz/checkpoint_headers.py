@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of what is read of a stranger's checkpoint before its tensors: headers and indexes.
+"""Coverage-guided fuzzing of what is read of an untrusted checkpoint before its tensors: headers and indexes.
 
     pip install atheris
     python tests/fuzz/checkpoint_headers.py -max_total_time=600 -max_len=4096 -rss_limit_mb=1024 CORPUS_FOLDER

@@ -45,9 +45,9 @@ def test_targets_that_peft_turns_into_all_experts_are_refused(splaser, tmp_path)
         check(chosen(folder, "mlp.shared_experts.up_proj"), folder)
     assert splaser("scan", folder, "-o", tmp_path / "scan.json")[0] == 0
     emit = ("emit", "peft", tmp_path / "scan.json", "-o", tmp_path / "adapter_config.json", "--types")
-    code, _, told = splaser(*emit, "mlp.shared_experts.down_proj")
+    code, _, stderr = splaser(*emit, "mlp.shared_experts.down_proj")
     assert (code, (tmp_path / "adapter_config.json").exists()) == (1, False)
-    assert "PEFT would train model.layers.1.mlp.experts" in told
+    assert "PEFT would train model.layers.1.mlp.experts" in stderr
     assert splaser(*emit, "self_attn")[0] == 0
 
 

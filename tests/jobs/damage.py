@@ -118,12 +118,12 @@ def config_text(text):
 
 
 def refused(outcome, message, output):
-    code, printed, told = outcome
-    last = told.strip().splitlines()[-1]
-    assert code == 1, told
+    code, printed, stderr = outcome
+    last = stderr.strip().splitlines()[-1]
+    assert code == 1, stderr
     assert printed == ""
-    assert "Traceback" not in told
-    assert [line for line in told.splitlines() if "Error" in line] == [last]
+    assert "Traceback" not in stderr
+    assert [line for line in stderr.splitlines() if "Error" in line] == [last]
     assert last.isprintable()
     assert re.search(message, last), last
     assert not output.exists()

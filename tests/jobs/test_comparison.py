@@ -181,8 +181,8 @@ def test_the_command_prints_a_table_and_writes_the_same_as_json(
     out = tmp_path / "table.json"
     out.write_text('{"schema": "splaser.comparison/1"}')  # an earlier one, which may be replaced
     command = ["compare", tiny_folder, other_folder, tiny_folder, tiny_folder, "--pairs", pairs_file, "-o", out, *flags]
-    code, printed, told = splaser(*command, "--json")
-    assert code == 0, told
+    code, printed, stderr = splaser(*command, "--json")
+    assert code == 0, stderr
     stored = json.loads(out.read_text())
     assert json.loads(printed) == stored
     assert stored["schema"] == "splaser.comparison/1"
@@ -190,21 +190,21 @@ def test_the_command_prints_a_table_and_writes_the_same_as_json(
     assert stored["models"][0]["figures"]["margin"]["difference"] is None
     assert stored["models"][1]["figures"]["perplexity"]["ratio"] > 0
     assert len(stored["models"][1]["per_window"]) == 9
-    tables = [line for line in told.splitlines() if re.match("[┏┃┡│└]", line)]
+    tables = [line for line in stderr.splitlines() if re.match("[┏┃┡│└]", line)]
     assert len([line for line in tables if line.startswith("┏")]) == 2
     assert max(map(len, tables)) <= 80
-    assert "preference margin" in told and "by mean log-prob." in told and "tokens a second" in told
+    assert "preference margin" in stderr and "by mean log-prob." in stderr and "tokens a second" in stderr
 
 
 def test_a_file_that_is_not_ours_is_not_overwritten(splaser, tiny_folder, pairs_file, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    code, _, told = splaser("compare", tiny_folder, "--pairs", pairs_file, "-o", tmp_path / "thesis.txt")
+    code, _, stderr = splaser("compare", tiny_folder, "--pairs", pairs_file, "-o", tmp_path / "thesis.txt")
     assert code == 1
-    assert "exists and was not written by splaser" in told
+    assert "exists and was not written by splaser" in stderr
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_what_is_missing_is_told_before_any_model_is_loaded(tiny_folder, pairs, settings, monkeypatch):
+def test_what_is_missing_is_reported_before_any_model_is_loaded(tiny_folder, pairs, settings, monkeypatch):
     monkeypatch.setattr("splaser_plugin.jobs.compare.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(CheckpointError, match=r"\./nowhere: there is no such model folder"):
         compare([tiny_folder, "./nowhere"], pairs, config=CompareConfig(**settings))

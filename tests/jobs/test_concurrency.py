@@ -37,11 +37,11 @@ def test_the_model_cache_is_whole_when_two_processes_fill_it_at_once(tmp_path):
     runs = [
         subprocess.Popen([*command, *names], stdout=subprocess.PIPE, text=True) for names in (("a", "b"), ("b", "a"))
     ]
-    told = [run.communicate(timeout=60)[0].split() for run in runs]
+    stdout = [run.communicate(timeout=60)[0].split() for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
-    assert told[0] == told[1]
-    assert told[0][0] == "True"
-    assert (tmp_path / "model" / "weights").read_text() == told[0][1] * 1000
+    assert stdout[0] == stdout[1]
+    assert stdout[0][0] == "True"
+    assert (tmp_path / "model" / "weights").read_text() == stdout[0][1] * 1000
     assert {file.name for file in tmp_path.iterdir()} == {"model", "a.ready", "b.ready"}
 
 

@@ -86,6 +86,6 @@ def test_no_command_on_local_files_uses_the_network_or_tells_the_token(tiny_fold
 def test_a_laser_that_fails_with_a_token_in_the_environment_does_not_tell_it(splaser, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for arguments in (["scan", "org/absent"], ["laser", "org/absent", "--pairs", "org/absent", "-o", tmp_path / "out"]):
-        code, printed, told = splaser(*arguments)
+        code, printed, stderr = splaser(*arguments)
         assert code == 1
-        assert TOKEN not in printed + told
+        assert TOKEN not in printed + stderr

@@ -125,11 +125,11 @@ def test_a_model_that_never_ends_is_cut_and_it_is_said(splaser, tokenizer, pairs
         model.lm_head.weight.mul_(1e-3)
         model.lm_head.weight[100] = 1
     folder = saved(model, tokenizer, tmp_path / "model")
-    code, printed, told = splaser("laser", folder, "--pairs", pairs_file, "-o", tmp_path / "out", "--json", *FLAGS)
-    assert code == 0, told
+    code, printed, stderr = splaser("laser", folder, "--pairs", pairs_file, "-o", tmp_path / "out", "--json", *FLAGS)
+    assert code == 0, stderr
     baseline = json.loads(printed)["baseline"]
     assert (baseline["empty_answers"], baseline["cut_answers"], baseline["generated_tokens"]) == (0, 4, 4 * 6)
-    assert "of 4 the model left 0 empty and did not end 4, which were cut at --max-new-tokens" in told
+    assert "of 4 the model left 0 empty and did not end 4, which were cut at --max-new-tokens" in stderr
 
 
 @pytest.mark.parametrize("broken", ["lm_head", "norm"])
@@ -141,9 +141,9 @@ def test_a_model_whose_logits_are_nan_is_an_error_and_nothing_is_written(
         weight = model.lm_head.weight if broken == "lm_head" else model.model.norm.weight
         weight.fill_(3e38 if broken == "norm" else float("nan"))
     folder = saved(model, tokenizer, tmp_path / "model")
-    code, printed, told = splaser("laser", folder, "--pairs", pairs_file, "-o", tmp_path / "out", *FLAGS)
+    code, printed, stderr = splaser("laser", folder, "--pairs", pairs_file, "-o", tmp_path / "out", *FLAGS)
     assert (code, printed) == (1, "")
-    assert "ScoreError: the model's logits are nan" in told
+    assert "ScoreError: the model's logits are nan" in stderr
     assert not (tmp_path / "out" / "recipe.json").exists()
 
 

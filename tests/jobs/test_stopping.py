@@ -34,17 +34,17 @@ def test_a_stopped_laser_says_how_to_go_on_and_ends_as_an_unbroken_one(tiny_fold
         if "baseline score" in line:
             process.send_signal(how)
             break
-    told = process.stderr.read()
+    stderr = process.stderr.read()
     assert process.wait(timeout=60) == 130
     again = shlex.join(["splaser", *arguments])
-    assert told.endswith(f"stopped. What is finished is kept; go on with: {again}\n")
-    assert "Traceback" not in told
+    assert stderr.endswith(f"stopped. What is finished is kept; go on with: {again}\n")
+    assert "Traceback" not in stderr
     assert (tmp_path / "out" / "journal.jsonl").read_text().count("\n") >= 2
     assert {file.name for file in tmp_path.iterdir()} <= {"out", "pairs.jsonl"}
     for where in ("out", "unbroken"):
         rest = start(*[where if each == "out" else each for each in arguments], cwd=tmp_path)
-        told = rest.communicate(timeout=120)[1]
-        assert rest.returncode == 0, told
+        stderr = rest.communicate(timeout=120)[1]
+        assert rest.returncode == 0, stderr
     found, unbroken = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("out", "unbroken"))
     for results in (found, unbroken):
         for trial in results["candidates"]:

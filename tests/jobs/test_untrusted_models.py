@@ -146,20 +146,20 @@ def test_code_of_a_model_is_never_run(splaser, model, pairs_file, tmp_path):
 
 
 def test_pickled_weights_are_read_where_they_are_allowed(splaser, model, pairs_file, tmp_path):
-    code, _, told = splaser("scan", model, "-o", tmp_path / "plain.json")
-    assert code == 0, told
+    code, _, stderr = splaser("scan", model, "-o", tmp_path / "plain.json")
+    assert code == 0, stderr
     pickled(model)
-    code, _, told = splaser("scan", model, "-o", tmp_path / "scan.json", "--allow-pickle")
-    assert code == 0, told
+    code, _, stderr = splaser("scan", model, "-o", tmp_path / "scan.json", "--allow-pickle")
+    assert code == 0, stderr
     plain, scan = (json.loads((tmp_path / name).read_text()) for name in ("plain.json", "scan.json"))
     assert spectra(scan) == spectra(plain)
     out = tmp_path / "out"
-    code, _, told = splaser("laser", model, "--pairs", pairs_file, "-o", out, "--allow-pickle", *FLAGS)
-    assert code == 0, told
+    code, _, stderr = splaser("laser", model, "--pairs", pairs_file, "-o", out, "--allow-pickle", *FLAGS)
+    assert code == 0, stderr
     apply = ["apply", out / "recipe.json", model, "-o", tmp_path / "again", "--device", "cpu"]
     refused(splaser(*apply), r"pytorch_model\.bin: pickled weights", tmp_path / "again")
-    code, _, told = splaser(*apply, "--allow-pickle")
-    assert code == 0, told
+    code, _, stderr = splaser(*apply, "--allow-pickle")
+    assert code == 0, stderr
 
 
 def test_a_pickle_that_is_code_explodes_nowhere_even_where_pickles_are_allowed(splaser, model, pairs_file, tmp_path):

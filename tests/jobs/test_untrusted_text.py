@@ -60,16 +60,16 @@ def run(*arguments, cwd):
 def test_a_matrix_with_a_hostile_name_is_scanned_and_chosen_without_sending_it_to_the_terminal(tmp_path):
     hostile = "mlp.up\x1b[2J\u202e\x9b[red]_proj"
     model = save_named(tmp_path / "model", hostile)
-    code, printed, told = run("scan", model, "-o", "scan.json", "--top-json", "top.json", "--json", cwd=tmp_path)
-    assert code == 0, told
-    assert "mlp.up\\x1b[2J\\u202e\\x9b[red]_proj" in told
-    assert is_clean(told)
+    code, printed, stderr = run("scan", model, "-o", "scan.json", "--top-json", "top.json", "--json", cwd=tmp_path)
+    assert code == 0, stderr
+    assert "mlp.up\\x1b[2J\\u202e\\x9b[red]_proj" in stderr
+    assert is_clean(stderr)
     assert is_clean(printed)
     assert hostile in json.loads(printed)["matrices"][0]["name"]
     for command in (["axolotl", "-o", "c.yml"], ["peft", "-o", "adapter_config.json"], ["spectrum", "-o", "s.json"]):
-        code, printed, told = run("emit", command[0], "scan.json", *command[1:], cwd=tmp_path)
-        assert is_clean(told), told
-        assert "Traceback" not in told
+        code, printed, stderr = run("emit", command[0], "scan.json", *command[1:], cwd=tmp_path)
+        assert is_clean(stderr), stderr
+        assert "Traceback" not in stderr
         assert code in (0, 1)
 
 
@@ -77,15 +77,15 @@ def test_a_matrix_with_a_hostile_name_is_scanned_and_chosen_without_sending_it_t
 def test_a_model_whose_folder_has_a_hostile_name_is_scanned_without_sending_it_to_the_terminal(tmp_path):
     name = "m\x1b]0;owned\x07\u202e"
     save_named(tmp_path / name, "mlp.up_proj")
-    code, _, told = run("scan", f"./{name}", "-o", f"{name}.json", cwd=tmp_path)
-    assert code == 0, told
-    assert is_clean(told)
-    assert f"{printable(name)}.json" in told
+    code, _, stderr = run("scan", f"./{name}", "-o", f"{name}.json", cwd=tmp_path)
+    assert code == 0, stderr
+    assert is_clean(stderr)
+    assert f"{printable(name)}.json" in stderr
     for arguments in (["scan", f"./{name}x"], ["laser", f"./{name}x", "--pairs", f"./{name}.jsonl", "-o", "out"]):
-        code, _, told = run(*arguments, cwd=tmp_path)
+        code, _, stderr = run(*arguments, cwd=tmp_path)
         assert code == 1
-        assert is_clean(told), told
-        assert len(told.splitlines()) == 1
+        assert is_clean(stderr), stderr
+        assert len(stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "json"])
@@ -100,13 +100,13 @@ def test_hostile_pairs_are_scored_or_dropped_without_reaching_the_terminal(splas
         file.write_text(json.dumps([*rows, HOSTILE, None, {"prompt": 1, "chosen": HOSTILE, "rejected": HOSTILE}]))
     else:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, printed, told = splaser("laser", tiny_folder, "--pairs", file, "-o", tmp_path / "out", "--json", *FLAGS)
-    assert code == 0, told
-    assert is_clean(told)
+    code, printed, stderr = splaser("laser", tiny_folder, "--pairs", file, "-o", tmp_path / "out", "--json", *FLAGS)
+    assert code == 0, stderr
+    assert is_clean(stderr)
     assert is_clean(printed)
-    assert "4 pairs from" in told
+    assert "4 pairs from" in stderr
     if kind == "json":
-        assert "dropped: not an object 2, wrong type 1" in told
+        assert "dropped: not an object 2, wrong type 1" in stderr
     assert HOSTILE[:4] in json.loads((tmp_path / "out" / "results.json").read_text())["texts"]["search"][0]["prompt"]
 
 
@@ -114,11 +114,11 @@ def test_a_prompt_in_a_message_is_escaped(splaser, tiny_folder, tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps({"prompt": "\x1b[2J\u202e" + "word " * 600, "chosen": "yes", "rejected": "no"}))
     arguments = ["laser", tiny_folder, "--pairs", file, "-o", tmp_path / "out", *FLAGS, "--max-prompt-chars", 9999]
-    code, _, told = splaser(*arguments)
+    code, _, stderr = splaser(*arguments)
     assert code == 1
-    assert is_clean(told)
-    assert r"PairsError: a prompt of" in told
-    assert r"\x1b[2J\u202eword" in told
+    assert is_clean(stderr)
+    assert r"PairsError: a prompt of" in stderr
+    assert r"\x1b[2J\u202eword" in stderr
 
 
 @pytest.mark.parametrize(
@@ -139,14 +139,14 @@ def test_a_prompt_in_a_message_is_escaped(splaser, tiny_folder, tmp_path):
 def test_damaged_pairs_are_one_clean_line_through_the_command_line(splaser, tiny_folder, tmp_path, content, message):
     file = tmp_path / "pairs.jsonl"
     file.write_bytes(content)
-    code, printed, told = splaser("laser", tiny_folder, "--pairs", file, "-o", tmp_path / "out", *FLAGS)
+    code, printed, stderr = splaser("laser", tiny_folder, "--pairs", file, "-o", tmp_path / "out", *FLAGS)
     assert code == 1
     assert printed == ""
-    assert message in told
-    assert is_clean(told)
-    assert len(told.splitlines()) == 1
-    assert len(told) < 5000
-    assert "Traceback" not in told
+    assert message in stderr
+    assert is_clean(stderr)
+    assert len(stderr.splitlines()) == 1
+    assert len(stderr) < 5000
+    assert "Traceback" not in stderr
 
 
 def test_a_file_beyond_the_limit_is_refused_without_reading_it_whole(tmp_path):
@@ -164,11 +164,11 @@ def test_a_file_beyond_the_limit_is_refused_without_reading_it_whole(tmp_path):
 def test_damaged_recipes_and_scans_are_one_clean_line(splaser, tiny_folder, tmp_path, text, message):
     (tmp_path / "foreign.json").write_bytes(text)
     for arguments in (["apply", "FILE", tiny_folder, "-o", tmp_path / "out"], ["emit", "peft", "FILE", "-o", "a.json"]):
-        code, _, told = splaser(*[tmp_path / "foreign.json" if each == "FILE" else each for each in arguments])
+        code, _, stderr = splaser(*[tmp_path / "foreign.json" if each == "FILE" else each for each in arguments])
         assert code == 1
-        assert message in told
-        assert is_clean(told)
-        assert len(told.splitlines()) == 1
+        assert message in stderr
+        assert is_clean(stderr)
+        assert len(stderr.splitlines()) == 1
 
 
 WRONG = st.one_of(

@@ -10,7 +10,7 @@ from splaser_plugin.progress import Progress
 
 
 class Notes(Progress):
-    """What a run told: facts by label, and how many matrices it computed."""
+    """What a run reports: facts by label, and how many matrices it computed."""
 
     def __init__(self):
         self.facts = {}

@@ -75,10 +75,10 @@ def test_ctrl_c_and_sigterm_say_how_to_go_on_and_keep_what_is_finished(tmp_path,
     model = save_single(tmp_path / "model", {**layers(), **slow})
     with stopped_after(6, model, tmp_path / "scan.json") as process:
         process.send_signal(how)
-        told = process.stderr.read()
+        stderr = process.stderr.read()
     assert process.returncode == 130
     again = f"splaser scan {model} -o {tmp_path / 'scan.json'}"
-    assert told.splitlines(keepends=True)[-1] == f"stopped. What is finished is kept; go on with: {again}\n"
+    assert stderr.splitlines(keepends=True)[-1] == f"stopped. What is finished is kept; go on with: {again}\n"
     assert lines_of(tmp_path / "scan.json.journal.jsonl") >= 6
 
 

@@ -1,4 +1,4 @@
-"""Scorers by name, the guard, and what is told of a text or a function that can't be used."""
+"""Scorers by name, the guard, and what is said of a text or a function that can't be used."""
 
 from __future__ import annotations
 
@@ -275,10 +275,10 @@ def test_flags_that_a_run_does_not_use_are_known(options, flags):
 
 
 def test_a_run_says_which_flags_have_no_effect(tiny_folder, pairs):
-    told = Facts()
+    progress = Facts()
     options = {**QUICK, "candidates": 1, "scorer": "margin", "embedder": LaserConfig().embedder}
-    laser(tiny_folder, pairs, config=LaserConfig(**options, tolerance=0.5), progress=told)
-    assert ("has no effect", "--tolerance, with the other options of this run") in told.facts
+    laser(tiny_folder, pairs, config=LaserConfig(**options, tolerance=0.5), progress=progress)
+    assert ("has no effect", "--tolerance, with the other options of this run") in progress.facts
 
 
 def test_without_pairs_only_perplexity_can_be_searched_by():
@@ -336,8 +336,8 @@ def test_a_guard_of_perplexity_keeps_fewer_changes_of_the_answers(text, tiny_fol
     free = laser(tiny_folder, pairs, config=LaserConfig(**options))
     config = LaserConfig(**options, guard="perplexity:1.0001")
     result = laser(tiny_folder, pairs, config=config)
-    told = [(each["verdict"], each["guard_loss"]) for each in result.results()["candidates"]]
-    assert "guarded" in [verdict for verdict, _ in told]
-    assert all((loss > 1.0001) == (verdict == "guarded") for verdict, loss in told if loss is not None)
-    assert all((loss is None) == (verdict not in ("kept", "guarded")) for verdict, loss in told)
+    judged = [(trial["verdict"], trial["guard_loss"]) for trial in result.results()["candidates"]]
+    assert "guarded" in [verdict for verdict, _ in judged]
+    assert all((loss > 1.0001) == (verdict == "guarded") for verdict, loss in judged if loss is not None)
+    assert all((loss is None) == (verdict not in ("kept", "guarded")) for verdict, loss in judged)
     assert len(result.search.kept) < len(free.search.kept)

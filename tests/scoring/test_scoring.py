@@ -65,7 +65,7 @@ def test_self_embedding_is_the_mean_of_the_last_hidden_states(tiny_model, tokeni
         torch.testing.assert_close(vector, mean / mean.norm(), atol=1e-5, rtol=1e-4)
 
 
-def test_the_self_ruler_does_not_bend_with_the_model(tiny_model, tokenizer):
+def test_the_self_embedder_does_not_change_with_the_model(tiny_model, tokenizer):
     weights = Weights(tiny_model)
     embedder = SelfEmbedder(weights, tokenizer, batch_size=4)
     before = embedder.embed(["Hello there"])

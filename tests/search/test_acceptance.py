@@ -127,7 +127,7 @@ def test_the_fewer_candidates_a_search_has_the_more_harmless_ones_it_keeps():
     assert kept[15] < kept[30] > kept[50] > kept[100] > 3
 
 
-def test_a_heavy_loss_on_few_pairs_goes_unseen_only_up_to_the_share_that_is_told():
+def test_a_heavy_loss_on_few_pairs_goes_unseen_only_up_to_the_share_that_is_stated():
     rule, size = Harmless(0.02, 0.05, 8), 90
     share = rule.unseen_share(size)
     assert share == pytest.approx(stats.beta.isf(0.05 / 2**8, 1, size), rel=1e-6)

@@ -25,7 +25,7 @@ from splaser_plugin.search.search import Trial, search
 from splaser_plugin.weights.in_memory import Weights
 from tests.builders import tiny_llama
 
-RUNGS = st.lists(st.sampled_from([*EDGES, *(place / 20 for place in range(1, 20))]), min_size=1, unique=True)
+RANKS = st.lists(st.sampled_from([*EDGES, *(place / 20 for place in range(1, 20))]), min_size=1, unique=True)
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,10 @@ def scanned():
     return scan_source(weights), weights.matrices()[0]
 
 
-@given(RUNGS, st.sampled_from([",", ", ", " ,"]))
-def test_a_ladder_is_read_as_it_was_written(rungs, comma):
-    text = comma.join(map(str, rungs))
-    assert parse_ranks(text) == tuple(rungs)
+@given(RANKS, st.sampled_from([",", ", ", " ,"]))
+def test_a_ladder_is_read_as_it_was_written(ranks, comma):
+    text = comma.join(map(str, ranks))
+    assert parse_ranks(text) == tuple(ranks)
     assert LaserConfig(ranks=text).ranks == text
 
 
@@ -65,10 +65,10 @@ def test_without_a_ladder_each_matrix_has_its_edges_rank():
 
 
 @settings(deadline=None)
-@given(rungs=RUNGS)
-def test_each_matrix_comes_from_gentle_to_hard_and_matrices_by_snr(scanned, rungs):
+@given(ranks=RANKS)
+def test_each_matrix_comes_from_gentle_to_hard_and_matrices_by_snr(scanned, ranks):
     scan, matrices = scanned
-    chosen = choose_candidates(scan, matrices, rungs)
+    chosen = choose_candidates(scan, matrices, ranks)
     places = {found.name: place for place, found in enumerate(scan.ranked("snr"))}
     keys = [(places[each.matrix.name], -each.rank) for each in chosen]
     assert keys == sorted(keys)
@@ -101,21 +101,21 @@ def test_a_ladder_that_removes_nothing_is_refused():
 
 
 @settings(deadline=None)
-@given(rungs=RUNGS, seed=st.integers(0, 99))
-def test_predicted_candidates_come_best_first(scanned, rungs, seed):
-    plain = choose_candidates(*scanned, rungs)
+@given(ranks=RANKS, seed=st.integers(0, 99))
+def test_predicted_candidates_come_best_first(scanned, ranks, seed):
+    plain = choose_candidates(*scanned, ranks)
     values = torch.randint(-3, 3, (len(plain),), generator=torch.Generator().manual_seed(seed)).double().tolist()
     ordered = by_prediction(plain, values)
-    told = {(each.matrix, each.rank): value for each, value in zip(plain, values, strict=True)}
+    predicted = {(candidate.matrix, candidate.rank): value for candidate, value in zip(plain, values, strict=True)}
     assert [each.predicted for each in ordered] == sorted(values, reverse=True)
-    assert all(each.predicted == told[each.matrix, each.rank] for each in ordered)
+    assert all(each.predicted == predicted[each.matrix, each.rank] for each in ordered)
     places = {(each.matrix, each.rank): place for place, each in enumerate(plain)}
-    keys = [(-told[each.matrix, each.rank], places[each.matrix, each.rank]) for each in ordered]
+    keys = [(-predicted[each.matrix, each.rank], places[each.matrix, each.rank]) for each in ordered]
     assert keys == sorted(keys), "equals stay in the published order"
 
 
 class Wanted:
-    """A ruler that likes a model better the more of the wanted (name, rank) are true of it, and worse with others."""
+    """A scorer whose score rises with every wanted (name, rank) of the model, and falls with any other."""
 
     name, size = "wanted", 2
 
@@ -141,8 +141,8 @@ def tried(candidates, wanted, limit=None):
     chosen = [
         Candidate(matrices[place], rank, str(rank), None, None, predicted) for place, rank, predicted in candidates
     ]
-    ruler = Wanted(weights, {(matrices[place].name, rank) for place, rank in wanted})
-    found = search(weights, chosen, Judge(ruler), limit=limit)
+    scorer = Wanted(weights, {(matrices[place].name, rank) for place, rank in wanted})
+    found = search(weights, chosen, Judge(scorer), limit=limit)
     return [(matrices.index(each.candidate.matrix), each.candidate.rank, each.kept) for each in found.trials], found
 
 
@@ -213,10 +213,10 @@ QUICK = {"embedder": "self", "max_new_tokens": 4, "candidates": 7, "device": "cp
 def test_a_run_with_a_ladder_says_what_was_predicted_and_can_be_rebuilt(rank_by, tiny_folder, pairs, tmp_path):
     config = LaserConfig(**QUICK, rank_by=rank_by, ranks="mp,0.75,0.4")
     result = laser(tiny_folder, pairs, config=config)
-    told = result.results()["candidates"]
-    assert len(told) == 7
-    assert {each["edge"] for each in told} <= {"mp", "0.75", "0.4"}
-    predicted = [each["predicted"] for each in told]
+    trials = result.results()["candidates"]
+    assert len(trials) == 7
+    assert {trial["edge"] for trial in trials} <= {"mp", "0.75", "0.4"}
+    predicted = [trial["predicted"] for trial in trials]
     if rank_by == "snr":
         assert predicted == [None] * 7
     else:

@@ -58,7 +58,7 @@ def test_duplicates_never_straddle():
     assert len(split.held_out) == 240
 
 
-def test_without_enough_pairs_or_a_fraction_all_are_searched_on_and_the_reason_is_told():
+def test_without_enough_pairs_or_a_fraction_all_are_searched_on_and_the_reason_is_given():
     few = pair_set(*(f"Question {number}?" for number in range(10)))
     split = split_by_prompt(few, 0.3)
     assert split.search == few.pairs
@@ -150,9 +150,9 @@ CONFIG = LaserConfig(**QUICK, samples=30)
 
 
 def test_base_and_result_are_scored_on_pairs_the_search_never_saw(tokenizer):
-    model, told = tiny_llama(), Facts()
+    model, progress = tiny_llama(), Facts()
     base = tiny_llama()
-    result = laser(model, EXAMPLE_PAIRS, config=CONFIG, tokenizer=tokenizer, progress=told)
+    result = laser(model, EXAMPLE_PAIRS, config=CONFIG, tokenizer=tokenizer, progress=progress)
     found = result.held_out
     assert result.search.kept, "this run has to keep something to show anything"
     assert len(found.base.items) == len(result.split.held_out) >= LEAST
@@ -167,8 +167,8 @@ def test_base_and_result_are_scored_on_pairs_the_search_never_saw(tokenizer):
     assert stored["interval"][0] <= stored["difference"] <= stored["interval"][1]
     assert stored["better"] + stored["worse"] + stored["equal"] == stored["pairs"]
     assert stored["verdict"] == found.verdict
-    assert ("held out", found.summary) in told.facts
-    assert ("verdict", found.verdict) in told.facts
+    assert ("held out", found.summary) in progress.facts
+    assert ("verdict", found.verdict) in progress.facts
 
 
 def held_out_scores(model, tokenizer, pairs):
@@ -190,13 +190,13 @@ def test_where_nothing_is_kept_no_answer_is_generated_for_the_verdict(tokenizer,
 
 
 def test_without_held_out_pairs_there_is_no_verdict_but_the_reason(tokenizer, pairs):
-    told = Facts()
-    result = laser(tiny_llama(), pairs, config=LaserConfig(**QUICK), tokenizer=tokenizer, progress=told)
+    progress = Facts()
+    result = laser(tiny_llama(), pairs, config=LaserConfig(**QUICK), tokenizer=tokenizer, progress=progress)
     assert result.held_out is None
     stored = result.results()["held_out"]
     assert (stored["pairs"], stored["verdict"]) == (0, None)
     assert stored["split"].startswith("none, so no verdict: 4 pairs would be split")
-    assert ("held out", stored["split"]) in told.facts
+    assert ("held out", stored["split"]) in progress.facts
 
 
 def test_the_confident_rule_keeps_a_part_of_what_has_a_higher_mean(tokenizer):
@@ -212,7 +212,7 @@ def test_the_confident_rule_keeps_a_part_of_what_has_a_higher_mean(tokenizer):
     assert result.recipe.config.accept == "confident"
 
 
-def test_with_a_tolerance_the_verdict_tells_whether_it_may_be_lost():
+def test_with_a_tolerance_the_verdict_says_whether_it_may_be_lost():
     base = scores([0.5] * 20)
     slightly = scores([0.49, 0.48, 0.51, 0.485] * 5)
     assert compare(base, slightly, tolerance=0.05).loss_verdict == "loses less than the tolerance of 0.05 (97.5 % sure)"
@@ -244,14 +244,14 @@ def test_pairs_of_which_few_lose_much_are_not_said_to_lose_less_than_the_toleran
 
 
 def test_compressing_keeps_what_is_harmless_and_counts_the_parameters(tokenizer):
-    told = Facts()
+    progress = Facts()
     settings = LaserConfig(**QUICK, samples=30, objective="compress", tolerance=10.0)
-    result = laser(tiny_llama(), EXAMPLE_PAIRS, config=settings, tokenizer=tokenizer, progress=told)
+    result = laser(tiny_llama(), EXAMPLE_PAIRS, config=settings, tokenizer=tokenizer, progress=progress)
     assert len(result.search.kept) == 6
     stored = result.results()
     assert stored["parameters_removed"] == sum(each["parameters_removed"] for each in stored["candidates"]) > 0
     assert stored["held_out"]["loss_verdict"] == "loses less than the tolerance of 10 (97.5 % sure)"
     unseen = 100 * (1 - (0.05 / 2**6) ** (1 / len(result.split.search)))
     found = f"a loss on up to {unseen:.0f} % of all pairs can go unseen on {len(result.split.search)} of them"
-    assert ("harmless", found) in told.facts
-    assert told.facts[-1][1].endswith("; loses less than the tolerance of 10 (97.5 % sure)")
+    assert ("harmless", found) in progress.facts
+    assert progress.facts[-1][1].endswith("; loses less than the tolerance of 10 (97.5 % sure)")

@@ -195,10 +195,10 @@ def test_matrices_in_many_groups_get_the_numbers_of_one(tiny_model, scorer_of, m
     together = sensitivities(weights, scorer, matrices)
     monkeypatch.setattr(prediction, "GROUP_BYTES", 3 * 4 * 32 * 32)
     assert [len(group) for group in prediction._groups(matrices)] == [4, 3, 4, 3]
-    apart = sensitivities(weights, scorer, matrices[::-1])
+    separately = sensitivities(weights, scorer, matrices[::-1])
     for matrix in matrices:
-        assert apart[matrix].slopes.mean(0) == pytest.approx(together[matrix].slopes.mean(0), rel=1e-4, abs=1e-7)
-        assert apart[matrix].energies == pytest.approx(together[matrix].energies, rel=1e-4)
+        assert separately[matrix].slopes.mean(0) == pytest.approx(together[matrix].slopes.mean(0), rel=1e-4, abs=1e-7)
+        assert separately[matrix].energies == pytest.approx(together[matrix].energies, rel=1e-4)
 
 
 def test_under_lora_the_merged_weights_are_what_is_predicted(scorer_of):

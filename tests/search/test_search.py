@@ -113,7 +113,7 @@ def test_a_model_without_noise_has_no_candidates():
 
 
 class Noise:
-    """A ruler under which each measurement is a new model: noise around a mean."""
+    """A scorer by which every measurement is that of a new model: noise around a mean."""
 
     name = "noise"
     size = 64
