@@ -232,9 +232,9 @@ def report(study: Study, edits: Sequence[tuple[Matrix, int]], measured: Measured
     blocks = sorted({matrix.block for matrix, _ in edits if matrix.block is not None})
     judged = np.array([blocks.index(matrix.block or 0) % 2 == 1 for matrix, _ in edits])
     weights = with_output_term(predicted, changes["unseen"], ~judged)
-    weights_text = ", ".join(f"{c:g} for {name}" for name, c in weights.items())
+    chosen = ", ".join(f"{c:g} for {name}" for name, c in weights.items())
     lines = [
-        f"{len(edits)} truncations; c was chosen on the {int((~judged).sum())} at depths {blocks[::2]}: {weights_text}.",
+        f"{len(edits)} truncations; c was chosen on the {int((~judged).sum())} at depths {blocks[::2]}: {chosen}.",
         *table(predicted, changes, np.full(len(edits), True), f"All {len(edits)} truncations"),
         *table(predicted, changes, judged, f"The {int(judged.sum())} at depths {blocks[1::2]}"),
     ]

@@ -12,7 +12,7 @@ from splaser_plugin.data.pairs import pairs_from_rows
 from splaser_plugin.errors import ConfigError, MatrixError
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.generation.teacher_forcing import forced_means
-from splaser_plugin.jobs import laser as jobs
+from splaser_plugin.jobs import stages
 from splaser_plugin.jobs.apply import apply
 from splaser_plugin.progress import Progress
 from splaser_plugin.scanning.scan import scan_source
@@ -171,7 +171,7 @@ def test_a_matrix_that_was_reduced_twice_is_rebuilt_bit_for_bit(tmp_path):
     steps = tuple(
         Step(each.matrix.name, each.rank, each.edge, each.threshold, each.matrix.shape) for each in found.kept
     )
-    Recipe("tiny", original.identity(), "float32", steps, {}, {}, {}).save(tmp_path / "recipe.json")
+    Recipe("tiny", original.identity(), "float32", steps, {}, LaserConfig(), {}).save(tmp_path / "recipe.json")
     again, expected = tiny_llama(), tiny_llama()
     carry_out(Recipe.load(tmp_path / "recipe.json"), Weights(again))
     by_hand = Weights(expected)
@@ -252,7 +252,7 @@ def test_a_stopped_run_goes_on_in_the_predicted_order(tiny_folder, pairs, tmp_pa
     whole = laser(tiny_folder, pairs, config=config)
     with pytest.raises(KeyboardInterrupt):
         laser(tiny_folder, pairs, config=config, output=tmp_path / "out", progress=StopsAfterTwo())
-    monkeypatch.setattr(jobs, "sensitivities", None)  # what was predicted once is not predicted again
+    monkeypatch.setattr(stages, "sensitivities", None)  # What was predicted once is not predicted again.
     resumed = laser(tiny_folder, pairs, config=config, output=tmp_path / "out")
     assert [each.candidate for each in resumed.search.trials] == [each.candidate for each in whole.search.trials]
     assert resumed.recipe == whole.recipe
