@@ -6,7 +6,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ from splaser_plugin.files.json import read_json, write_json
 from splaser_plugin.files.validation import NO_OTHER_KEYS, InvalidRecordError, Number, Whole, validated
 from splaser_plugin.spectra.edges import EDGES, EdgeFit, fit_edges
 from splaser_plugin.tables import Table
-from splaser_plugin.weights.matrices import Matrix, Skipped
+from splaser_plugin.weights.matrices import SHARES, Matrix, Skipped
 
 SCHEMA = "splaser.scan/1"
 QUANTILES = 256
@@ -53,6 +53,13 @@ def _known_edge(edge: str) -> str:
     if edge not in EDGES:
         raise ValueError(f"one of {', '.join(EDGES)}")
     return edge
+
+
+def _with_tie(skipped: Skipped) -> Skipped:
+    """Files of old versions say in the reason alone with what a weight is shared."""
+    if skipped.tied_to is None and skipped.reason.startswith(SHARES):
+        return replace(skipped, tied_to=skipped.reason.removeprefix(SHARES))
+    return skipped
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class Scan(Table):
     edge: Annotated[str, AfterValidator(_known_edge)]
     """The edge that ranking and reducing go by, unless another is asked for."""
     matrices: Annotated[tuple[MatrixScan, ...], Field(min_length=1)]
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[Annotated[Skipped, AfterValidator(_with_tie)], ...]
     precision: str = "auto"
     version: str = ""
     """Of the program that made it; empty when it was put together otherwise."""

@@ -13,7 +13,7 @@ from splaser_plugin.errors import ConfigError, MatrixError, RankError, nearest
 from splaser_plugin.scanning.scan import MatrixScan, Scan
 from splaser_plugin.scanning.spectrum_format import PublishedScan, PublishedSnr
 from splaser_plugin.tables import Table
-from splaser_plugin.weights.matrices import SHARES, compile_pattern, looks_like_embedding
+from splaser_plugin.weights.matrices import compile_pattern, looks_like_embedding
 
 HEADS = frozenset({"lm_head", "embed_out"})
 
@@ -305,9 +305,8 @@ def _tied_names(scan: Scan | PublishedScan) -> set[str]:
         return set(scan.tied)
     names: set[str] = set()
     for each in scan.skipped:
-        other = each.tied_to or each.reason.partition(SHARES)[2]  # scans of old versions have the reason alone
-        if other:
-            names |= {each.name, other}
+        if each.tied_to is not None:
+            names |= {each.name, each.tied_to}
     return names
 
 

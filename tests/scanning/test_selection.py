@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splaser_plugin.errors import ConfigError, MatrixError, RankError
+from splaser_plugin.scanning.records import Scan
 from splaser_plugin.scanning.selection import (
     choose,
     is_embedding,
@@ -102,8 +103,8 @@ def test_norms_are_chosen_only_when_their_type_is_named():
 
 HEAD = Skipped("lm_head", "outside the blocks (a head or a projection of the embeddings)")
 EMBEDDING = Skipped("model.embed_tokens", "an embedding")
-TIED_HEAD = Skipped("lm_head", "shares its weight with model.embed_tokens")
-TIED_EMBEDDING = Skipped("model.embed_tokens", "shares its weight with lm_head")
+TIED_HEAD = Skipped("lm_head", "shares its weight with model.embed_tokens", "model.embed_tokens")
+TIED_EMBEDDING = Skipped("model.embed_tokens", "shares its weight with lm_head", "lm_head")
 
 
 def test_head_and_embeddings_come_only_when_asked_for_ranked_or_not():
@@ -115,6 +116,14 @@ def test_head_and_embeddings_come_only_when_asked_for_ranked_or_not():
         assert selection.names == ["model.layers.0.mlp.down_proj", "lm_head", "model.embed_tokens"]
         assert selection.tied == ()
         assert lora_targets(selection) == selection.names
+
+
+def test_of_an_old_scan_what_is_tied_is_known_by_its_reason():
+    scan = scan_of(*blocks({"mlp.down_proj": [1.0, 2.0]}), skipped=(TIED_HEAD, EMBEDDING))
+    stored = scan.to_dict()
+    for each in stored["skipped"]:
+        del each["tied_to"]
+    assert Scan.from_dict(stored).skipped == scan.skipped
 
 
 @pytest.mark.parametrize("skipped", [(TIED_HEAD, TIED_EMBEDDING), (TIED_EMBEDDING,)])
