@@ -48,6 +48,10 @@ class Moments:
     """W' M W for the second moments M on the long side, (short, short)."""
     long_mean: float
     """Mean of M's diagonal."""
+    short_noise: float
+    """Squared error, in the Frobenius norm, that is expected of `short` since it is a mean over so few tokens."""
+    gram_noise: float
+    """The same of `gram`."""
     short_is_inputs: bool
     """Whether the short side are the inputs, so that `short` is C and M is G, or the other way round."""
     tokens: int
@@ -100,7 +104,7 @@ def measure(
         for group in groups:
             sums = _add_up(weights, group, rows, samples, seed, advance)
             for each in sums.values():
-                each.normalise(predictions)
+                each.normalise(predictions, samples)
             for matrix in group:
                 yield matrix, sums[matrix.name].moments(sums.get(sums[matrix.name].counts.short_of, sums[matrix.name]))
 
@@ -152,6 +156,7 @@ class _Sums:
         short, device = min(matrix.shape), weights.parameters[matrix.parameter].device
         self.short = torch.zeros(short, short, device=device)
         self.gram = torch.zeros(short, short, device=device)
+        self.short_noise = self.gram_noise = 0.0
         self.counts = _Counts()
 
     @torch.no_grad()
@@ -184,17 +189,22 @@ class _Sums:
     def _add_side(self, values: Tensor, *, is_short: bool) -> None:
         if is_short:
             self.short.addmm_(values.mT, values)
+            self.counts.short_fourth += _fourth(values)
             return
         self.counts.long_trace += float(values.square().sum())
         weight = self._weights.read(self._matrix).float()
         values = values @ (weight if self._upright else weight.mT)
         self.gram.addmm_(values.mT, values)
+        self.counts.gram_fourth += _fourth(values)
 
-    def normalise(self, predictions: int) -> None:
+    def normalise(self, predictions: int, samples: int) -> None:
         """Turn sums into means over tokens, where they are of inputs, and over predictions, where of gradients."""
-        of_short, of_long = max(1, self.counts.tokens), predictions
+        tokens = max(1, self.counts.tokens)
+        (of_short, short_count), (of_long, long_count) = (tokens, tokens), (predictions, tokens * samples)
         if not self.counts.short_is_inputs:
-            of_short, of_long = of_long, of_short
+            (of_short, short_count), (of_long, long_count) = (of_long, long_count), (of_short, short_count)
+        self.short_noise = _noise(self.short, self.counts.short_fourth, short_count) / of_short**2
+        self.gram_noise = _noise(self.gram, self.counts.gram_fourth, long_count) / of_long**2
         self.short /= of_short
         self.gram /= of_long
         self.counts.long_trace /= of_long
@@ -207,6 +217,8 @@ class _Sums:
             owner.short,
             self.gram,
             self.counts.long_trace / max(self._matrix.shape),
+            owner.short_noise,
+            self.gram_noise,
             self.counts.short_is_inputs,
             self.counts.tokens,
             self.counts.reads,
@@ -222,6 +234,9 @@ class _Sums:
 class _Counts:
     tokens: int = 0
     long_trace: float = 0.0
+    short_fourth: float = 0.0
+    """Sum over tokens of |v|^4, of the vectors v that `short` is the sum of v v' of."""
+    gram_fourth: float = 0.0
     short_is_inputs: bool = True
     reads: str = ""
     """Name of the first matrix that was given the same inputs."""
@@ -232,8 +247,20 @@ class _Counts:
         if other.tokens:
             self.tokens += other.tokens
             self.long_trace += other.long_trace
+            self.short_fourth += other.short_fourth
+            self.gram_fourth += other.gram_fourth
             self.short_is_inputs = other.short_is_inputs
             self.reads, self.short_of = other.reads, other.short_of
+
+
+def _fourth(values: Tensor) -> float:
+    """Sum over tokens of |v|^4. values: (tokens, size)."""
+    return float(values.square().sum(1).square().sum())
+
+
+def _noise(total: Tensor, fourth: float, tokens: int) -> float:
+    """Squared error expected of a sum of v v' over tokens that were drawn independently. fourth: the sum of |v|^4."""
+    return max(0.0, fourth - float(total.square().sum()) / tokens)
 
 
 def _bounded(values: Tensor) -> Tensor:

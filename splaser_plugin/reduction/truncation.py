@@ -26,8 +26,8 @@ from splaser_plugin.errors import RankError, SpectrumError
 from splaser_plugin.reduction.moments import Moments
 from splaser_plugin.spectra import spectrum
 
-SHRINKAGE = 0.01
-"""Share of the moments' mean diagonal in what is used of them: a direction that no token had still counts."""
+LEAST_SHRINKAGE = 1e-3
+"""Share of the mean diagonal that moments always get: a direction that no token had still counts."""
 _FLOAT64_DEVICES = ("cpu", "cuda")
 
 
@@ -141,7 +141,8 @@ def decompose_plainly(weight: Tensor) -> Decomposition:
 def decompose_by_moments(weight: Tensor, moments: Moments, *, with_gradients: bool = True) -> Decomposition:
     """Decompose one matrix for truncation to any rank, by what was measured of it.
 
-    Both sides' moments are shrunk by `SHRINKAGE` towards their mean diagonal.
+    Both sides' moments are shrunk towards their mean diagonal, by as much as they are expected to be wrong for having
+    been measured on so few tokens (Ledoit & Wolf 2004), but at least by `LEAST_SHRINKAGE`.
 
     Args:
         weight: (rows, columns), the weights that the moments were measured with.
@@ -154,15 +155,21 @@ def decompose_by_moments(weight: Tensor, moments: Moments, *, with_gradients: bo
     """
     upright = _upright(weight)
     plain = upright.mT @ upright
-    shrunk_long = (1 - SHRINKAGE) * moments.gram.to(plain) + SHRINKAGE * moments.long_mean * plain
+    shrunk_long = _shrunk(moments.gram.to(plain), moments.long_mean * plain, moments.gram_noise)
     short = moments.short.to(plain)
-    shrunk_short = (1 - SHRINKAGE) * short
-    shrunk_short.diagonal().add_(SHRINKAGE * short.diagonal().mean())
+    shrunk_short = _shrunk(short, short.diagonal().mean() * torch.eye(len(short)).to(short), moments.short_noise)
     if with_gradients:
         return _decompose(weight, shrunk_long, shrunk_short)
     if moments.short_is_inputs:
         return _decompose(weight, plain, shrunk_short)
     return _decompose(weight, shrunk_long, None)
+
+
+def _shrunk(measured: Tensor, target: Tensor, noise: float) -> Tensor:
+    """The mixture of both that is closest to the truth: noise is the squared error expected of what was measured."""
+    distance = float((measured - target).square().sum())
+    share = min(1.0, max(LEAST_SHRINKAGE, noise / distance)) if distance else 1.0
+    return torch.lerp(measured, target, share)
 
 
 def _decompose(weight: Tensor, gram: Tensor, short_side: Tensor | None) -> Decomposition:

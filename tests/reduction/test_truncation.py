@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from splaser_plugin.errors import RankError, SpectrumError
 from splaser_plugin.reduction.calibration import window_rows
-from splaser_plugin.reduction.moments import Moments, measure
-from splaser_plugin.reduction.truncation import SHRINKAGE, decompose, decompose_by_moments
+from splaser_plugin.reduction.moments import Moments, _fourth, _noise, measure
+from splaser_plugin.reduction.truncation import LEAST_SHRINKAGE, _shrunk, decompose, decompose_by_moments
 from splaser_plugin.spectra.spectrum import factors, singular_values, truncate
 from splaser_plugin.weights.in_memory import Weights
 from tests.builders import tiny_llama
@@ -193,16 +193,18 @@ def test_measured_moments_weigh_as_those_of_both_sides_shrunk(shape, transposed,
     short_side, long_side = (1, 0) if upright else (0, 1)
     standing = weight if upright else weight.mT
     measured = Moments(
-        sides[short_side],
-        standing.mT @ sides[long_side] @ standing,
-        float(sides[long_side].diagonal().mean()),
-        short_side == inputs_side,
-        100,
-        "",
+        short=sides[short_side],
+        gram=standing.mT @ sides[long_side] @ standing,
+        long_mean=float(sides[long_side].diagonal().mean()),
+        short_noise=0.0,
+        gram_noise=0.0,
+        short_is_inputs=short_side == inputs_side,
+        tokens=100,
+        reads="",
     )
     shrunk = [
-        (1 - SHRINKAGE) * each + SHRINKAGE * each.diagonal().mean() * torch.eye(len(each), dtype=each.dtype)
-        for each in sides
+        torch.lerp(side, side.diagonal().mean() * torch.eye(len(side), dtype=side.dtype), LEAST_SHRINKAGE)
+        for side in sides
     ]
     if not with_gradients:
         shrunk[outputs_side] = None
@@ -210,6 +212,25 @@ def test_measured_moments_weigh_as_those_of_both_sides_shrunk(shape, transposed,
     expected = decompose(weight, *shrunk)
     assert found.costs == pytest.approx(expected.costs, rel=1e-9, abs=1e-12)
     assert torch.allclose(found.truncated(weight, 4), expected.truncated(weight, 4), atol=1e-9)
+
+
+@pytest.mark.parametrize("tokens", [30, 300, 3000])
+def test_moments_are_shrunk_by_about_the_share_that_is_closest_to_the_truth(tokens):
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.diag(torch.linspace(0.1, 2, 20, dtype=torch.float64))
+    values = torch.randn(tokens, 20, dtype=torch.float64, generator=generator) * truth.diagonal().sqrt()
+    measured = values.mT @ values / tokens
+    target = measured.diagonal().mean() * torch.eye(20, dtype=torch.float64)
+    noise = _noise(measured * tokens, _fourth(values), tokens) / tokens**2
+    assert noise == pytest.approx(float((measured - truth).square().sum()), rel=0.35)
+
+    def error(share):
+        return float((torch.lerp(measured, target, share) - truth).norm())
+
+    best = min(error(share) for share in np.linspace(0, 1, 101))
+    shrunk = _shrunk(measured, target, noise)
+    assert float((shrunk - truth).norm()) < 1.1 * best
+    assert float((shrunk - truth).norm()) < 1.01 * error(0.0)
 
 
 def kl_of(model, rows, before):
