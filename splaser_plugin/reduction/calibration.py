@@ -34,13 +34,11 @@ def window_rows(windows: Iterable[Sequence[int]]) -> list[Row]:
     return [Row(tuple(window)) for window in windows if window]
 
 
-def first_tokens(rows: Sequence[Row], count: int) -> list[Row]:
-    """The first rows, as many as have `count` tokens together, and at least one."""
-    taken: list[Row] = []
-    total = 0
-    for row in rows:
-        if total >= count:
-            break
-        taken.append(row)
-        total += len(row.tokens)
-    return taken
+def spread(rows: Sequence[Row], tokens: int) -> list[Row]:
+    """Rows with about so many tokens together, evenly spaced over all of them; at least one, all where they are fewer.
+
+    Rows side by side are alike, so those from all over a text tell more than as many from its start.
+    """
+    total = sum(len(row.tokens) for row in rows)
+    count = min(len(rows), max(1, round(len(rows) * tokens / max(1, total))))
+    return [rows[len(rows) * place // count] for place in range(count)]

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from splaser_plugin.errors import ModelError
 from splaser_plugin.reduction import moments
-from splaser_plugin.reduction.calibration import Row, answer_rows, first_tokens, window_rows
+from splaser_plugin.reduction.calibration import Row, answer_rows, spread, window_rows
 from splaser_plugin.reduction.moments import Moments, draw, measure
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Skipped
@@ -212,10 +212,14 @@ def test_rows_of_pairs_count_the_answers_predictions_and_those_of_text_all():
     assert (pair.tokens, pair.first, pair.predictions) == ((1, 2, 3, 4, 5), 2, 3)
     (window,) = window_rows([[7, 8, 9]])
     assert (window.first, window.predictions) == (0, 3)
-    rows = window_rows([[1] * 10] * 5)
-    assert len(first_tokens(rows, 25)) == 3
-    assert len(first_tokens(rows, 1)) == 1
-    assert len(first_tokens(rows, 1000)) == 5
+
+
+def test_rows_are_taken_from_all_over_the_text():
+    rows = window_rows([[place] * 10 for place in range(100)])
+    assert [row.tokens[0] for row in spread(rows, 100)] == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]
+    assert [row.tokens[0] for row in spread(rows, 1)] == [0]
+    assert spread(rows, 10_000) == rows
+    assert spread([], 10) == []
 
 
 @pytest.mark.slow
