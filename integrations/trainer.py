@@ -145,7 +145,8 @@ class LaserCallback(TrainerCallback):
 
     def _check(self, training: Training) -> None:
         check_sharding(training.args, training.model, lasers=self.when is not None)
-        weights_of(training.model).check_dense()
+        with undisturbed():
+            weights_of(training.model).check_dense()
 
     def _at_init(self, training: Training) -> None:
         self._check(training)

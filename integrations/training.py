@@ -119,7 +119,7 @@ def check_sharding(args: TrainingArguments, model: Any, *, lasers: bool) -> None
     if is_fsdp1 or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ModelError(
             'FSDP version 1 flattens the weights. Use version 2: fsdp_config={"version": 2} in TrainingArguments, '
-            f"--fsdp_version 2 of accelerate launch, fsdp_version: 2 in Axolotl. {OFFLINE}"
+            f"`accelerate launch --fsdp_version 2`, fsdp_version: 2 in Axolotl. {OFFLINE}"
         )
 
 

@@ -6,8 +6,10 @@ Built on torch.distributed as accelerate or the trainer set it up.
 from __future__ import annotations
 
 import atexit
+import itertools
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -15,15 +17,48 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from splaser_plugin.errors import ConfigError
+
+PATIENCE_S = 300.0
+"""How long one process waits for the others to begin with the same work, which may still be saving a checkpoint."""
+
+_meetings = itertools.count()
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether every process holds only a part of the weights."""
+    """Whether every process holds only a part of the weights, be they gathered for a while or not."""
     from torch.distributed.tensor import DTensor
 
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return _has_fsdp(model) or any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def is_tensor_parallel(model: nn.Module) -> bool:
+    """Whether the processes compute every forward pass together, so that all of them need the same inputs."""
+    from torch.distributed.tensor import DTensor
+
+    meshes = {parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)}
+    return bool(meshes) and (not _has_fsdp(model) or any("tp" in (mesh.mesh_dim_names or ()) for mesh in meshes))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let a model of `fully_shard` give up the whole weights that it keeps after a forward pass.
+
+    It would go on computing with them, whatever is written to the parts; and meanwhile they, not the parts, are its
+    parameters.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _has_fsdp(model: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def join_processes() -> None:
@@ -37,6 +72,26 @@ def join_processes() -> None:
 
     PartialState()
     atexit.register(dist.destroy_process_group)
+
+
+def meet(what: str) -> None:
+    """Wait until every process has come here, as each must that is to share the work.
+
+    what: the call that all have to make. Raises ConfigError when some don't come within `PATIENCE_S`: they may never.
+    """
+    if process_count() == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()  # a barrier of torch's own would wait for ever
+    key = f"splaser/{what}/{next(_meetings)}"
+    here, deadline = store.add(key, 1), time.monotonic() + PATIENCE_S
+    while here < process_count():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{here} of {process_count()} processes called {what} within {PATIENCE_S:.0f} s, and all have to, as "
+                "they share the work. Take it out of `if is_main_process`."
+            )
+        time.sleep(0.02)
+        here = store.add(key, 0)
 
 
 def process_count() -> int:
@@ -108,16 +163,21 @@ def in_main(work: Callable[[], None]) -> None:
     gather(work_or_not)
 
 
-def share(items: Sequence[_Item], work: Callable[[list[_Item]], list[_Result]]) -> list[_Result]:
+def share(
+    items: Sequence[_Item], work: Callable[[list[_Item]], list[_Result]], model: nn.Module | None = None
+) -> list[_Result]:
     """Give each process its part of the items, and every process all results, in the items' order.
 
     work: turns a list of items into as many results; a result must be picklable. Every process gets
     equally many items (some twice where the count doesn't divide), since the forward pass of a sharded
-    model has to happen equally often everywhere.
+    model has to happen equally often everywhere. model: what works; where it is tensor parallel, every process gets
+    all items.
     """
     processes = process_count()
     if processes == 1 or not items:
         return work(list(items))
+    if model is not None and is_tensor_parallel(model):
+        return gather(lambda: work(list(items)) if is_main() else work(list(items))[:0])
     rounds = math.ceil(len(items) / processes)
     mine = [items[(turn * processes + process_index()) % len(items)] for turn in range(rounds)]
     results = gather(lambda: work(mine))

@@ -12,7 +12,7 @@ from splaser_plugin.checkpoints.folder import stored_bytes
 from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.data.pairs import PairSet, PairSource, read_pairs_from
 from splaser_plugin.data.split import Split, split_by_prompt, split_by_set
-from splaser_plugin.distributed import in_main
+from splaser_plugin.distributed import in_main, meet
 from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.files.output import check_output, check_space
 from splaser_plugin.files.sources import path_of
@@ -28,6 +28,7 @@ from splaser_plugin.jobs.stages import (
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.scoring.scorers import check_scorers
 from splaser_plugin.search.journal import Journal, LaserJournal
+from splaser_plugin.weights.adapted import weights_of
 from splaser_plugin.weights.in_memory import Weights, model_name
 from splaser_plugin.weights.loading import load_model
 from splaser_plugin.weights.rest import rest_of
@@ -57,6 +58,7 @@ def laser(
     Raises a SplaserError before any weight is changed when something can't be used; whatever is raised later
     leaves the kept changes and no undecided one.
     """
+    meet("laser()")
     config = config or LaserConfig()
     if output is None:
         return _laser(model, pairs, config, tokenizer, Journal(), None, progress)
@@ -96,7 +98,7 @@ def _laser(
                 adapter=config.adapter,
                 allow_pickle=config.allow_pickle,
             )
-    weights = Weights(model)
+    weights = weights_of(model)
     if given is not model:
         weights.rest = rest_of(given, model)
         if weights.rest is not None and weights.rest.note:

@@ -35,7 +35,7 @@ class MarginScorer:
 
     def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
         wanted = [(item, place) for item in items for place in range(len(self.answers[item]))]
-        means = dict(zip(wanted, share(wanted, self._means), strict=True))
+        means = dict(zip(wanted, share(wanted, self._means, self.model), strict=True))
         values = (means[item, 0] - means.get((item, 1), 0.0) for item in items)
         return Scores(tuple(items), tuple(values))
 

@@ -27,7 +27,7 @@ class PerplexityScorer:
         self.batch_size = fitting_batch(batch_size, max(map(len, windows)))
 
     def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
-        return Scores(tuple(items), tuple(share(items, self._means)))
+        return Scores(tuple(items), tuple(share(items, self._means, self.model)))
 
     def _means(self, items: list[int]) -> list[float]:
         starts = [self.windows[item][:1] for item in items]

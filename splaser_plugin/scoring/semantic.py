@@ -60,7 +60,7 @@ class SemanticScorer:
             lengths = [expected.get(item, 0) for item in part]
             return self.generator.answer([self.prompts[item] for item in part], lengths)
 
-        return share(items, generate)
+        return share(items, generate, self.generator.model)
 
 
 def _known_values(items: Sequence[int], answers: Sequence[Answer], like: Scores | None) -> dict[int, float]:

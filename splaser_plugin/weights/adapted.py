@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.func import functional_call
 
 from splaser_plugin.checkpoints.roles import plain_name
+from splaser_plugin.distributed import is_main, reshard
 from splaser_plugin.errors import ModelError
-from splaser_plugin.weights.in_memory import Weights
+from splaser_plugin.weights.in_memory import Weights, gathered
 from splaser_plugin.weights.matrices import Matrix
 
 
@@ -21,30 +24,33 @@ def weights_of(model: Any) -> Weights:
 class MergedWeights(Weights):
     """Reads W + BA, and writes W so that W + BA is what was asked for; the adapters stay as they are.
 
-    model: a `peft.PeftModel`. Raises ModelError for adapters other than plain LoRA.
+    model: a `peft.PeftModel`. Raises ModelError for adapters other than plain LoRA, and for LoRA on a weight that
+    another layer uses too.
     """
 
     def __init__(self, model: Any) -> None:
-        from peft.tuners.lora import LoraLayer
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        super().__init__(model.get_base_model())
-        if self.is_sharded:
-            raise ModelError(
-                f"{type(self.model).__name__} has adapters and is sharded over processes, which can't be lasered in "
-                "place. Save the adapter, and run splaser laser with `--adapter DIR` on the base model."
-            )
+        _check_kind(model)
+        super().__init__(model.get_base_model(), root=model)
         self._layers: dict[str, Any] = {}
         for name, module in self.model.named_modules():
-            if not isinstance(module, BaseTunerLayer):
-                continue
-            if not isinstance(module, LoraLayer) or module.lora_variant or any(module.lora_bias.values()):
+            if _is_adapted(module, name) and not module.merged:
+                own = getattr(module, "parameter_name", "weight")
+                self._layers[str(plain_name(f"{name}.{own}"))] = module
+        sharers: dict[int, list[str]] = {}
+        for name, parameter in self.parameters.items():
+            sharers.setdefault(id(parameter), []).append(name)
+        for name in self._layers:
+            others = [other for other in sharers[id(self.parameters[name])] if other != name]
+            if others:
                 raise ModelError(
-                    f"{name} has an adapter that is no plain LoRA ({type(module).__name__}), which can't be lasered in "
-                    "place. Merge the adapter, save the model, and run splaser laser on it."
+                    f"{name} has an adapter and is the same weight as {others[0]}, which has none, so that no whole "
+                    "model can hold both. Leave it out of target_modules, or untie the two."
                 )
-            if not module.merged:
-                self._layers[f"{name}.weight"] = module
+        if isinstance(self._root, FSDPModule):
+            with torch.no_grad():  # the first forward pass decides which module is FSDP's root: this one has to be
+                model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(iter(self.parameters.values())).device))
+            reshard(self.model)
+            self._gather_root()
 
     def effective(self, name: str) -> Tensor:
         weight = super().effective(name)
@@ -55,6 +61,16 @@ class MergedWeights(Weights):
         if matrix.parameter in self._layers:
             values = values - matrix.view(self._delta(matrix.parameter))
         super().write(matrix, values)
+        self._gather_root()
+
+    def put_back(self, matrix: Matrix, held: Tensor) -> None:
+        super().put_back(matrix, held)
+        self._gather_root()
+
+    def _gather_root(self) -> None:
+        """Gather what of the base model is sharded as a part of the PeftModel, whose forward pass isn't called."""
+        if isinstance(self._root, FSDPModule):
+            self._root.unshard()
 
     def keep_factors(self) -> None:
         raise ModelError(
@@ -64,11 +80,85 @@ class MergedWeights(Weights):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
+        """What a plain checkpoint of the merged model holds."""
+        reshard(self._root)
         named = ((plain_name(name), each) for name, each in self.model.state_dict().items())
         state = {name: each for name, each in named if name is not None}
-        return {name: self.effective(name) if name in self._layers else each for name, each in state.items()}
+        state = {name: self._stored_whole(name) if name in self.parameters else each for name, each in state.items()}
+        self._gather_root()
+        return state
+
+    def _stored_whole(self, name: str) -> Tensor:
+        value = self.effective(name)
+        if not self.is_sharded:
+            return value
+        return value.cpu() if is_main() else torch.empty(0)
 
     def _delta(self, name: str) -> Tensor:
+        """What the active adapters of one layer add to its weight, in the weight's shape and dtype."""
         layer = self._layers[name]
-        deltas = [layer.get_delta_weight(adapter) for adapter in layer.active_adapters if adapter in layer.scaling]
-        return torch.stack(deltas).sum(0).to(layer.weight.dtype)
+        deltas = [_delta_of(layer, adapter) for adapter in layer.active_adapters if adapter in layer.scaling]
+        if not deltas:
+            return torch.zeros_like(super().effective(name))
+        return torch.stack(deltas).sum(0).to(self.parameters[name].dtype)
+
+
+class _Delta(nn.Module):
+    """A layer's `get_delta_weight` as a forward pass, so that `functional_call` can give it other weights."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer: Any = layer
+
+    def forward(self, adapter: str) -> Tensor:
+        delta: Tensor = self.layer.get_delta_weight(adapter)
+        return delta
+
+
+def _delta_of(layer: nn.Module, adapter: str) -> Tensor:
+    adapters = {f"layer.{name}": each for name, each in layer.named_parameters() if name.startswith("lora_")}
+    return functional_call(
+        _Delta(layer), {name: gathered(each.detach()) for name, each in adapters.items()}, (adapter,)
+    )
+
+
+def _check_kind(model: Any) -> None:
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise ModelError(
+            f"{type(model).__name__} got its adapter by add_adapter, so that what it computes can't be saved whole. "
+            "Make the adapted model with peft.get_peft_model."
+        )
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        if config.is_prompt_learning:
+            raise ModelError(
+                f"the model has a trained prompt ({type(config).__name__}), which no weight holds: the lasered model "
+                "would answer without it. Only LoRA can be lasered in place."
+            )
+
+
+def _is_adapted(module: nn.Module, name: str) -> bool:
+    """Whether it has a LoRA adapter. Raises ModelError for an adapter of another kind."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(module, BaseTunerLayer):
+        return False
+    layer: Any = module
+    if not isinstance(module, LoraLayer):
+        raise _no_plain_lora(name, type(module).__module__.split(".")[-2])
+    if layer.lora_variant:
+        kind = type(next(iter(layer.lora_variant.values()))).__name__
+        raise _no_plain_lora(name, kind.removesuffix("Variant").removesuffix("Linear"))
+    if any(layer.lora_bias.values()):
+        raise _no_plain_lora(name, "lora_bias")
+    return True
+
+
+def _no_plain_lora(name: str, kind: str) -> ModelError:
+    return ModelError(
+        f"{name} has an adapter that is no plain LoRA but {kind}, which can't be lasered in place. "
+        "Merge the adapter, save the model, and run splaser laser on it."
+    )

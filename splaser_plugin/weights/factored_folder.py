@@ -7,7 +7,8 @@ configuration says, so whatever loads the folder without knowing of factors stop
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def save_model(weights: Weights, folder: Path, state: Mapping[str, Tensor] | Non
     model: Any = weights.model
     layers = unchanged_factors(weights)
     if not layers:
-        model.save_pretrained(folder, state_dict=state)
+        with _undistributed(model):
+            model.save_pretrained(folder, state_dict=state)
         return
     state = dict(model.state_dict() if state is None else state)
     for name, factors in layers.items():
@@ -42,6 +44,21 @@ def save_model(weights: Weights, folder: Path, state: Mapping[str, Tensor] | Non
         model.save_pretrained(folder, state_dict=state)
     finally:
         delattr(model.config, CONFIG_KEY)
+
+
+@contextmanager
+def _undistributed(model: Any) -> Iterator[None]:
+    """Hide that transformers itself sharded the model: it would gather weights that are whole already, for which it
+    waits for all processes."""
+    distributed = getattr(model.config, "distributed_config", None)
+    if distributed is None:
+        yield
+        return
+    model.config.distributed_config = None
+    try:
+        yield
+    finally:
+        model.config.distributed_config = distributed
 
 
 def unchanged_factors(weights: Weights) -> dict[str, Factors]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from splaser_plugin.checkpoints.identity import identity_of, sampled_places
-from splaser_plugin.distributed import broadcast, is_main, is_sharded
+from splaser_plugin.distributed import broadcast, is_main, is_sharded, reshard
 from splaser_plugin.errors import MatrixError, ModelError, RankError
 from splaser_plugin.weights.factored import FactoredLinear, Factors, as_stored, balanced, is_factorable
 from splaser_plugin.weights.matrices import Matrix, Skipped, model_matrices, named_parameters
@@ -28,9 +28,12 @@ class Weights:
     meta device, or of an encoder-decoder model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, root: nn.Module | None = None) -> None:
+        """root: what `fully_shard` was called on last, where the model is only a part of it."""
         _check(model)
         self.model = model
+        self._root = root or model
+        reshard(self._root)
         self.parameters: dict[str, nn.Parameter] = named_parameters(model)
         self._originals: dict[Matrix, Tensor] | None = None
         self.factors: dict[Matrix, Factors] | None = None
@@ -63,7 +66,7 @@ class Weights:
 
     def effective(self, name: str) -> Tensor:
         """A whole parameter by name, as the model computes with it. Not to be written to."""
-        return _whole(self.parameters[name].detach())
+        return gathered(self.parameters[name].detach())
 
     @property
     def dtype(self) -> str:
@@ -82,11 +85,12 @@ class Weights:
         """What a plain checkpoint of the model holds, for `save_pretrained`; None where that finds it by itself."""
         if not self.is_sharded:
             return None
+        reshard(self._root)
         whole: dict[int, Tensor] = {}
         for name, parameter in self.parameters.items():
             if id(parameter) not in whole:
-                gathered = self.effective(name)
-                whole[id(parameter)] = gathered.cpu() if is_main() else torch.empty(0)
+                value = self.effective(name)
+                whole[id(parameter)] = value.cpu() if is_main() else torch.empty(0)
         buffers = {name: each for name, each in self.model.state_dict().items() if name not in self.parameters}
         return {**buffers, **{name: whole[id(parameter)] for name, parameter in self.parameters.items()}}
 
@@ -129,11 +133,12 @@ class Weights:
         """Set the matrix to `values`, (rows, columns), in place. Every process ends with the same bits."""
         from torch.distributed.tensor import DTensor, distribute_tensor
 
+        reshard(self._root)
         parameter = self.parameters[matrix.parameter].detach()
         if not isinstance(parameter, DTensor):
             matrix.view(parameter).copy_(broadcast(values))
             return
-        whole = _whole(parameter)
+        whole = gathered(parameter)
         matrix.view(whole).copy_(values)
         placed = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
         parameter.to_local().copy_(placed.to_local())
@@ -220,6 +225,7 @@ class Weights:
     @torch.no_grad()
     def put_back(self, matrix: Matrix, held: Tensor) -> None:
         """Undo every change since `hold`, bit for bit."""
+        reshard(self._root)
         self._stored(matrix).copy_(held)
 
     def _stored(self, matrix: Matrix) -> Tensor:
@@ -281,7 +287,8 @@ def _check(model: nn.Module) -> None:
         )
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def gathered(parameter: Tensor) -> Tensor:
+    """All of a parameter, gathered from every process where it is in parts."""
     from torch.distributed.tensor import DTensor
 
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -115,7 +115,7 @@ def test_what_would_stop_the_laser_after_training_stops_it_before(trainer_of, pa
     for callback, error, message in bad:
         with pytest.raises(error, match=message):
             trainer_of(tiny_llama(), callback, Trains()).train()
-    with pytest.raises(ModelError, match=r"no plain LoRA.*Merge the adapter"):
+    with pytest.raises(ModelError, match=r"no plain LoRA but Dora.*Merge the adapter"):
         dora = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
         trainer_of(dora, LaserCallback(pairs=pairs, config=CONFIG), Trains()).train()
     with pytest.raises(PairsError, match=r"leaves no room for an answer in the model's context of 8"):
@@ -160,16 +160,7 @@ def test_quantised_offloaded_and_encoder_decoder_models_are_refused(trainer_of, 
 
 def test_adapters_other_than_plain_lora_are_refused():
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(ModelError, match=r"no plain LoRA.*Merge the adapter"):
+    with pytest.raises(ModelError, match=r"no plain LoRA but Dora.*Merge the adapter"):
         MergedWeights(model)
     with pytest.raises(ModelError, match=r"freeze_to is for full fine-tuning.*lora_config"):
         LaserCallback(when=None, freeze_to="top", top=1)._freeze(None, model)
-
-
-def test_adapters_on_sharded_weights_are_refused():
-    class Sharded(MergedWeights):
-        is_sharded = True
-
-    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ModelError, match=r"has adapters and is sharded.*splaser laser with `--adapter DIR`"):
-        Sharded(model)

@@ -1,0 +1,203 @@
+"""One search under every way to spread a model over two processes: `torchrun ... tests/sharded_runs.py FOLDER MODEL`.
+
+Alone (`python tests/sharded_runs.py FOLDER MODEL`) it is done in one process, without and with LoRA. Each way writes
+FOLDER/WAY.json: the recipe of a search after training and an evaluation, that of a search before training, and the
+logits of what was saved; or FOLDER/WAY.txt: what it was refused with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+import splaser_plugin.distributed
+from splaser_plugin import LaserCallback, LaserConfig, laser
+from splaser_plugin.artifacts.recipe import Recipe
+from splaser_plugin.distributed import is_main
+from splaser_plugin.errors import SplaserError
+
+LAYER = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+FSDP: dict[str, dict[str, Any]] = {
+    "layers": {"fsdp": "full_shard auto_wrap", "fsdp_config": LAYER},
+    "layers-kept": {"fsdp": "shard_grad_op auto_wrap", "fsdp_config": {**LAYER, "reshard_after_forward": False}},
+    "fsdp1": {
+        "fsdp": "full_shard",
+        "fsdp_config": {"version": 1, "sync_module_states": False, "cpu_ram_efficient_loading": False},
+    },
+    "no-wrap": {"fsdp": "full_shard", "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}},
+}
+FSDP2 = [way for way in FSDP if way != "fsdp1"]
+WAYS = ("ddp", *FSDP2, "lora-ddp", *(f"lora-{way}" for way in FSDP2), "tp", "own-fsdp", "loaded-fsdp")
+REFUSED = ("fsdp1", "main-alone")
+AFTER = LaserConfig(
+    embedder="self", max_new_tokens=6, candidates=6, edge="mp", batch_size=2, include=("lm_head", "down_proj", "q_proj")
+)
+BEFORE = LaserConfig(scorer="margin", candidates=8, edge="mp", batch_size=2)
+PAIRS = [
+    {"prompt": "What is the capital of France?", "chosen": "Paris.", "rejected": "Bananas."},
+    {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "Ask somebody else."},
+    {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "Go away."},
+]
+
+
+class Way:
+    """One way, with the models and files it needs."""
+
+    def __init__(self, name: str, folder: Path, source: str) -> None:
+        self.name = name
+        self.folder = folder
+        self.source = source
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.name.removeprefix("lora-") in FSDP
+
+    def model(self, **arguments: Any) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32, **arguments)
+        if not self.name.startswith("lora-"):
+            return model
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(1)
+        lora = LoraConfig(
+            r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        return get_peft_model(model, lora)
+
+    def trained(self, when: str, config: LaserConfig) -> tuple[Recipe, Path]:
+        """A real Trainer: one step, too small to change a weight, with an evaluation."""
+        ids = self.tokenizer("The cat sat on the mat and looked out.")["input_ids"]
+        rows = Dataset.from_list([{"input_ids": ids, "labels": ids}] * 4)
+        out = self.folder / f"{self.name}-{when}"
+        callback = LaserCallback(when=when, pairs=PAIRS, config=config)
+        arguments = TrainingArguments(
+            output_dir=str(out), max_steps=1, per_device_train_batch_size=1, learning_rate=1e-9, report_to=[],
+            save_strategy="no", eval_strategy="steps", eval_steps=1, disable_tqdm=True, optim="adamw_torch",
+            use_cpu=not self.is_sharded, **FSDP.get(self.name.removeprefix("lora-"), {}),
+        )  # fmt: skip
+        trainer = Trainer(
+            self.model(), arguments, train_dataset=rows, eval_dataset=rows, processing_class=self.tokenizer,
+            callbacks=[callback],
+        )  # fmt: skip
+        trainer.train()
+        if when == "before":
+            trainer.save_model(str(out / "saved"))
+        return callback.result.recipe, out / ("lasered" if when == "after" else "saved")
+
+    def own(self, model: Any, config: LaserConfig) -> tuple[Recipe, Path]:
+        """`laser` on a model that its owner spread."""
+        result = laser(model, PAIRS, config=config, tokenizer=self.tokenizer)
+        out = self.folder / f"{self.name}-{config.scorer}"
+        result.save(out)
+        return result.recipe, out
+
+    def spread(self) -> Any:
+        if self.name == "own-fsdp":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+            model = self.model()
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=False)
+            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+            register_fsdp_forward_method(model, "generate")
+            return model
+        from transformers.distributed import DistributedConfig
+
+        size = {"tp": {"tp_size": 2}, "loaded-fsdp": {"fsdp_size": 2}}[self.name]
+        return self.model(distributed_config=DistributedConfig(**size))
+
+    def refused(self) -> str:
+        """What is said to FSDP version 1, or to a `laser` that only the main process calls."""
+        if self.name == "fsdp1":
+            work = partial(self.trained, "after", AFTER)
+        else:
+            splaser_plugin.distributed.PATIENCE_S = 2.0
+            work = partial(self.own, self.model(), AFTER)
+        try:
+            if self.name == "fsdp1" or is_main():
+                work()
+        except SplaserError as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def run(self) -> None:
+        if self.name in REFUSED:
+            said = self.refused()
+            dist.barrier()
+            if is_main():
+                (self.folder / f"{self.name}.txt").write_text(said)
+            return
+        if self.name in ("tp", "own-fsdp", "loaded-fsdp"):
+            found = [self.own(self.spread(), AFTER), self.own(self.spread(), BEFORE)]
+        else:
+            found = [self.trained("after", AFTER), self.trained("before", BEFORE)]
+        if dist.is_initialized():
+            dist.barrier()
+        if is_main():
+            written = [
+                {"steps": recipe.to_dict()["steps"], "scores": dict(recipe.scores), "logits": self.logits(saved)}
+                for recipe, saved in found
+            ]
+            (self.folder / f"{self.name}.json").write_text(json.dumps(written))
+        if dist.is_initialized():
+            dist.barrier()
+
+    def logits(self, saved: Path) -> list[float]:
+        """What the saved model says: some logits, adapters left out, since only the base is in what they belong to."""
+        if not (saved / "config.json").is_file():
+            return []
+        with torch.no_grad():
+            found = AutoModelForCausalLM.from_pretrained(saved)(torch.arange(5, 25)[None]).logits
+        return found[0, :, ::4999].flatten().tolist()
+
+
+@contextmanager
+def sharding_on_cpus() -> Iterator[None]:
+    """Tell accelerate that the CPU is its device: it shards nothing where it is asked for CPUs alone."""
+    own = PartialState._prepare_backend
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda self, cpu, sm, backend=None: ("gloo", DistributedType.MULTI_GPU)
+    try:
+        yield
+    finally:
+        PartialState._prepare_backend = own
+        del os.environ["ACCELERATE_TORCH_DEVICE"]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, source = Path(sys.argv[1]), sys.argv[2]
+    ways = sys.argv[3:] or ((*REFUSED, *WAYS) if "RANK" in os.environ else ("one", "lora-one"))
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    for name in ways:
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        for variable in [each for each in os.environ if each.startswith(("FSDP_", "ACCELERATE_USE_"))]:
+            del os.environ[variable]
+        print(f"--- {name}", file=sys.stderr, flush=True)
+        way = Way(name, folder, source)
+        with sharding_on_cpus() if way.is_sharded else nullcontext():
+            way.run()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
