@@ -43,6 +43,15 @@ def freeze_all_but(model: nn.Module, names: Collection[str]) -> None:
         parameter.requires_grad_(name in wanted)
 
 
+def head_of(model: Any) -> list[nn.Parameter]:
+    """What a task adds to a base model, as a classifier's head: not trained yet. Nothing of a language model."""
+    base = getattr(model, "base_model", model)
+    if base is model or model.get_output_embeddings() is not None:
+        return []
+    of_base = {id(parameter) for parameter in base.parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in of_base]
+
+
 def check_trained(model: nn.Module, names: Collection[str]) -> None:
     """Make sure that the named matrices are trained, whole or by LoRA, and nothing else.
 

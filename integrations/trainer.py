@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,14 @@ from splaser_plugin.data.pairs import PairSet
 from splaser_plugin.data.split import Split
 from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.files.output import check_output
-from splaser_plugin.integrations.freeze import freeze_all_but
+from splaser_plugin.integrations.freeze import freeze_all_but, head_of
 from splaser_plugin.integrations.training import (
     TRAINER,
     Training,
-    TrainingProgress,
+    check_saves,
     check_sharding,
-    lasered_folder,
     undisturbed,
+    warn_of_reference,
 )
 from splaser_plugin.jobs.laser import LaserResult, laser_weights, read_pairs
 from splaser_plugin.scanning.scan import scan_source
@@ -31,12 +33,25 @@ from splaser_plugin.scanning.selection import choose
 from splaser_plugin.scoring.embedding import SentenceEmbedder
 from splaser_plugin.scoring.scorers import Scorers, check_scorers
 from splaser_plugin.search.prediction import check_predictable
-from splaser_plugin.weights.adapted import weights_of
-from splaser_plugin.weights.in_memory import Weights, model_name
+from splaser_plugin.weights.adapted import BaseWeights, restore_base, weights_of
+from splaser_plugin.weights.in_memory import Weights, check_generates, model_name
 
 logger = logging.getLogger(__name__)
 
 WHEN = ("before", "init", "after")
+LASERED, BASE = "lasered", "lasered_base"
+"""Folders of the output: the model lasered after training, and the lasered base that an adapter was trained on."""
+NOT_AT_INIT = (
+    "the model that is trained isn't the one that the callback saw while the trainer was made: model_init made a new "
+    "one, or the callback was added later."
+)
+FREEZE_THERE = (
+    "Freeze in model_init, by splaser_plugin.integrations.freeze.freeze_all_but(model, names); or, without model_init, "
+    f"give the callback to the trainer's callbacks=, or use {TRAINER}."
+)
+
+_LASERED_AFTER: weakref.WeakKeyDictionary[Any, weakref.ref[LaserCallback]] = weakref.WeakKeyDictionary()
+"""Which callback will laser a model at the end of its training."""
 
 Pairs = str | Path | PairSet | Iterable[Mapping[str, Any]]
 
@@ -92,6 +107,8 @@ class LaserCallback(TrainerCallback):
         self.result: LaserResult | None = None
         self.selection: Any = None
         self._split: Split | None = None
+        self._seconds = 0.0
+        self._prepared: weakref.ref[Any] | None = None
         if trainer is not None:
             self._at_init(Training.of_trainer(trainer))
 
@@ -104,30 +121,44 @@ class LaserCallback(TrainerCallback):
         training = self._training(args, state, event)
         self._check(training)
         self._move(first=True)
+        is_prepared = self._prepared is not None and self._prepared() is training.model
         if self.trainer is None and args.report_to and self.when is not None:
             logger.warning(
                 "the laser's metrics go to the state's log_history; %s sends them to %s too.",
                 TRAINER,
                 ", ".join(args.report_to),
             )
+        if self.freeze_to is not None and not is_prepared:
+            raise ModelError(f"freeze_to: {NOT_AT_INIT} {FREEZE_THERE}")
         if self.when == "before" and state.global_step > 0:
-            logger.warning("resumed at step %d: the laser before training is not repeated.", state.global_step)
-        elif self.when == "before":
-            training.log(self._laser(training))
-        elif self.when == "init" and self.result is not None:
-            training.log(self._metrics(self.result))
+            self._resume(training)
         elif self.when == "after":
             self._check_what_training_would_be_lost_on(training)
+        elif self.when is not None:
+            if not is_prepared and self.when == "init":
+                logger.warning("%s It is lasered now, as with when='before'.", NOT_AT_INIT)
+            result = self.result if is_prepared and self.result else self._laser(training)
+            training.log(self._metrics(result))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         self._move(first=False)
+        training = self._training(args, state, event)
+        is_adapted = hasattr(training.model, "peft_config")
+        if self.when == "before":
+            self._prepared = None
+        if self.when in ("before", "init") and is_adapted:
+            training.progress.result("base of the adapter", str(training.folder(BASE)))
         if self.when != "after":
             return
-        training = self._training(args, state, event)
-        training.log(self._laser(training))
-        if self.result is not None:
-            written = self.result.save(lasered_folder(args), overwrite=True)
-            logger.info("the lasered model is in %s", written)
+        _LASERED_AFTER.pop(training.model, None)
+        if state.is_hyper_param_search and state.global_step < state.max_steps and not control.should_training_stop:
+            logger.warning("this trial was pruned at step %d, so it isn't lasered.", state.global_step)
+            return
+        result = self._laser(training)
+        training.log(self._metrics(result))
+        training.progress.result("lasered model", str(result.save(training.folder(LASERED), overwrite=True)))
+        if is_adapted:
+            training.progress.result("adapter", "save_model() and checkpoints hold it as trained, without the laser")
         if state.is_world_process_zero:
             state.save_to_json(str(Path(str(args.output_dir)) / "trainer_state.json"))
 
@@ -144,28 +175,41 @@ class LaserCallback(TrainerCallback):
         handler.callbacks = [self, *others] if first else [*others, self]
 
     def _check(self, training: Training) -> None:
-        check_sharding(training.args, training.model, lasers=self.when is not None)
+        check_sharding(training.args, training.model, lasers=self.when in ("before", "after"))
+        if self.when is not None:
+            check_generates(training.model)
         with undisturbed():
             weights_of(training.model).check_dense()
 
     def _at_init(self, training: Training) -> None:
         self._check(training)
+        if training.remakes_model:
+            if self.freeze_to is not None:
+                raise ModelError(f"freeze_to: model_init makes a new model as training begins. {FREEZE_THERE}")
+            return
         if self.when == "init":
+            warn_of_reference(training)
             self._laser(training)
         if self.freeze_to is not None:
             with undisturbed():
                 self.selection = self._freeze(training.args, training.model)
+            self._prepared = weakref.ref(training.model)
 
     def _check_what_training_would_be_lost_on(self, training: Training) -> None:
         """Raise now what would otherwise be raised after hours of training."""
         model = training.model
+        other = _LASERED_AFTER.get(model, lambda: None)()
+        if other not in (None, self):
+            raise ConfigError("two LaserCallbacks would laser this model after training. Leave one out.")
+        _LASERED_AFTER[model] = weakref.ref(self)
+        check_saves(model)
         if self.config.save == "factored":
             weights_of(model).keep_factors()
         if self.config.rank_by == "gradient":
             check_predictable(weights_of(model))
         with undisturbed():
             self._split = self._read_pairs(training)
-            check_output(lasered_folder(training.args), overwrite=True, inputs=(model_name(model),))
+            check_output(training.folder(LASERED), overwrite=True, inputs=(model_name(model),))
             check_scorers(self.config)
             scorers, used = Scorers(model, training.tokenizer, self.config), self.config.scorers
             if "perplexity" in used:
@@ -179,8 +223,13 @@ class LaserCallback(TrainerCallback):
         is_given = self.pairs is not None or not self.config.needs_pairs
         return read_pairs(self.pairs if is_given else training.pairs(), self.config)
 
-    def _laser(self, training: Training) -> dict[str, float]:
+    def _laser(self, training: Training) -> LaserResult:
+        """Laser the model, and save the base that its adapters are to be trained on."""
         started = time.monotonic()
+        keeps_base = self.when != "after" and hasattr(training.model, "peft_config")
+        if keeps_base:
+            check_saves(training.model)
+            check_output(training.folder(BASE), overwrite=True, inputs=(model_name(training.model),))
         with undisturbed():
             self.result = laser_weights(
                 weights_of(training.model),
@@ -188,10 +237,21 @@ class LaserCallback(TrainerCallback):
                 self._split or self._read_pairs(training),
                 config=self.config,
                 name=model_name(training.model),
-                progress=TrainingProgress(is_quiet=bool(training.args.disable_tqdm)),
+                progress=training.progress,
             )
         self._seconds = round(time.monotonic() - started, 3)
-        return self._metrics(self.result)
+        self._prepared = weakref.ref(training.model)
+        if keeps_base:
+            replace(self.result, weights=BaseWeights(training.model)).save(training.folder(BASE), overwrite=True)
+        return self.result
+
+    def _resume(self, training: Training) -> None:
+        """The checkpoint has what was trained: under full fine-tuning the lasered weights, else adapters alone."""
+        logger.warning("resumed at step %d: the laser before training is not repeated.", training.state.global_step)
+        if hasattr(training.model, "peft_config"):
+            with undisturbed():
+                restore_base(training.model, training.folder(BASE))
+            training.progress.result("base of the adapter", f"restored from {training.folder(BASE)}")
 
     def _metrics(self, result: LaserResult) -> dict[str, float]:
         found = result.search
@@ -215,9 +275,12 @@ class LaserCallback(TrainerCallback):
                 "freeze_to is for full fine-tuning, and this model has adapters. Give PEFT the LoraConfig of "
                 "splaser_plugin.integrations.peft.lora_config instead."
             )
+        head = head_of(model)
         scan = scan_source(Weights(model), config=self.config, name=getattr(model.config, "_name_or_path", ""))
         selection = choose(scan, top=self.top, fraction=self.fraction, by=self.by)
         freeze_all_but(model, selection.names)
+        for parameter in head:
+            parameter.requires_grad_(True)
         checkpointing: Any = args.gradient_checkpointing_kwargs or {}
         if args.gradient_checkpointing and checkpointing.get("use_reentrant", True):
             model.enable_input_require_grads()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerState, TrainingArguments
 
 from splaser_plugin.distributed import best_device, is_main
-from splaser_plugin.errors import ModelError, PairsError
+from splaser_plugin.errors import ModelError, PairsError, first_line_of
 from splaser_plugin.progress import Advance, Progress, ignore
 
 logger = logging.getLogger(__name__)
@@ -41,12 +42,17 @@ class Training:
     data: tuple[Any, ...]
     """Data sets that may hold pairs, those to prefer first."""
     log: Callable[[dict[str, float]], None]
+    state: TrainerState
+    remakes_model: bool = False
+    """Whether the trainer makes another model as training begins."""
 
     @classmethod
     def of_trainer(cls, trainer: Any) -> Training:
         """All of it: evaluation data before training data, and metrics to each of the trainer's reporters."""
         data = (trainer.eval_dataset, trainer.train_dataset)
-        return cls(trainer.args, unwrapped(trainer.model), trainer.processing_class, data, trainer.log)
+        remakes = trainer.model_init is not None and not trainer.is_in_train
+        model = unwrapped(trainer.model)
+        return cls(trainer.args, model, trainer.processing_class, data, trainer.log, trainer.state, remakes)
 
     @classmethod
     def of_event(cls, args: TrainingArguments, state: TrainerState, event: Mapping[str, Any]) -> Training:
@@ -57,7 +63,19 @@ class Training:
             state.log_history.append({**metrics, **epoch, "step": state.global_step})
 
         data = (getattr(event.get("train_dataloader"), "dataset", None),)
-        return cls(args, unwrapped(event["model"]), event.get("processing_class"), data, log)
+        return cls(args, unwrapped(event["model"]), event.get("processing_class"), data, log, state)
+
+    @property
+    def progress(self) -> Progress:
+        return TrainingProgress(is_quiet=bool(self.args.disable_tqdm))
+
+    def folder(self, name: str) -> Path:
+        """Where something goes: into the output folder, in a search for hyper-parameters into one of the trial's."""
+        out = Path(str(self.args.output_dir))
+        if not self.state.is_hyper_param_search:
+            return out / name
+        options = ",".join(f"{key}={value}" for key, value in (self.state.trial_params or {}).items())
+        return out / re.sub(r"[^\w.,=+-]", "_", self.state.trial_name or options)[:200] / name
 
     @property
     def tokenizer(self) -> Any:
@@ -161,6 +179,18 @@ def undisturbed() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def lasered_folder(args: TrainingArguments) -> Path:
-    """Where the model lasered after training goes."""
-    return Path(str(args.output_dir)) / "lasered"
+def check_saves(model: Any) -> None:
+    """Raise ModelError for settings of generation that transformers refuses to save."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        raise ModelError(
+            f"the model's generation_config can't be saved ({first_line_of(error)}). Mend model.generation_config."
+        ) from error
+
+
+def warn_of_reference(training: Training) -> None:
+    """Say that a reference which is computed with this model is lasered too."""
+    precomputed = getattr(training.args, "precompute_ref_log_probs", None)
+    if precomputed or (precomputed is not None and hasattr(training.model, "peft_config")):
+        logger.warning("the reference of this training is the lasered model, as it is computed with the same weights.")

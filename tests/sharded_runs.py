@@ -183,7 +183,7 @@ def sharding_on_cpus() -> Iterator[None]:
 def main() -> None:
     torch.set_num_threads(1)
     folder, source = Path(sys.argv[1]), sys.argv[2]
-    ways = sys.argv[3:] or ((*REFUSED, *WAYS) if "RANK" in os.environ else ("one", "lora-one"))
+    ways = sys.argv[3:] or ((*WAYS, *REFUSED) if "RANK" in os.environ else ("one", "lora-one"))
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     for name in ways:

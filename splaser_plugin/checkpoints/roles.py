@@ -53,7 +53,7 @@ def roles(model: nn.Module) -> list[Role]:
 def plain_name(name: str) -> str | None:
     """What the base model calls a weight that PEFT has wrapped; None for what belongs to an adapter."""
     segments = name.split(".")
-    if "original_module" in segments or any(segment.startswith("lora_") for segment in segments):
+    if "original_module" in segments or any(segment.startswith(("lora_", "ranknum")) for segment in segments):
         return None
     if "modules_to_save" in segments:
         place = segments.index("modules_to_save")

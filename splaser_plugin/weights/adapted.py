@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,15 +86,9 @@ class MergedWeights(Weights):
         reshard(self._root)
         named = ((plain_name(name), each) for name, each in self.model.state_dict().items())
         state = {name: each for name, each in named if name is not None}
-        state = {name: self._stored_whole(name) if name in self.parameters else each for name, each in state.items()}
+        state = {name: _for_saving(self, name) if name in self.parameters else each for name, each in state.items()}
         self._gather_root()
         return state
-
-    def _stored_whole(self, name: str) -> Tensor:
-        value = self.effective(name)
-        if not self.is_sharded:
-            return value
-        return value.cpu() if is_main() else torch.empty(0)
 
     def _delta(self, name: str) -> Tensor:
         """What the active adapters of one layer add to its weight, in the weight's shape and dtype."""
@@ -101,6 +97,62 @@ class MergedWeights(Weights):
         if not deltas:
             return torch.zeros_like(super().effective(name))
         return torch.stack(deltas).sum(0).to(self.parameters[name].dtype)
+
+
+class BaseWeights(Weights):
+    """The weights that adapters are trained on, without what the adapters have or replace.
+
+    model: a `peft.PeftModel`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model.get_base_model(), root=model)
+        named = ((_base_name(name), each) for name, each in self.model.named_parameters(remove_duplicate=False))
+        self.parameters = {name: each for name, each in named if name is not None}
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a plain checkpoint of the base model holds."""
+        reshard(self._root)
+        named = ((_base_name(name), each) for name, each in self.model.state_dict().items())
+        state = {name: each for name, each in named if name is not None}
+        return {name: _for_saving(self, name) if name in self.parameters else each for name, each in state.items()}
+
+
+def restore_base(model: Any, folder: Path) -> None:
+    """Give the base model under adapters the matrices of a lasered base that `BaseWeights` was saved as.
+
+    Raises ModelError when it isn't there.
+    """
+    if not (folder / "recipe.json").is_file():
+        raise ModelError(
+            f"the adapter was trained on a lasered base, and {folder} isn't there any more. Put it back, or begin anew."
+        )
+    recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    settings, steps = recipe["settings"], {step["name"] for step in recipe["steps"]}
+    weights = BaseWeights(model)
+    kind: Any = next(each for each in type(weights.model).__mro__ if not issubclass(each, FSDPModule))
+    stored = kind.from_pretrained(folder, dtype=next(iter(weights.parameters.values())).dtype)
+    matrices, _ = weights.matrices(settings.get("include", ()), settings.get("exclude", ()))
+    for matrix in matrices:
+        if matrix.name in steps:
+            device = weights.parameters[matrix.parameter].device
+            weights.write(matrix, matrix.view(stored.get_parameter(matrix.parameter).detach()).to(device))
+
+
+def _for_saving(weights: Weights, name: str) -> Tensor:
+    value = weights.effective(name)
+    if not weights.is_sharded:
+        return value
+    return value.cpu() if is_main() else torch.empty(0)
+
+
+def _base_name(name: str) -> str | None:
+    """What a plain base model calls a weight that adapters are trained on; None for what is the adapters'."""
+    segments = name.split(".")
+    if "modules_to_save" in segments or any(segment.startswith(("lora_", "ranknum")) for segment in segments):
+        return None
+    return ".".join(segment for segment in segments if segment not in ("base_layer", "original_module"))
 
 
 class _Delta(nn.Module):

@@ -265,6 +265,18 @@ class Attempt:
         self._held = None
 
 
+def check_generates(model: Any) -> None:
+    """Raise ModelError for a model that writes no text."""
+    kind = type(model).__name__
+    if not hasattr(model, "can_generate"):
+        raise ModelError(f"{kind} is no transformers model. Give the transformers model that is inside it.")
+    if not model.can_generate():
+        raise ModelError(
+            f"{kind} writes no text, and only causal language models can be lasered. It can be scanned, and trained in "
+            "part (freeze_to='top', when=None)."
+        )
+
+
 def model_name(model: nn.Module) -> str:
     """Where the model came from, as far as it knows: a folder or hub id, else its class."""
     return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__

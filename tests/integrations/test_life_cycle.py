@@ -1,0 +1,193 @@
+"""The callback in the ways in which trainings begin, go on and end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, Trainer, TrainerCallback
+
+from splaser_plugin import LaserCallback, LaserConfig
+from splaser_plugin.errors import ConfigError, ModelError
+from tests.builders import changed, states, tiny_llama
+from tests.integrations.trainings import CONFIG, steps_of, training_arguments
+
+LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+
+
+def adapted(**changes):
+    torch.manual_seed(1)
+    return get_peft_model(tiny_llama(), LoraConfig(**{**LORA, **changes}))
+
+
+def base_of(model):
+    return {name: each for name, each in states(model).items() if "lora_" not in name}
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=torch.arange(5, 25)[None]).logits
+
+
+class AtFirstStep(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **rest):
+        if not state.global_step:
+            self.weights = states(model)
+
+
+@pytest.fixture
+def remaking(tmp_path, tokens, tokenizer):
+    """A trainer that makes its model as training begins."""
+
+    def make(*callbacks, **changes):
+        return Trainer(
+            model_init=lambda: tiny_llama(), args=training_arguments(tmp_path / "run", **changes), train_dataset=tokens,
+            eval_dataset=tokens, processing_class=tokenizer, callbacks=list(callbacks),
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.mark.parametrize("with_trainer", [False, True])
+def test_the_model_that_model_init_makes_is_the_one_that_is_lasered(with_trainer, remaking, pairs):
+    callback, first = LaserCallback(when="init", pairs=pairs, config=CONFIG), AtFirstStep()
+    trainer = remaking(first) if with_trainer else remaking(callback, first)
+    if with_trainer:
+        callback = LaserCallback(when="init", pairs=pairs, config=CONFIG, trainer=trainer)
+        assert callback.result is None
+        trainer.callback_handler.callbacks.insert(0, callback)
+    trainer.train()
+    assert changed(states(tiny_llama()), first.weights) == steps_of(callback) != set()
+
+
+def test_what_model_init_makes_is_not_frozen_so_that_is_refused_before_training(remaking):
+    trainer = remaking(LaserCallback(when=None, freeze_to="top", top=1))
+    with pytest.raises(ModelError, match=r"isn't the one.*model_init.*freeze_all_but\(model, names\)"):
+        trainer.train()
+    with pytest.raises(ModelError, match=r"model_init makes a new model.*freeze_all_but\(model, names\)"):
+        LaserCallback(when=None, freeze_to="top", top=1, trainer=remaking())
+
+
+def test_added_later_it_lasers_as_training_begins_and_freezes_nothing(trainer_of, pairs):
+    model, first = tiny_llama(), AtFirstStep()
+    trainer = trainer_of(model)
+    callback = LaserCallback(when="init", pairs=pairs, config=CONFIG)
+    trainer.add_callback(callback)
+    trainer.add_callback(first)
+    trainer.train()
+    assert changed(states(tiny_llama()), first.weights) == steps_of(callback) != set()
+    trainer = trainer_of(tiny_llama())
+    trainer.add_callback(LaserCallback(when=None, freeze_to="top", top=1))
+    with pytest.raises(ModelError, match=r"added later.*LaserCallback\(trainer=trainer"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("init", [True, False], ids=["zero", "random"])
+@pytest.mark.parametrize("when", ["before", "init"])
+def test_under_lora_the_lasered_base_is_saved_and_restored_when_training_goes_on(
+    when, init, trainer_of, pairs, tmp_path
+):
+    def run(steps, **resume):
+        model = adapted(init_lora_weights=init)
+        callback = LaserCallback(when=when, pairs=pairs, config=CONFIG)
+        trainer = trainer_of(model, callback, max_steps=steps, save_strategy="steps", save_steps=1)
+        trainer.train(**resume)
+        return model, callback, [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+    model, callback, losses = run(2)
+    assert callback.result.search.kept
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "lasered_base")
+    adapter = PeftModel.from_pretrained(base, str(tmp_path / "run" / "checkpoint-2"))
+    torch.testing.assert_close(logits(adapter), logits(model), rtol=1e-4, atol=1e-4)
+    again, _, resumed = run(2, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert resumed == losses
+    assert not changed(base_of(model), base_of(again))
+
+
+def test_without_the_lasered_base_an_adapter_is_not_trained_on(trainer_of, pairs, tmp_path):
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    trainer_of(adapted(), max_steps=1, save_strategy="steps", save_steps=1).train()
+    trainer = trainer_of(adapted(), LaserCallback(when="before", pairs=pairs, config=CONFIG))
+    with pytest.raises(ModelError, match=r"was trained on a lasered base, and .*lasered_base isn't there"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_smaller_batch_after_too_little_memory_is_no_second_laser(tmp_path, tokens, tokenizer, pairs, monkeypatch):
+    class Cramped(Trainer):
+        def training_step(self, model, inputs, *rest, **named):
+            if len(inputs["input_ids"]) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().training_step(model, inputs, *rest, **named)
+
+    monkeypatch.setattr("splaser_plugin.search.acceptance.Improve.accepts", lambda rule, scores, best: True)
+    model, first = tiny_llama(), AtFirstStep()
+    callback = LaserCallback(when="before", pairs=pairs, config=CONFIG)
+    arguments = training_arguments(tmp_path / "run", auto_find_batch_size=True, per_device_train_batch_size=4)
+    trainer = Cramped(model, arguments, train_dataset=tokens, processing_class=tokenizer, callbacks=[callback, first])
+    trainer.train()
+    assert changed(states(tiny_llama()), first.weights) == steps_of(callback)
+    assert len(steps_of(callback)) == 4
+    assert "laser/score_after" in trainer.state.log_history[0]
+
+
+def test_two_callbacks_that_laser_the_same_model_after_training_are_refused(trainer_of, pairs):
+    both = [LaserCallback(pairs=pairs, config=CONFIG) for _ in range(2)]
+    trainer = trainer_of(tiny_llama(), *both)
+    with pytest.raises(ConfigError, match="two LaserCallbacks would laser this model after training"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_each_trial_of_a_search_is_lasered_into_its_own_folder_and_pruned_ones_are_not(remaking, pairs, tmp_path):
+    optuna = pytest.importorskip("optuna")
+    callback = LaserCallback(pairs=pairs, config=CONFIG)
+    trainer = remaking(callback, eval_strategy="steps", eval_steps=1)
+    pruned = []
+
+    class PruneThird(optuna.pruners.BasePruner):
+        def prune(self, study, trial):
+            pruned.append(trial.number)
+            return trial.number == 2
+
+    rates = iter([1e-3, 1e-4, 1e-5])
+    trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", [next(rates)])},
+        compute_objective=lambda metrics: metrics["eval_loss"], n_trials=3, backend="optuna", pruner=PruneThird(),
+    )  # fmt: skip
+    assert 2 in pruned
+    found = sorted(str(path.parent.relative_to(tmp_path / "run")) for path in (tmp_path / "run").glob("*/lasered"))
+    assert found == ["learning_rate=0.0001", "learning_rate=0.001"]
+
+
+def test_models_that_write_no_text_are_refused_at_once_but_may_be_frozen(trainer_of, pairs):
+    config = tiny_llama().config
+    for when in ("init", "before", "after"):
+        with pytest.raises(ModelError, match=r"LlamaForSequenceClassification writes no text.*freeze_to='top'"):
+            trainer_of(LlamaForSequenceClassification(config), LaserCallback(when=when, pairs=pairs, config=CONFIG))
+    model = LlamaForSequenceClassification(config)
+    trainer_of(model, LaserCallback(when=None, freeze_to="top", top=1))
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    assert "score.weight" in trained
+    assert len(trained) == 8
+
+
+def test_trained_prompts_are_refused_at_once(trainer_of, pairs):
+    model = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ModelError, match=r"has a trained prompt \(PromptTuningConfig\).*Only LoRA"):
+        trainer_of(model, LaserCallback(pairs=pairs, config=CONFIG))
+
+
+def test_settings_of_generation_that_cannot_be_saved_are_refused_before_training(trainer_of, pairs):
+    model = tiny_llama()
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.6
+    trainer = trainer_of(model, LaserCallback(pairs=pairs, config=CONFIG))
+    with pytest.raises(ModelError, match=r"generation_config can't be saved .*Mend model\.generation_config"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_normal_script_sees_what_the_laser_did(trainer_of, pairs, capsys):
+    trainer_of(adapted(), LaserCallback(pairs=pairs, config=LaserConfig(scorer="margin", candidates=1))).train()
+    said = capsys.readouterr().err
+    for line in ("laser: kept: ", "laser: score: ", "laser: lasered model: ", "laser: adapter: save_model()"):
+        assert line in said
