@@ -12,6 +12,8 @@ from splaser_plugin.errors import ConfigError, ModelError
 from tests.builders import changed, states, tiny_llama
 from tests.integrations.trainings import CONFIG, steps_of, training_arguments
 
+pytestmark = pytest.mark.slow
+
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 
 
