@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerState, TrainingArguments
 
 from splaser_plugin.distributed import best_device, is_main
-from splaser_plugin.errors import ModelError, PairsError, first_line_of
+from splaser_plugin.errors import ModelError, PairsError
+from splaser_plugin.files.text import first_line_of
 from splaser_plugin.progress import Advance, Progress, ignore
 
 logger = logging.getLogger(__name__)
