@@ -1,0 +1,261 @@
+"""Every architecture of transformers at a tiny size: what splaser knows of it, against the loaded model.
+
+    python tests/architectures/sweep.py [--kinds all] [--only llama,gpt2] [--results FILE] [--table docs/models.md]
+
+For each model type a random model of a few thousand parameters is made from its configuration's own defaults, made
+small by the usual names of sizes, and saved. Columns: `scan` (the folder's matrices, names, types and weights are the
+loaded model's), `lora` (PEFT adapts exactly the chosen matrices, or it is refused), `unfrozen` (the same for Axolotl's
+rule), `reduce` (one matrix of each type reduced and saved: nothing else has changed, and it loads again). Results are
+appended to a file as they come; types that are in it are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "attention_hidden_size"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "dff", "n_inner", "ffn_hidden_size", "d_inner"), 48),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "depth"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads"), 2),
+    **dict.fromkeys(("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_channels"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "embedding_size"), 16),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts"), 1),
+    **dict.fromkeys(("state_size", "mamba_d_state", "time_step_rank", "ssm_state_size", "laurel_rank"), 8),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 128),
+    **dict.fromkeys(("image_size",), 28),
+    **dict.fromkeys(("patch_size",), 14),
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "hidden_size_per_layer_input": 8,
+    "max_position_embeddings": 64,
+    "n_positions": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+UNSET = frozenset({"n_routed_experts", "n_shared_experts", "moe_intermediate_size"})
+"""Sizes that are given where the defaults have none."""
+MOST_PARAMETERS = 20_000_000
+
+
+def model_types(kinds: str) -> list[str]:
+    """The model types of transformers' own mappings: causal language models, multimodal ones, or all."""
+    from transformers.models.auto import modeling_auto
+
+    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    multimodal = set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    return sorted({"causal": causal, "multimodal": multimodal, "all": causal | multimodal}[kinds])
+
+
+def tiny_config(kind: str) -> Any:
+    """The type's configuration with its sizes made small, those of its parts too."""
+    from transformers import AutoConfig
+
+    plain = AutoConfig.for_model(kind)
+    return AutoConfig.for_model(kind, **_small(plain))
+
+
+def _small(config: Any) -> dict[str, Any]:
+    given = config.to_dict()
+    values = {
+        name: size for name, size in SIZES.items() if name in given and (given[name] is not None or name in UNSET)
+    }
+    for part in config.sub_configs:
+        if hasattr(inner := getattr(config, part, None), "to_dict"):
+            values[part] = {"model_type": inner.model_type, **_small(inner)}
+    return values
+
+
+def run(kind: str) -> dict[str, str]:
+    """What holds for one architecture: each column `ok`, or why not."""
+    from splaser_plugin.checkpoints.skeleton import answering_class, empty_model
+
+    torch.manual_seed(0)
+    try:
+        config = tiny_config(kind)
+        empty = empty_model(config, Path(kind))
+        if sum(each.numel() for each in empty.parameters()) > MOST_PARAMETERS:
+            return {"built": "no: its default sizes have other names than the usual"}
+        model = answering_class(config).from_config(config).eval()
+    except Exception as error:
+        return {"built": f"no: {type(error).__name__}: {' '.join(str(error).split())[:100]}"}
+    found = {"built": "ok"}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        try:
+            model.save_pretrained(folder)
+        except Exception as error:
+            return {"built": f"no: can't be saved: {type(error).__name__}: {str(error)[:100]}"}
+        for column, check in {"scan": _scan, "lora": _lora, "unfrozen": _unfrozen, "reduce": _reduce}.items():
+            try:
+                found[column] = check(folder)
+            except Exception as error:
+                found[column] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return found
+
+
+def _loaded(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    from splaser_plugin.checkpoints.skeleton import answering_class
+
+    return answering_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
+
+
+def _scan(folder: Path) -> str:
+    from splaser_plugin.checkpoints.checkpoint import open_checkpoint
+    from splaser_plugin.weights.matrices import model_matrices
+    from splaser_plugin.weights.stored import StoredWeights
+
+    stored = StoredWeights(open_checkpoint(folder))
+    if stored.note:
+        return f"names {stored.note}"
+    model = _loaded(folder)
+    matrices = stored.matrices(towers=True)[0]
+    live = {each.name: each for each in model_matrices(model, towers=True)[0]}
+    if {each.name: each for each in matrices} != live:
+        names = {each.name for each in matrices} ^ live.keys()
+        return f"differs from the loaded model in {len(names)} names: {min(names, default='types or shapes')}"
+    if any(not each.type for each in matrices):
+        return "an empty type"
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for matrix, weight in stored.read(matrices):
+        if not torch.equal(weight, matrix.view(parameters[matrix.parameter])):
+            return f"other weights in {matrix.name}"
+    return "ok"
+
+
+def _selection(folder: Path) -> Any:
+    from splaser_plugin import scan
+    from splaser_plugin.config.stages import SelectConfig
+    from splaser_plugin.scanning.selection import choose
+
+    found = scan(folder)
+    kinds = tuple({each.type for each in found.matrices if not each.name.endswith("]")})
+    return choose(found, SelectConfig(top=1, types=kinds))
+
+
+def _lora(folder: Path) -> str:
+    from peft import get_peft_model
+
+    from splaser_plugin.errors import MatrixError
+    from splaser_plugin.integrations.check import check_adapters
+    from splaser_plugin.integrations.peft import adapted_modules, lora_config
+    from splaser_plugin.scanning.selection import lora_targets
+
+    try:
+        selection = _selection(folder)
+        check_adapters(selection, str(folder), target_modules=lora_targets(selection))
+    except MatrixError as error:
+        return f"refused: {str(error).partition(': ')[2][:100]}"
+    adapted = set(adapted_modules(get_peft_model(_loaded(folder), lora_config(selection, rank=2))))
+    return "ok" if adapted == set(selection.names) else f"silently others: {min(adapted ^ set(selection.names))}"
+
+
+def _unfrozen(folder: Path) -> str:
+    from splaser_plugin.integrations.check import check_unfrozen
+    from splaser_plugin.integrations.configs.axolotl import unfrozen_patterns
+
+    selection = _selection(folder)
+    check_unfrozen(selection, str(folder), unfrozen_patterns(selection))
+    return "ok"
+
+
+def _reduce(folder: Path) -> str:
+    from splaser_plugin.weights.in_memory import Weights
+
+    model = _loaded(folder)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    weights = Weights(model)
+    by_type = {each.type: each for each in weights.matrices()[0] if min(each.shape) > 1}
+    for matrix in by_type.values():
+        weights.reduce(matrix, 1)
+    again = folder.parent / "reduced"
+    model.save_pretrained(again)
+    after = _loaded(again).state_dict()
+    changed = {name for name, each in after.items() if not torch.equal(each, before[name])}
+    expected = {each.parameter for each in by_type.values()}
+    if changed != expected:
+        return f"after loading again {min(changed ^ expected)} is another"
+    return "ok"
+
+
+def table(results: dict[str, dict[str, str]]) -> str:
+    """The results as a Markdown table, with counts above it."""
+    columns = ("scan", "lora", "unfrozen", "reduce")
+    built = {kind: each for kind, each in results.items() if each["built"] == "ok"}
+    counts = {column: Counter(_word(each.get(column, "")) for each in built.values()) for column in columns}
+    lines = [
+        "# Architectures",
+        "",
+        "Made by `make test-architectures`, with the installed transformers: random models of a tiny size. What",
+        "the columns say stands in `tests/architectures/sweep.py`. Types whose generic tiny configuration transformers",
+        "itself refuses are counted and not listed.",
+        "",
+        f"{len(results)} model types, {len(built)} built.",
+        "",
+    ]
+    lines += [
+        f"- {column}: {', '.join(f'{n} {word}' for word, n in counts[column].most_common())}" for column in columns
+    ]
+    lines += ["", f"| type | {' | '.join(columns)} |", "|" + " --- |" * (len(columns) + 1)]
+    lines += [
+        f"| {kind} | {' | '.join(_cell(each.get(column, '')) for column in columns)} |" for kind, each in built.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _word(value: str) -> str:
+    return value if value == "ok" else "refused" if value.startswith("refused") else "not"
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Every architecture of transformers at a tiny size.")
+    parser.add_argument("--kinds", choices=("causal", "multimodal", "all"), default="all")
+    parser.add_argument("--only", default="", help="these model types, separated by commas")
+    parser.add_argument("--results", type=Path, default=Path(".cache/architectures.jsonl"), help="appended to")
+    parser.add_argument("--table", type=Path, help="Markdown file to write")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    disable_progress_bar()
+    kinds = arguments.only.split(",") if arguments.only else model_types(arguments.kinds)
+    results: dict[str, dict[str, str]] = {}
+    if arguments.results.is_file():
+        rows = [json.loads(line) for line in arguments.results.read_text(encoding="utf-8").splitlines()]
+        results = {row.pop("type"): row for row in rows}
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    for kind in kinds:
+        if kind not in results:
+            results[kind] = run(kind)
+            with arguments.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"type": kind, **results[kind]}) + "\n")
+            print(kind, results[kind], file=sys.stderr, flush=True)
+    text = table({kind: results[kind] for kind in kinds})
+    print(text)
+    if arguments.table:
+        arguments.table.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

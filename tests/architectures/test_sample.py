@@ -1,0 +1,38 @@
+"""A few architectures of the sweep, others every day, and each that has ever failed."""
+
+from __future__ import annotations
+
+import datetime
+
+import pytest
+
+from tests.architectures.sweep import model_types, run
+
+A_DAY = 3
+ONCE_FAILED = (
+    "ctrl",
+    "deepseek_v3",
+    "exaone",
+    "granitemoe",
+    "got_ocr2",
+    "hrm_text",
+    "mamba",
+    "mixtral",
+    "zamba",
+)
+
+
+def todays() -> list[str]:
+    """Of all model types in turn, the day's."""
+    kinds = model_types("causal")
+    start = datetime.date.today().toordinal() * A_DAY
+    return [kinds[(start + place) % len(kinds)] for place in range(A_DAY)]
+
+
+@pytest.mark.parametrize("kind", sorted({*ONCE_FAILED, *todays()}))
+def test_the_architecture_is_known_as_its_loader_knows_it(kind):
+    found = run(kind)
+    if found["built"] != "ok":
+        pytest.skip(found["built"])
+    assert found["lora"] == "ok" or found["lora"].startswith("refused: ")
+    assert {found[column] for column in ("scan", "unfrozen", "reduce")} == {"ok"}
