@@ -185,3 +185,29 @@ def test_a_configuration_of_another_model_is_said_and_names_on_disk_are_taken(tm
     assert len(stored.matrices()[0]) == 2 * 7
     configure(folder, model_type="unheard_of")
     assert "transformers knows no such model" in StoredWeights(open_checkpoint(folder)).note
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "mxfp4", "compressed-tensors", "bitsandbytes", "fp8", "hqq"])
+def test_a_quantised_checkpoint_is_refused_by_its_method(method, tmp_path):
+    folder = saved(build("llama", TEXT), tmp_path)
+    configure(folder, quantization_config={"quant_method": method})
+    with pytest.raises(CheckpointError, match=rf"its weights are quantised \({method}\).*Give the model in bfloat16"):
+        scan(folder)
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales"),
+    [("qweight", "scales"), ("weight_packed", "weight_scale"), ("W_q", "scale"), ("weight", "weight.absmax")],
+)
+def test_packed_integers_with_scales_are_refused_by_what_they_are(codes, scales, tmp_path):
+    folder = saved(build("llama", TEXT), tmp_path)
+    module = "model.layers.0.self_attn.q_proj"
+
+    def pack(tensors):
+        del tensors[f"{module}.weight"]
+        packed = {f"{module}.{codes}": torch.ones(16, 2, dtype=torch.int32), f"{module}.{scales}": torch.ones(16, 1)}
+        return tensors | packed
+
+    change(folder, pack)
+    with pytest.raises(CheckpointError, match="int32 with scales beside it: quantised weights"):
+        scan(folder)
