@@ -38,7 +38,7 @@ def check_plan(plan: Plan) -> None:
     if plan.mode == "unfrozen":
         check_unfrozen(plan.selection, model, unfrozen_patterns(plan.selection))
     else:
-        check_adapters(plan.selection, model, target_modules=lora_targets(plan.selection))
+        check_adapters(plan.selection, model, task_type="CAUSAL_LM", target_modules=lora_targets(plan.selection))
 
 
 def check_adapters(selection: Selection, model: str, **values: Any) -> None:
