@@ -28,6 +28,7 @@ from splaser_plugin.integrations.training import (
     warn_of_reference,
 )
 from splaser_plugin.jobs.laser import LaserResult, laser_weights, read_pairs
+from splaser_plugin.reduction.moments import check_measurable
 from splaser_plugin.scanning.scan import scan_source
 from splaser_plugin.scanning.selection import choose
 from splaser_plugin.scoring.embedding import SentenceEmbedder
@@ -205,6 +206,8 @@ class LaserCallback(TrainerCallback):
         check_saves(model)
         if self.config.save == "factored":
             weights_of(model).keep_factors()
+        if self.config.reducer != "svd":
+            check_measurable(weights_of(model))
         if self.config.rank_by == "gradient":
             check_predictable(weights_of(model))
         with undisturbed():
@@ -212,7 +215,7 @@ class LaserCallback(TrainerCallback):
             check_output(training.folder(LASERED), overwrite=True, inputs=(model_name(model),))
             check_scorers(self.config)
             scorers, used = Scorers(model, training.tokenizer, self.config), self.config.scorers
-            if "perplexity" in used:
+            if "perplexity" in used or self.config.judges_text:
                 scorers.windows()
             for pair in self._split.pairs if used & {"semantic", "margin"} else ():
                 scorers.prompter.tokens(pair.messages)
@@ -255,11 +258,12 @@ class LaserCallback(TrainerCallback):
 
     def _metrics(self, result: LaserResult) -> dict[str, float]:
         found = result.search
-        last = {each.matrix: each.rank for each in found.kept}
+        last, tried = found.ranks, {each.candidate.matrix for each in found.trials}
+        tried.update(matrix for each in found.budgets for matrix in each.budget.ranks)
         metrics = {
             "laser/score_before": found.baseline.mean,
             "laser/score_after": found.final.mean,
-            "laser/matrices_tried": len({each.candidate.matrix for each in found.trials}),
+            "laser/matrices_tried": len(tried),
             "laser/matrices_kept": len(last),
             "laser/rank_removed": sum(min(matrix.shape) - rank for matrix, rank in last.items()),
             "laser/seconds": self._seconds,

@@ -85,7 +85,12 @@ def _what_was_done(recipe: Recipe, run: Results | None, base: str) -> str:
     ]
     if not _is_on_hub(recipe.model):
         lines.append("That is the last part of its name where it was made: a folder, a file or a model in memory.")
-    if run:
+    if run and run.budgets:
+        lines.append(
+            f"{len(run.budgets)} budgets were tried from gentle to hard, each with the ranks of least predicted cost "
+            f"for the whole model, up to the first that didn't pass: the model {_rule(run)} on {_material(run)}."
+        )
+    elif run:
         lines.append(
             f"{len(run.candidates)} candidates were tried one after the other, and a change was kept only where the "
             f"model {_rule(run)} on {_material(run)}; everything else was put back bit for bit."
@@ -132,7 +137,27 @@ def _scores(recipe: Recipe, run: Results | None) -> str:
     if run and run.verdict:
         before, after = run.verdict.base.score, run.verdict.result.score
         rows.append(f"| {run.verdict.items} {run.unit} held out | {before:+.4f} | {after:+.4f} |")
-    return "\n".join([*rows, "", *lines])
+    if run and run.held_out_text:
+        text = run.held_out_text
+        words = "; ".join(filter(None, (text.verdict, text.loss_verdict)))
+        rows.append(f"| {text.items} windows of text held out | {text.base.score:+.4f} | {text.result.score:+.4f} |")
+        lines.append(f"On text that the search never saw: **{words}**. {_interval(text)}")
+    return "\n".join([*rows, "", *_budget_table(run), *lines])
+
+
+def _budget_table(run: Results | None) -> list[str]:
+    """What each budget cost; nothing where none was tried."""
+    if run is None or not run.budgets:
+        return []
+    rows = ["| parameters removed | predicted cost | score | text, nats a token | verdict |", "| --- " * 5 + "|"]
+    for each in run.budgets:
+        cells = [_number(each.predicted_cost), _number(each.change), _number(each.text_change), each.verdict]
+        rows.append(f"| {100 * each.share:g} %: {each.parameters_removed:,} | {' | '.join(cells)} |")
+    return ["What each budget changed, on what the search used:", "", *rows, ""]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.4f}"
 
 
 def _verdict(run: Results | None) -> str:
@@ -154,6 +179,12 @@ def _interval(verdict: Verdict) -> str:
 
 def _rebuild(recipe: Recipe, base: str) -> str:
     model = base if _is_on_hub(recipe.model) else "BASE_MODEL"
+    if recipe.config.reducer != "svd":
+        return (
+            "```sh\nsplaser laser --config run.yaml -o again\n```\n\n"
+            "with the run.yaml of the run, its pairs and its text: what the matrices were measured on doesn't stand in "
+            "recipe.json, which records the ranks and can't be applied."
+        )
     whose = "" if model == base else f"`BASE_MODEL` is your copy of {code(base)}. "
     return (
         f"```sh\nsplaser apply recipe.json {model} -o rebuilt\n```\n\n"

@@ -39,7 +39,7 @@ class Step:
     name: str
     rank: Annotated[Whole, Field(ge=1)]
     edge: str
-    """Where the rank comes from: an edge, or the fraction of components that stayed."""
+    """Where the rank comes from: an edge, the fraction of components that stayed, or `budget` and its share."""
     threshold: Number | None
     """Of the edge; None for a fraction."""
     shape: tuple[Whole, Whole]
@@ -102,6 +102,12 @@ def carry_out(recipe: Recipe, weights: Weights, *, progress: Progress = SILENT) 
             f"are {got[:12]} in {dtype}. Give the base model, in the same dtype, before any change."
         )
     config = recipe.config
+    if recipe.steps and config.reducer != "svd":
+        raise RecipeError(
+            f"the recipe was made with --reduce {config.reducer}, which needs what the run measured on its pairs and "
+            "text, and a recipe doesn't hold that. Copy the model that the run saved, or run splaser laser again with "
+            "the run.yaml beside it."
+        )
     matrices = by_name(weights.matrices(config.include, config.exclude, config.towers)[0])
     for step in recipe.steps:
         if step.name not in matrices or matrices[step.name].shape != step.shape:
@@ -125,6 +131,7 @@ def _settings(stored: Any) -> tuple[LaserConfig, dict[str, Any]]:
     """
     if not isinstance(stored, dict):
         raise InvalidRecordError(f"settings is {stored!r:.80}, expected an object")
+    stored = {"reduce": "svd", **stored}  # recipes from before there was anything else don't say so
     known = {each.name for each in fields(LaserConfig)}
     config = LaserConfig.from_dict({name: value for name, value in stored.items() if name in known})
     return config, {name: value for name, value in stored.items() if name not in known}

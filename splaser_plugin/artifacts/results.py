@@ -92,6 +92,42 @@ class Tried:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TriedBudget:
+    """One budget of the search: the whole model with that share of its parameters removed."""
+
+    share: Number
+    matrices: Whole
+    """How many it reduced."""
+    parameters_removed: Whole
+    predicted_cost: Number | None = None
+    """In nats a token."""
+    verdict: str
+    score: Number | None = None
+    base_score: Number | None = None
+    """Of the base, on the same items."""
+    text_score: Number | None = None
+    """Mean log-probability of the text, in nats a token; None where it wasn't asked."""
+    text_base_score: Number | None = None
+    guard_loss: Number | None = None
+    reason: str | None = None
+    items: Whole = 0
+    """How many it was scored on."""
+    elapsed_s: Number = 0.0
+
+    @property
+    def change(self) -> float | None:
+        """Of the score, against the base."""
+        return None if self.score is None or self.base_score is None else self.score - self.base_score
+
+    @property
+    def text_change(self) -> float | None:
+        """Of the text's log-probability, against the base."""
+        if self.text_score is None or self.text_base_score is None:
+            return None
+        return self.text_score - self.text_base_score
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """The comparison on the held-out items."""
 
@@ -189,9 +225,13 @@ class Results:
     parameters_removed: Whole = 0
     """How many parameters fewer the kept matrices have, stored as factors."""
     candidates: tuple[Tried, ...]
+    budgets: tuple[TriedBudget, ...] = ()
+    """Instead of candidates, where whole models were tried."""
     held_out: Annotated[
         Annotated[Verdict, Tag("some")] | Annotated[NoVerdict, Tag("none")], Discriminator(_held_out_kind)
     ]
+    held_out_text: Verdict | None = None
+    """Of held-out windows of text, beside that of the pairs."""
     texts: Texts = Texts()
 
     @property
@@ -217,6 +257,11 @@ class Results:
             if tried.verdict == "kept" and self.compared_with == "best":
                 best = values
         return tuple(found)
+
+    @property
+    def kept_budget(self) -> TriedBudget | None:
+        """The budget that was kept; None for none."""
+        return next((each for each in reversed(self.budgets) if each.verdict == "kept"), None)
 
     @property
     def kept(self) -> tuple[Compared, ...]:

@@ -331,6 +331,9 @@ def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:
     progress.result("report", str(output / "report.html"))
     if stored < dense:
         progress.command("dense model", ["splaser", "expand", str(output), "-o", "ANOTHER_FOLDER"])
+    if result.config.reducer != "svd":
+        progress.command("again", ["splaser", "laser", "--config", str(output / "run.yaml"), "-o", "ANOTHER_FOLDER"])
+        return
     recipe = str(output / "recipe.json")
     progress.command("rebuild", ["splaser", "apply", recipe, result.recipe.model, "-o", "ANOTHER_FOLDER"])
 

@@ -18,7 +18,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from splaser_plugin.cli.trial_table import shortened, trial_line, trial_table
+from splaser_plugin.cli.trial_table import budget_line, shortened, trial_line, trial_table
 from splaser_plugin.files.text import printable
 from splaser_plugin.progress import Advance, Progress, ignore
 
@@ -94,6 +94,7 @@ class TerminalProgress(Progress):
 
     def event(self, event: object) -> None:
         # Only a search has events; what it needs, transformers too, is not loaded for the other commands.
+        from splaser_plugin.search.budgets import BudgetTrial
         from splaser_plugin.search.candidates import Candidate
         from splaser_plugin.search.search import Trial
 
@@ -101,6 +102,8 @@ class TerminalProgress(Progress):
             self._trying = event
         elif isinstance(event, Trial):
             self._tried(event)
+        elif isinstance(event, BudgetTrial):
+            self.result(event.budget.name, budget_line(event))
 
     def _tried(self, trial: Trial) -> None:
         self._trials.append(trial)

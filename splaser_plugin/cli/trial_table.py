@@ -11,6 +11,7 @@ from rich.text import Text
 from splaser_plugin.files.text import printable
 
 if TYPE_CHECKING:
+    from splaser_plugin.search.budgets import BudgetTrial
     from splaser_plugin.search.candidates import Candidate
     from splaser_plugin.search.judge import Judgement
     from splaser_plugin.search.search import Trial
@@ -34,6 +35,23 @@ def trial_line(number: int, trial: Trial, *, verbose: bool = False) -> Text:
     if verbose:
         line.append(f"  {trial.elapsed_s:.1f} s, {_tokens(trial)} tokens")
     return line
+
+
+def budget_line(trial: BudgetTrial) -> str:
+    """All about a budget in one line: what it removes, what that is predicted to cost and did, and the verdict."""
+    budget, judgement = trial.budget, trial.judgement
+    parts = [f"{budget.parameters_removed:,} parameters of {len(budget.ranks)} matrices"]
+    if budget.predicted_cost is not None:
+        parts.append(f"predicted {budget.predicted_cost:.4f} nats a token")
+    if judgement.scores is not None:
+        parts.append(f"score {judgement.scores.mean:+.4f} ({_change(judgement)})")
+    if trial.text is not None and trial.text.scores is not None:
+        parts.append(f"text {trial.text.scores.mean:+.4f} ({_change(trial.text)})")
+    failed = judgement if trial.text is None else trial.text
+    parts.append(_outcome(failed, " after {} items").plain)
+    if failed.reason is not None:
+        parts.append(printable(failed.reason))
+    return "  ".join(parts)
 
 
 def trial_table(

@@ -176,9 +176,10 @@ class LaserConfig(ScanConfig, MeasureConfig):
     """Ranks to try of each matrix: edges and fractions, as in iqr,mp,0.5,0.1; empty: --edge."""
     adapter: str = ""
     """LoRA adapter folder to merge into the model first."""
-    scorer: str = "semantic"
-    """What is made better: semantic, margin, perplexity, or the dotted path of a function of your own
-    (package.module.function): it gets (model, tokenizer, pairs) and returns one number a pair, higher is better."""
+    scorer: str = "auto"
+    """What is measured: semantic, margin, perplexity, or the dotted path of a function of your own
+    (package.module.function): it gets (model, tokenizer, pairs) and returns one number a pair, higher is better.
+    auto is semantic, and margin with --objective compress."""
     guard: str = ""
     """Keep nothing that is worse than the base by more than this: perplexity:1.02 allows a perplexity 2 % higher,
     margin:0.05 or semantic:0.05 a mean score that much lower."""
@@ -187,6 +188,14 @@ class LaserConfig(ScanConfig, MeasureConfig):
     accept: Literal["auto", "improve", "confident", "harmless"] = "auto"
     """What is kept: any better mean, only a significantly better one, or what a test calls no worse than the base
     by --tolerance or more; auto is improve, and harmless with --objective compress."""
+    reduce: Literal["auto", "svd", "whitened", "fisher"] = "auto"
+    """How a matrix is brought to a lower rank: by its own singular values (svd), by what it does to its inputs
+    (whitened), or by what that does to the model's predictions (fisher); auto is svd, and fisher with --objective
+    compress."""
+    budget: float = Field(default=0.2, gt=0, lt=1)
+    """Largest share of the blocks' parameters that --objective compress removes, in steps of 2 %."""
+    calibration_tokens: int = Field(default=12_000, ge=1)
+    """Tokens that whitened and fisher are measured on: of the pairs and of --text, never of what is held out."""
     tolerance: float = Field(default=0.02, ge=0)
     """Loss of the mean score that --accept harmless takes for none, in the score's unit."""
     alpha: float = Field(default=0.05, ge=1e-6, le=0.5)
@@ -199,10 +208,10 @@ class LaserConfig(ScanConfig, MeasureConfig):
 
     def __post_init__(self) -> None:
         parse_ranks(self.ranks)
-        if self.scorer not in SCORERS and not DOTTED_PATH.fullmatch(self.scorer):
+        if self.scorer not in ("auto", *SCORERS) and not DOTTED_PATH.fullmatch(self.scorer):
             raise ConfigError(
-                f"--scorer: got '{self.scorer}', expected one of {', '.join(SCORERS)}, or the dotted path of your own "
-                "function, package.module.function."
+                f"--scorer: got '{self.scorer}', expected one of auto, {', '.join(SCORERS)}, or the dotted path of "
+                "your own function, package.module.function."
             )
         if self.objective == "compress" and self.accept not in ("auto", "harmless"):
             raise ConfigError(
@@ -210,7 +219,7 @@ class LaserConfig(ScanConfig, MeasureConfig):
                 "Leave --accept out, or give --accept harmless."
             )
         self._refuse_contradictions()
-        asked = {"--scorer perplexity": self.scorer, "--guard perplexity": self.guard_scorer}
+        asked = {"--scorer perplexity": self.scored_by, "--guard perplexity": self.guard_scorer}
         for flag in [flag for flag, scorer in asked.items() if scorer == "perplexity" and not self.text]:
             raise ConfigError(f"{flag} needs a text: give --text FILE, or a hub data set's name.")
 
@@ -220,7 +229,7 @@ class LaserConfig(ScanConfig, MeasureConfig):
                 "--tolerance 0 with --accept harmless: no test can tell a loss from none, so nothing would be kept. "
                 "Give --tolerance more than 0."
             )
-        if self.held_out and self.scorer == "perplexity":
+        if self.held_out and self.scored_by == "perplexity":
             raise ConfigError(
                 "--held-out with --scorer perplexity: what is held out are windows of --text. Use --held-out-fraction."
             )
@@ -230,8 +239,12 @@ class LaserConfig(ScanConfig, MeasureConfig):
     @property
     def without_effect(self) -> tuple[str, ...]:
         """Flags that were given, and that this run doesn't use."""
-        reads_text = "perplexity" in self.scorers
+        reads_text = "perplexity" in self.scorers or self.judges_text
         unused = {
+            "budget": not self.tries_budgets,
+            "candidates": self.tries_budgets,
+            "rank_by": self.tries_budgets,
+            "calibration_tokens": self.reducer == "svd",
             "tolerance": self.acceptance != "harmless",
             "alpha": self.acceptance == "improve",
             "text": not reads_text,
@@ -248,9 +261,33 @@ class LaserConfig(ScanConfig, MeasureConfig):
         return "harmless" if self.objective == "compress" else "improve"
 
     @property
+    def scored_by(self) -> str:
+        """`scorer`, with `auto` resolved."""
+        if self.scorer != "auto":
+            return self.scorer
+        return "margin" if self.objective == "compress" else "semantic"
+
+    @property
+    def reducer(self) -> Literal["svd", "whitened", "fisher"]:
+        """`reduce`, with `auto` resolved."""
+        if self.reduce != "auto":
+            return self.reduce
+        return "fisher" if self.objective == "compress" else "svd"
+
+    @property
+    def tries_budgets(self) -> bool:
+        """Whether whole models are tried, one a budget, instead of one matrix after the other."""
+        return self.objective == "compress" and not self.ranks
+
+    @property
+    def judges_text(self) -> bool:
+        """Whether windows of text have a say, and a verdict, beside what the scorer measures."""
+        return bool(self.text) and self.scored_by != "perplexity" and (self.tries_budgets or self.reducer != "svd")
+
+    @property
     def unit(self) -> str:
         """What is scored: `pairs`, or `windows` of text."""
-        return "windows" if self.scorer == "perplexity" else "pairs"
+        return "windows" if self.scored_by == "perplexity" else "pairs"
 
     @property
     def needs_pairs(self) -> bool:
@@ -261,7 +298,8 @@ class LaserConfig(ScanConfig, MeasureConfig):
     @property
     def scorers(self) -> set[str]:
         """Names of all that the model is measured by."""
-        return {self.scorer, self.guard_scorer, "margin" if self.rank_by == "gradient" else self.scorer} - {""}
+        margin = "margin" if self.rank_by == "gradient" else ""
+        return {self.scored_by, self.guard_scorer, margin} - {""}
 
     @property
     def guard_scorer(self) -> str:

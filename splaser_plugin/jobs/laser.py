@@ -20,7 +20,6 @@ from splaser_plugin.jobs.result import NO_PAIRS, LaserResult
 from splaser_plugin.jobs.stages import (
     begin,
     make_recipe,
-    order_candidates,
     prepare_measures,
     scan_weights,
     search_and_compare,
@@ -122,10 +121,9 @@ def laser_weights(
     run = begin(weights, tokenizer, name=name, config=config, journal=journal, progress=progress)
     measures = prepare_measures(run, split)
     scan = scan_weights(run, measures)
-    candidates = order_candidates(run, measures, scan)
-    found, verdict = search_and_compare(run, measures, candidates)
+    found, verdicts = search_and_compare(run, measures, scan)
     recipe = make_recipe(run, scan, found)
-    return LaserResult(weights, tokenizer, scan, recipe, found, measures.split, verdict)
+    return LaserResult(weights, tokenizer, scan, recipe, found, measures.split, verdicts.scored, verdicts.text)
 
 
 def read_pairs(pairs: PairSource | None, config: LaserConfig) -> Split:

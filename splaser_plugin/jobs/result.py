@@ -12,7 +12,17 @@ from torch import Tensor
 from splaser_plugin.artifacts.card import model_card
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.artifacts.report import write_report
-from splaser_plugin.artifacts.results import Asked, Measured, NoVerdict, Results, Texts, Tried, UsedPairs, Verdict
+from splaser_plugin.artifacts.results import (
+    Asked,
+    Measured,
+    NoVerdict,
+    Results,
+    Texts,
+    Tried,
+    TriedBudget,
+    UsedPairs,
+    Verdict,
+)
 from splaser_plugin.config.run_file import run_file
 from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.data.pairs import ROWS, Pair, PairSet
@@ -21,6 +31,7 @@ from splaser_plugin.distributed import in_main
 from splaser_plugin.files.output import check_output, held, whole_folder
 from splaser_plugin.scanning.records import Scan
 from splaser_plugin.scoring.scores import Scores
+from splaser_plugin.search.budgets import BudgetTrial
 from splaser_plugin.search.search import SearchResult, Trial
 from splaser_plugin.search.verdict import HeldOut
 from splaser_plugin.weights.factored_folder import parameter_counts, save_model
@@ -33,6 +44,8 @@ if TYPE_CHECKING:
 
 NO_PAIRS = "none"
 """Source of the pairs where there are none."""
+WINDOWS = "windows of --text"
+"""What is held out for the verdict beside that of the pairs."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +60,14 @@ class LaserResult:
     split: Split
     held_out: HeldOut | None
     """The verdict; None where no pairs are held out."""
+    held_out_text: HeldOut | None = None
+    """The verdict of held-out windows of text, where they are judged beside the pairs."""
 
     def __repr__(self) -> str:
         score = f"{self.score_before:+.4f} -> {self.score_after:+.4f}"
         kept = f"{len(self.kept)} of {len(self.search.trials)} candidates kept"
+        if self.search.budgets:
+            kept = f"{self.search.kept_budget or 'no budget'} kept"
         return f"LaserResult({self.recipe.model!r}, {kept}, score {score}, {self.verdict or 'no verdict'})"
 
     def _repr_html_(self) -> str:
@@ -107,7 +124,7 @@ class LaserResult:
         return Results(
             model=self.recipe.model,
             pairs=UsedPairs(source=self.pairs.source, used=len(self.pairs.pairs), dropped=dict(self.pairs.dropped)),
-            scorer=self.config.scorer,
+            scorer=self.config.scored_by,
             unit=self.config.unit,
             compared_with="base" if self.config.acceptance == "harmless" else "best",
             baseline=_measured(self.search.baseline),
@@ -115,7 +132,9 @@ class LaserResult:
             generated_tokens=self.search.generated_tokens,
             parameters_removed=self.search.parameters_removed,
             candidates=tuple(map(_tried, self.search.trials)),
-            held_out=_verdict(self.held_out, self.split),
+            budgets=tuple(map(_tried_budget, self.search.budgets)),
+            held_out=_verdict(self.held_out, self.split.reason) or NoVerdict(split=self.split.reason),
+            held_out_text=_verdict(self.held_out_text, WINDOWS),
             texts=Texts(search=_asked(scored.search), held_out=_asked(scored.held_out)),
         )
 
@@ -178,12 +197,12 @@ def _asked(pairs: Iterable[Pair]) -> tuple[Asked, ...]:
     return tuple(Asked(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected) for pair in pairs)
 
 
-def _verdict(held_out: HeldOut | None, split: Split) -> Verdict | NoVerdict:
+def _verdict(held_out: HeldOut | None, split: str) -> Verdict | None:
     if held_out is None:
-        return NoVerdict(split=split.reason)
+        return None
     return Verdict(
         pairs=len(held_out.base.items),
-        split=split.reason,
+        split=split,
         verdict=held_out.verdict,
         loss_verdict=held_out.loss_verdict or None,
         difference=held_out.difference,
@@ -215,5 +234,25 @@ def _tried(trial: Trial) -> Tried:
         pairs_scored=scores.items if scores else (),
         per_pair=scores.values if scores else (),
         generated_tokens=scores.generated_tokens if scores else 0,
+        elapsed_s=round(trial.elapsed_s, 3),
+    )
+
+
+def _tried_budget(trial: BudgetTrial) -> TriedBudget:
+    budget, judgement, text = trial.budget, trial.judgement, trial.text
+    scores = judgement.scores
+    return TriedBudget(
+        share=budget.share,
+        matrices=len(budget.ranks),
+        parameters_removed=budget.parameters_removed,
+        predicted_cost=budget.predicted_cost,
+        verdict=trial.verdict,
+        score=scores.mean if scores else None,
+        base_score=judgement.best_before,
+        text_score=text.scores.mean if text and text.scores else None,
+        text_base_score=text.best_before if text else None,
+        guard_loss=judgement.guard_loss,
+        reason=(text.reason if text else None) or judgement.reason,
+        items=len(scores.items) if scores else 0,
         elapsed_s=round(trial.elapsed_s, 3),
     )

@@ -13,20 +13,25 @@ from splaser_plugin.config.stages import SCORERS, LaserConfig, parse_ranks
 from splaser_plugin.data.pairs import pairs_sha256
 from splaser_plugin.data.split import Split, split_windows
 from splaser_plugin.distributed import my_part
-from splaser_plugin.errors import ModelError, RecipeError
+from splaser_plugin.errors import MatrixError, ModelError, RecipeError
 from splaser_plugin.files.output import size
 from splaser_plugin.files.sources import path_of
 from splaser_plugin.progress import SILENT, Progress, counting
+from splaser_plugin.reduction.calibration import Row, answer_rows, mixed, token_count, window_rows
+from splaser_plugin.reduction.measured_reducer import MeasuredReducer, measured_reducer
+from splaser_plugin.reduction.moments import check_measurable
 from splaser_plugin.scanning.scan import Scan, scan_source
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.own_scorer import code_of
 from splaser_plugin.scoring.scorers import Material, Scorers
 from splaser_plugin.scoring.scores import Scorer, Scores
 from splaser_plugin.search.acceptance import Acceptance, Confident, Harmless, Improve
+from splaser_plugin.search.budgets import Budget, packed, plan_budgets, unpacked
 from splaser_plugin.search.candidates import Candidate, by_prediction, by_size, choose_candidates
 from splaser_plugin.search.guard import Guard
 from splaser_plugin.search.journal import BASE, Journal, RecordedScorer
 from splaser_plugin.search.judge import Judge
+from splaser_plugin.search.ladder import search_budgets
 from splaser_plugin.search.prediction import check_predictable, sensitivities
 from splaser_plugin.search.racing import Race
 from splaser_plugin.search.search import SearchResult, search
@@ -71,6 +76,11 @@ class Measures:
     guard: Guard | None
     predictor: MarginScorer | None
     """Of the margin whose gradient orders the candidates."""
+    text: Scorer | None
+    """Of the windows that have a say beside the scorer; None where there are none."""
+    held_out_text: Scorer | None
+    calibration: tuple[Row, ...]
+    """What a reduction is measured on; nothing for `svd`."""
 
 
 def begin(
@@ -85,8 +95,10 @@ def begin(
     """A run on these weights, wherever they live, and the facts about it. Raises ModelError when they can't be used."""
     if config.save == "factored":
         weights.keep_factors()
-    if config.rank_by == "gradient":
+    if config.rank_by == "gradient" and not config.tries_budgets:
         check_predictable(weights)
+    if config.reducer != "svd":
+        check_measurable(weights)
     matrices, _ = weights.matrices(config.include, config.exclude, config.towers)
     run = Run(weights, tokenizer, name, config, tuple(matrices), journal or Journal(), progress)
     device = next(iter(weights.parameters.values())).device
@@ -117,10 +129,15 @@ def prepare_measures(run: Run, split: Split) -> Measures:
         split=split,
         searched=searched,
         apart=apart,
-        scorer=make(config.scorer, searched),
-        held_out=make(config.scorer, apart) if apart else None,
+        scorer=make(config.scored_by, searched),
+        held_out=make(config.scored_by, apart) if apart and (apart.pairs or config.unit == "windows") else None,
         guard=Guard(make(config.guard_scorer, searched), config.guard_limit) if config.guard else None,
-        predictor=_predictor(run, scorers, split) if config.rank_by == "gradient" else None,
+        predictor=_predictor(run, scorers, split)
+        if config.rank_by == "gradient" and not config.tries_budgets
+        else None,
+        text=make("perplexity", searched) if config.judges_text else None,
+        held_out_text=make("perplexity", apart) if config.judges_text and apart and apart.windows else None,
+        calibration=tuple(_calibration(run, scorers, searched)) if config.reducer != "svd" else (),
     )
 
 
@@ -135,7 +152,7 @@ def scan_weights(run: Run, measures: Measures) -> Scan:
             "weights": identity,
             "pairs": pairs_sha256(split.search),
             "held_out": pairs_sha256(split.held_out),
-            "scorer": code_of(config.scorer) if config.scorer not in SCORERS else "",
+            "scorer": code_of(config.scored_by) if config.scored_by not in SCORERS else "",
             "text": hashlib.sha256(repr(windows).encode()).hexdigest(),
             "settings": config.to_dict(),
             "versions": versions(),
@@ -190,28 +207,103 @@ def order_candidates(run: Run, measures: Measures, scan: Scan) -> list[Candidate
     return by_size(candidates) if run.config.objective == "compress" else candidates
 
 
-def search_and_compare(
-    run: Run, measures: Measures, candidates: Sequence[Candidate]
-) -> tuple[SearchResult, HeldOut | None]:
-    """The search, and what its result and the base model say on what is held out; None where nothing is."""
+def measure_candidates(run: Run, measures: Measures, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Have matrices reduced by what is measured of them, and leave out candidates of which nothing can be.
+
+    Measured are the matrices that may be tried: as many as candidates are. Nothing changes for `svd`.
+    Raises MatrixError when none is left.
+    """
+    if run.config.reducer == "svd":
+        return list(candidates)
+    tried = list(dict.fromkeys(each.matrix for each in candidates))[: run.config.candidates]
+    reducer = _measured(run, measures, [matrix for matrix in run.matrices if matrix in set(tried)])
+    left = [each for each in candidates if each.matrix in reducer.costs]
+    if not left:
+        raise MatrixError(f"none of {len(tried)} matrices can be measured: {reducer.left_out[0].reason}.")
+    return left
+
+
+def plan(run: Run, measures: Measures) -> list[Budget]:
+    """The budgets to try, from gentle to hard. Raises RankError when not even the gentlest can be reached."""
+    config = run.config
+    stored_smaller = [matrix for matrix in run.matrices if is_layer(run.weights.model, matrix)]
+    reducer = _measured(run, measures, stored_smaller)
+
+    def planned() -> list[Budget]:
+        entries = sum(math.prod(matrix.shape) for matrix in run.matrices)
+        return plan_budgets(reducer.costs, entries, config.budget, in_nats=config.reducer == "fisher")
+
+    return run.journal.once("budgets", (), planned, packed, lambda stored: unpacked(stored, run.matrices))
+
+
+def _measured(run: Run, measures: Measures, matrices: Sequence[Matrix]) -> MeasuredReducer:
+    """What is known of these matrices, which from now on are reduced by it."""
+    config, rows = run.config, measures.calibration
+    if rows:
+        run.progress.fact("measured on", f"{token_count(rows):,} tokens in {len(rows)} answers and windows")
+    reducer = measured_reducer(run.weights, matrices, rows, way=config.reducer, seed=config.seed, progress=run.progress)
+    for left_out in reducer.left_out:
+        run.progress.detail("left out", f"{left_out.name}: {left_out.reason}")
+    run.weights.reducer = reducer
+    return reducer
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What was held out says about the result."""
+
+    scored: HeldOut | None
+    """By the run's scorer; None where nothing is held out."""
+    text: HeldOut | None
+    """By windows of text; None where they aren't judged, or none are held out."""
+
+
+def search_and_compare(run: Run, measures: Measures, scan: Scan) -> tuple[SearchResult, Verdicts]:
+    """The search, and what its result and the base model say on what is held out."""
     config, journal, progress = run.config, run.journal, run.progress
-    judge = _judge(run, measures, min(config.candidates, len(candidates)))
+    budgets = plan(run, measures) if config.tries_budgets else []
+    ordered = [] if config.tries_budgets else order_candidates(run, measures, scan)
+    candidates = measure_candidates(run, measures, ordered) if ordered else []
+    judge = _judge(run, measures, 0 if budgets else min(config.candidates, len(candidates)))
     with journal.measuring(f"{BASE}, held out"):
         base = _measure(measures.held_out, "held-out base", progress)
-    found = search(run.weights, candidates, judge, limit=config.candidates, journal=journal, progress=progress)
-    with journal.measuring("result, held out"):
-        result = _measure(measures.held_out, "held-out result", progress, like=base) if found.kept else base
-    verdict = None
-    if base and result:
-        tolerance = config.tolerance if config.acceptance == "harmless" else None
-        verdict = compare(base, result, seed=config.seed, unit=config.unit, tolerance=tolerance)
-    progress.result("kept", f"{len(found.kept)} of {len(found.trials)} candidates")
+        base_text = _measure(measures.held_out_text, "held-out text, base", progress)
+    if budgets:
+        text = Judge(measures.text, acceptance=_acceptance(config, 0)) if measures.text else None
+        found = search_budgets(run.weights, budgets, judge, text, journal=journal, progress=progress)
+    else:
+        found = search(run.weights, candidates, judge, limit=config.candidates, journal=journal, progress=progress)
+    result, result_text = base, base_text
+    if found.ranks:
+        with journal.measuring("result, held out"):
+            result = _measure(measures.held_out, "held-out result", progress, like=base)
+            result_text = _measure(measures.held_out_text, "held-out text, result", progress, like=base_text)
+    verdicts = Verdicts(
+        _verdict(config, base, result, config.unit) if base and result else None,
+        _verdict(config, base_text, result_text, "windows") if base_text and result_text else None,
+    )
+    _tell(run, found, verdicts)
+    return found, verdicts
+
+
+def _verdict(config: LaserConfig, base: Scores, result: Scores, unit: str) -> HeldOut:
+    tolerance = config.tolerance if config.acceptance == "harmless" else None
+    return compare(base, result, seed=config.seed, unit=unit, tolerance=tolerance)
+
+
+def _tell(run: Run, found: SearchResult, verdicts: Verdicts) -> None:
+    progress = run.progress
+    if found.budgets:
+        removed = f"{found.kept_budget}: {found.parameters_removed:,} parameters removed"
+        progress.result("kept", removed if found.kept_budget else "no budget")
+    else:
+        progress.result("kept", f"{len(found.kept)} of {len(found.trials)} candidates")
     score = f"{found.baseline.mean:+.4f} before, {found.final.mean:+.4f} after"
-    progress.result("score", f"{score}, on the {config.unit} searched on")
-    if verdict is not None:
-        progress.result("held out", verdict.summary)
-        progress.result("verdict", "; ".join(filter(None, (verdict.verdict, verdict.loss_verdict))))
-    return found, verdict
+    progress.result("score", f"{score}, on the {run.config.unit} searched on")
+    for label, verdict in (("held out", verdicts.scored), ("held-out text", verdicts.text)):
+        if verdict is not None:
+            progress.result(label, verdict.summary)
+            progress.result("verdict", "; ".join(filter(None, (verdict.verdict, verdict.loss_verdict))))
 
 
 def make_recipe(run: Run, scan: Scan, found: SearchResult) -> Recipe:
@@ -220,23 +312,40 @@ def make_recipe(run: Run, scan: Scan, found: SearchResult) -> Recipe:
         model=run.name,
         weights_identity=scan.weights_identity,
         dtype=run.dtype,
-        steps=tuple(
-            Step(each.matrix.name, each.rank, each.edge, each.threshold, each.matrix.shape) for each in found.kept
-        ),
+        steps=_steps(found),
         scores={"baseline": found.baseline.mean, "final": found.final.mean},
         config=run.config,
         versions=versions(),
     )
 
 
+def _steps(found: SearchResult) -> tuple[Step, ...]:
+    budget = next((trial.budget for trial in reversed(found.budgets) if trial.kept), None)
+    if budget is not None:
+        edge = f"budget {budget.share:g}"
+        return tuple(Step(matrix.name, rank, edge, None, matrix.shape) for matrix, rank in budget.ranks.items())
+    return tuple(Step(each.matrix.name, each.rank, each.edge, each.threshold, each.matrix.shape) for each in found.kept)
+
+
+def _calibration(run: Run, scorers: Scorers, searched: Material) -> list[Row]:
+    """What is searched on, and never what is held out: prompts with their chosen answers, and windows of text."""
+    answers: list[Row] = []
+    if searched.pairs:
+        asked = MarginScorer(run.weights.model, scorers.prompter, searched.pairs, batch_size=scorers.batch_size)
+        answers = answer_rows(asked.prompts, [each[0] for each in asked.answers])
+    return mixed(answers, window_rows(searched.windows), run.config.calibration_tokens)
+
+
 def _materials(split: Split, scorers: Scorers, config: LaserConfig) -> tuple[Split, Material, Material | None]:
     """What is searched on and, if anything, held out; the split's reason is that of the windows where they decide."""
-    if config.scorer != "perplexity":
+    if config.unit == "pairs" and not config.judges_text:
         windows = scorers.windows() if config.guard_scorer == "perplexity" else []
         return split, Material(split.search, windows), Material(split.held_out) if split.held_out else None
     parts = split_windows(scorers.windows(), config.held_out_fraction, config.seed)
-    apart = Material((), parts.held_out) if parts.held_out else None
-    return replace(split, reason=parts.reason), Material(split.search, parts.search), apart
+    if config.unit == "windows":
+        apart = Material((), parts.held_out) if parts.held_out else None
+        return replace(split, reason=parts.reason), Material(split.search, parts.search), apart
+    return split, Material(split.search, parts.search), Material(split.held_out, parts.held_out)
 
 
 def _predictor(run: Run, scorers: Scorers, split: Split) -> MarginScorer:

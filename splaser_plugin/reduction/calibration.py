@@ -42,3 +42,15 @@ def spread(rows: Sequence[Row], tokens: int) -> list[Row]:
     total = sum(len(row.tokens) for row in rows)
     count = min(len(rows), max(1, round(len(rows) * tokens / max(1, total))))
     return [rows[len(rows) * place // count] for place in range(count)]
+
+
+def mixed(answers: Sequence[Row], windows: Sequence[Row], tokens: int) -> list[Row]:
+    """Rows of both, together about so many tokens: half of each, and more of one where the other has fewer."""
+    of_windows = min(tokens // 2, token_count(windows))
+    chosen = spread(answers, tokens - of_windows) if answers else []
+    return chosen + (spread(windows, tokens - token_count(chosen)) if windows else [])
+
+
+def token_count(rows: Iterable[Row]) -> int:
+    """Of all rows together."""
+    return sum(len(row.tokens) for row in rows)

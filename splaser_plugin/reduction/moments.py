@@ -93,11 +93,7 @@ def measure(
     Raises:
         ModelError: The model is sharded over processes, or computes inf or nan on a row.
     """
-    if weights.is_sharded:
-        raise ModelError(
-            "the statistics of a reduction need whole matrices and gradients, and this model is sharded over "
-            "processes. Use --reduce svd, or run splaser on the saved model."
-        )
+    check_measurable(weights)
     groups = _groups(matrices, group_bytes)
     predictions = samples * sum(row.predictions for row in rows)
     with progress.phase("statistics", len(groups) * len(my_part(rows))) as advance:
@@ -107,6 +103,15 @@ def measure(
                 each.normalise(predictions, samples)
             for matrix in group:
                 yield matrix, sums[matrix.name].moments(sums.get(sums[matrix.name].counts.short_of, sums[matrix.name]))
+
+
+def check_measurable(weights: Weights) -> None:
+    """Raises ModelError for a model of which no process has whole matrices and gradients."""
+    if weights.is_sharded:
+        raise ModelError(
+            "the statistics of a reduction need whole matrices and gradients, and this model is sharded over "
+            "processes. Use --reduce svd, or run splaser on the saved model."
+        )
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:

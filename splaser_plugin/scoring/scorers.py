@@ -82,7 +82,7 @@ class Scorers:
 
 def check_scorers(config: LaserConfig) -> None:
     """Raise now what a missing text or function would raise once the model is there."""
-    if config.scorer not in SCORERS:
-        load_function(config.scorer)
+    if config.scored_by not in SCORERS:
+        load_function(config.scored_by)
     if config.text:
         next(open_text(config.text), None)

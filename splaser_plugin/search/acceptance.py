@@ -60,7 +60,8 @@ class Harmless:
 
     The model with all that is kept and the candidate is compared with the base, so small losses don't add up.
     tolerance: in the score's unit. alpha: probability that a search accepts anything that loses the tolerance or
-    more. candidates: how many it tries; each is tested at alpha / 2^candidates. What is tested depends on what was
+    more. candidates: how many it tries; each is tested at alpha / 2^candidates, and at alpha with 0, for a fixed
+    sequence of tests that ends at the first that fails. What is tested depends on what was
     kept before, on the same pairs, so the luck of all that was kept adds up; but before the k-th candidate at most
     2^(k-1) models can have come about, so that in all fewer than 2^candidates are ever tested (union bound).
     The test takes the mean for normal. Where a candidate ruins a few answers and leaves the rest as they were, it
@@ -71,7 +72,7 @@ class Harmless:
 
     against_base = True
 
-    def __init__(self, tolerance: float, alpha: float, candidates: int) -> None:
+    def __init__(self, tolerance: float, alpha: float, candidates: int = 0) -> None:
         self._tolerance = tolerance
         self._log_risk = math.log(alpha) - candidates * math.log(2)
 

@@ -10,11 +10,13 @@ from typing import Any
 from splaser_plugin.distributed import my_part
 from splaser_plugin.progress import SILENT, Progress, counting
 from splaser_plugin.scoring.scores import Scores
+from splaser_plugin.search.budgets import BudgetTrial
 from splaser_plugin.search.candidates import Candidate
 from splaser_plugin.search.journal import Journal
 from splaser_plugin.search.judge import Judge, Judgement, judged
 from splaser_plugin.tables import Table
 from splaser_plugin.weights.in_memory import Weights
+from splaser_plugin.weights.matrices import Matrix
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,26 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult(Table):
-    """Every candidate that a search tried, and the scores before and after."""
+    """Every candidate, or every budget, that a search tried, and the scores before and after."""
 
     baseline: Scores
     """The model as it came."""
     final: Scores
     """The model with everything that was kept."""
     trials: tuple[Trial, ...]
+    budgets: tuple[BudgetTrial, ...] = ()
+    """Of a search that tries whole models, one a budget; it has no trials."""
 
     def __repr__(self) -> str:
         score = f"{self.baseline.mean:+.4f} -> {self.final.mean:+.4f}"
+        if self.budgets:
+            return f"SearchResult({self.kept_budget or 'no budget'} kept, score {score})"
         return f"SearchResult({len(self.kept)} of {len(self.trials)} candidates kept, score {score})"
 
     def rows(self) -> list[dict[str, Any]]:
         """One of each trial, in the order tried."""
+        if self.budgets:
+            return [_budget_row(trial) for trial in self.budgets]
         return [
             {
                 "name": trial.candidate.matrix.name,
@@ -64,16 +72,59 @@ class SearchResult(Table):
         return tuple(trial.candidate for trial in self.trials if trial.kept)
 
     @property
+    def kept_budget(self) -> str:
+        """The name of the budget that was kept, `8 %`; empty for none."""
+        return next((trial.budget.name for trial in reversed(self.budgets) if trial.kept), "")
+
+    @property
+    def ranks(self) -> dict[Matrix, int]:
+        """What the kept matrices were reduced to in the end."""
+        for trial in reversed(self.budgets):
+            if trial.kept:
+                return dict(trial.budget.ranks)
+        return {candidate.matrix: candidate.rank for candidate in self.kept}
+
+    @property
     def parameters_removed(self) -> int:
         """By all that was kept, if each of these matrices is stored as two factors."""
+        if self.budgets:
+            return max((trial.budget.parameters_removed for trial in self.budgets if trial.kept), default=0)
         last_of = {candidate.matrix: candidate for candidate in self.kept}
         return sum(candidate.parameters_removed for candidate in last_of.values())
 
     @property
     def generated_tokens(self) -> int:
         """By the baseline and all candidates."""
-        tried = [trial.judgement.scores for trial in self.trials if trial.judgement.scores is not None]
+        judgements = [*(trial.judgement for trial in self.trials), *(trial.judgement for trial in self.budgets)]
+        tried = [judgement.scores for judgement in judgements if judgement.scores is not None]
         return sum(scores.generated_tokens for scores in (self.baseline, *tried))
+
+
+def measured_baseline(judge: Judge, progress: Progress, name: str = "baseline") -> Scores:
+    """The scores of the model as it came, from which the judge starts; name: what they are called to people."""
+    with progress.phase(name, len(my_part(range(judge.baseline_size)))) as advance, counting(advance):
+        baseline = judge.measure_baseline()
+    progress.fact(f"{name} score", f"{baseline.mean:+.4f}")
+    if baseline.empty_answers or baseline.cut_answers:
+        progress.fact(
+            "answers",
+            f"of {len(baseline.answers)} the model left {baseline.empty_answers} empty and did not end "
+            f"{baseline.cut_answers}, which were cut at --max-new-tokens",
+        )
+    return baseline
+
+
+def _budget_row(trial: BudgetTrial) -> dict[str, Any]:
+    return {
+        "budget": trial.budget.share,
+        "matrices": len(trial.budget.ranks),
+        "parameters_removed": trial.budget.parameters_removed,
+        "predicted_cost": trial.budget.predicted_cost,
+        "verdict": trial.verdict,
+        "score": trial.judgement.scores.mean if trial.judgement.scores else None,
+        "compared_with": trial.judgement.best_before,
+        "seconds": round(trial.elapsed_s, 3),
+    }
 
 
 def search(
@@ -92,15 +143,7 @@ def search(
     An exception or Ctrl-C leaves kept changes in place and the undecided matrix bit for bit as it was.
     """
     journal = journal or Journal()
-    with progress.phase("baseline", len(my_part(range(judge.baseline_size)))) as advance, counting(advance):
-        baseline = judge.measure_baseline()
-    progress.fact("baseline score", f"{baseline.mean:+.4f}")
-    if baseline.empty_answers or baseline.cut_answers:
-        progress.fact(
-            "answers",
-            f"of {len(baseline.answers)} the model left {baseline.empty_answers} empty and did not end "
-            f"{baseline.cut_answers}, which were cut at --max-new-tokens",
-        )
+    baseline = measured_baseline(judge, progress)
     trials: list[Trial] = []
     most = len(candidates) if limit is None else min(limit, len(candidates))
     with progress.phase("search", most) as advance:

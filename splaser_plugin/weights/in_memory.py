@@ -251,6 +251,12 @@ class Attempt:
         """See `Weights.reduce`. A second call starts from the undecided state of the first."""
         self._weights.reduce(self._matrix, rank)
 
+    def undo(self) -> None:
+        """Put the matrix back bit for bit, undecided as before."""
+        if self._held is not None:
+            self._weights.put_back(self._matrix, self._held)
+            self._weights._set_factors(self._matrix, self._factors)
+
     def keep(self) -> None:
         """Make the change final."""
         self._held = None
@@ -258,8 +264,7 @@ class Attempt:
     def close(self) -> None:
         if self._held is None:
             return
-        self._weights.put_back(self._matrix, self._held)
-        self._weights._set_factors(self._matrix, self._factors)
+        self.undo()
         if self._remembered and self._weights._originals is not None:
             del self._weights._originals[self._matrix]
         self._held = None

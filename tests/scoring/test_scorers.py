@@ -234,7 +234,7 @@ def test_a_function_that_is_not_there_is_refused_before_the_model_is_loaded(path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scorer": "semantics"}, "scorer: got 'semantics', expected one of semantic, margin, perplexity, or"),
+        ({"scorer": "semantics"}, "scorer: got 'semantics', expected one of auto, semantic, margin, perplexity, or"),
         ({"scorer": "perplexity"}, "scorer perplexity needs a text: give text FILE"),
         ({"tolerance": 0.0, "accept": "harmless"}, "tolerance 0 with accept harmless: no test can tell"),
         ({"scorer": "perplexity", "text": "t", "held_out": "h"}, "held_out with scorer perplexity: what is held"),
@@ -264,7 +264,11 @@ def test_options_that_can_not_be_meant_are_refused(options, message):
         ({"tolerance": 0.5, "alpha": 0.01, "text": "t", "window": 9}, ("--tolerance", "--alpha", "--text", "--window")),
         ({"accept": "confident", "alpha": 0.01}, ()),
         ({"accept": "confident", "tolerance": 0.5}, ("--tolerance",)),
-        ({"objective": "compress", "alpha": 0.01, "tolerance": 0.5}, ()),
+        ({"objective": "compress", "alpha": 0.01, "tolerance": 0.5, "text": "t", "budget": 0.1}, ()),
+        ({"objective": "compress", "candidates": 3, "rank_by": "gradient"}, ("--candidates", "--rank-by")),
+        ({"objective": "compress", "candidates": 3, "ranks": "0.5", "calibration_tokens": 9}, ()),
+        ({"budget": 0.1, "calibration_tokens": 9}, ("--budget", "--calibration-tokens")),
+        ({"reduce": "whitened", "calibration_tokens": 9, "text": "t"}, ()),
         ({"guard": "perplexity:1.02", "text": "t", "window": 9}, ()),
         ({"scorer": "margin", "embedder": "self"}, ("--embedder",)),
         ({"scorer": "margin", "guard": "semantic:0.1", "embedder": "self"}, ()),
@@ -290,6 +294,15 @@ def test_auto_acceptance_follows_the_objective():
     assert LaserConfig().acceptance == "improve"
     assert LaserConfig(objective="compress").acceptance == "harmless"
     assert LaserConfig(accept="confident").acceptance == "confident"
+
+
+def test_auto_scorers_and_reducers_follow_the_objective():
+    quality, compress = LaserConfig(), LaserConfig(objective="compress")
+    assert (quality.scored_by, quality.reducer) == ("semantic", "svd")
+    assert (compress.scored_by, compress.reducer) == ("margin", "fisher")
+    given = LaserConfig(objective="compress", scorer="semantic", reduce="whitened")
+    assert (given.scored_by, given.reducer) == ("semantic", "whitened")
+    assert compress.tries_budgets and not LaserConfig(objective="compress", ranks="0.5").tries_budgets
 
 
 def guarded_search(candidates, gains, losses, limit, name):

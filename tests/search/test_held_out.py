@@ -243,9 +243,9 @@ def test_pairs_of_which_few_lose_much_are_not_said_to_lose_less_than_the_toleran
         assert wrong <= 3
 
 
-def test_compressing_keeps_what_is_harmless_and_counts_the_parameters(tokenizer):
+def test_compressing_by_ranks_keeps_what_is_harmless_and_counts_the_parameters(tokenizer):
     progress = Facts()
-    settings = LaserConfig(**QUICK, samples=30, objective="compress", tolerance=10.0)
+    settings = LaserConfig(**QUICK, samples=30, objective="compress", ranks="mp", reduce="svd", tolerance=10.0)
     result = laser(tiny_llama(), EXAMPLE_PAIRS, config=settings, tokenizer=tokenizer, progress=progress)
     assert len(result.search.kept) == 6
     stored = result.results()

@@ -1,0 +1,111 @@
+"""Budgets: whole models of falling size, each with the ranks of least predicted cost for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from splaser_plugin.errors import RankError
+from splaser_plugin.reduction.allocation import allocate, curve, gauge_storage
+from splaser_plugin.search.judge import Judgement
+from splaser_plugin.weights.matrices import Matrix, by_name
+
+STEP = 0.02
+"""Of the parameters, between one budget and the next."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A share of the parameters to remove, and how."""
+
+    share: float
+    """Asked for, of all parameters that the run may reduce: 0 to 1."""
+    ranks: Mapping[Matrix, int]
+    """Of the matrices that are reduced, in the model's order."""
+    parameters_removed: int
+    """If each of these is stored as `--save factored` does."""
+    predicted_cost: float | None
+    """In nats a token; None where costs are in another unit."""
+
+    @property
+    def name(self) -> str:
+        return f"{100 * self.share:g} %"
+
+
+@dataclass(frozen=True)
+class BudgetTrial:
+    """One budget tried."""
+
+    budget: Budget
+    judgement: Judgement
+    """By the run's scorer."""
+    text: Judgement | None
+    """By the text's perplexity; None without a text, and where the scorer alone turned the budget down."""
+    elapsed_s: float
+
+    @property
+    def verdict(self) -> str:
+        """`kept`, or why not: see `Judgement.verdict`."""
+        return self.judgement.verdict if self.text is None else self.text.verdict
+
+    @property
+    def kept(self) -> bool:
+        return self.verdict == "kept"
+
+
+def shares(most: float) -> list[float]:
+    """2 %, 4 %, ... and at last `most`."""
+    steps = [STEP * count for count in range(1, math.ceil(most / STEP))]
+    return [*(round(each, 10) for each in steps if each < most - 1e-9), most]
+
+
+def plan_budgets(costs: Mapping[Matrix, np.ndarray], parameters: int, most: float, *, in_nats: bool) -> list[Budget]:
+    """The budgets up to a share, from gentle to hard; each takes no matrix to a higher rank than the one before.
+
+    Args:
+        costs: Of each matrix that can be stored smaller, for each rank from 0 to the full one.
+        parameters: Of which the shares are: all entries of the matrices that the run may reduce.
+        most: The largest share, above 0 and below 1.
+        in_nats: Whether the costs are in nats a token.
+
+    Returns:
+        At least one; those that can't be reached, or remove nothing more than the one before, are left out.
+
+    Raises:
+        RankError: Not even the gentlest can be reached.
+    """
+    matrices = list(costs)
+    curves = [curve(each.shape, costs[each], gauge_storage) for each in matrices]
+    dense = sum(math.prod(each.shape) for each in matrices)
+    found: list[Budget] = []
+    for share in shares(most):
+        try:
+            allocation = allocate(curves, dense - math.ceil(share * parameters - 1e-6))
+        except RankError as error:
+            if not found:
+                raise RankError(f"--budget {share:g} can't be reached: {error}") from error
+            break
+        ranks = {
+            matrix: rank for matrix, rank in zip(matrices, allocation.ranks, strict=True) if rank < min(matrix.shape)
+        }
+        if not found or ranks != found[-1].ranks:
+            cost = allocation.cost if in_nats else None
+            found.append(Budget(share, ranks, dense - allocation.parameters, cost))
+    return found
+
+
+def packed(budgets: Sequence[Budget]) -> list[dict[str, Any]]:
+    """Plain values, matrices by their names."""
+    return [{**vars(each), "ranks": {matrix.name: rank for matrix, rank in each.ranks.items()}} for each in budgets]
+
+
+def unpacked(stored: Sequence[Mapping[str, Any]], matrices: Sequence[Matrix]) -> list[Budget]:
+    """What `packed` gave, for the same matrices."""
+    named = by_name(matrices)
+    return [
+        Budget(**{**each, "ranks": {named[name]: int(rank) for name, rank in each["ranks"].items()}}) for each in stored
+    ]

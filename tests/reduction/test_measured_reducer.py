@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from splaser_plugin.errors import OutputError
+from splaser_plugin.reduction.calibration import Row, mixed, token_count, window_rows
+from splaser_plugin.reduction.measured_reducer import measured_reducer
+from splaser_plugin.reduction.moments import measure
+from splaser_plugin.reduction.truncation import decompose_by_moments
+from splaser_plugin.spectra import spectrum
+from splaser_plugin.weights.in_memory import Weights
+from tests.builders import changed, states, tiny_llama
+
+ROWS = window_rows(torch.randint(3, 64, (6, 20), generator=torch.Generator().manual_seed(0)).tolist())
+
+
+@pytest.fixture
+def weights():
+    return Weights(tiny_llama(vocabulary=64))
+
+
+@pytest.mark.parametrize("way", ["whitened", "fisher"])
+def test_matrices_are_truncated_by_their_own_moments(weights, way):
+    matrices = weights.matrices()[0][3:6]
+    moments = dict(measure(weights, matrices, ROWS, seed=3))
+    reducer = measured_reducer(weights, matrices, ROWS, way=way, seed=3)
+    for matrix in matrices:
+        weight = weights.read(matrix).clone()
+        expected = decompose_by_moments(weight, moments[matrix], with_gradients=way == "fisher")
+        assert np.array_equal(reducer.costs[matrix], expected.costs)
+        assert torch.equal(reducer.truncated(matrix, weight, 5), expected.truncated(weight, 5))
+        left, right = reducer.factors(matrix, weight, 5)
+        assert torch.allclose(left @ right, expected.truncated(weight, 5), atol=1e-5)
+
+
+def test_a_weight_reduced_before_goes_on_to_the_same_matrix(weights):
+    matrix = weights.matrices()[0][6]
+    weights.reducer = measured_reducer(weights, [matrix], ROWS, way="fisher")
+    at_once = weights.reducer.truncated(matrix, weights.read(matrix).clone(), 4)
+    weights.reduce(matrix, 12)
+    weights.reduce(matrix, 4)
+    assert torch.allclose(weights.read(matrix), at_once, atol=1e-5)
+
+
+def test_svd_is_the_plain_truncation_bit_for_bit(weights):
+    before = states(weights.model)
+    matrices, _ = weights.matrices()
+    plain = Weights(tiny_llama(vocabulary=64))
+    weights.reducer = measured_reducer(weights, matrices, (), way="svd")
+    for matrix in matrices:
+        weights.reduce(matrix, 7)
+        plain.reduce(matrix, 7)
+    assert changed(before, weights.model.state_dict())
+    assert not changed(plain.model.state_dict(), weights.model.state_dict())
+    squares = spectrum.singular_values(before[matrices[0].parameter]) ** 2
+    assert weights.reducer.costs[matrices[0]][7] == pytest.approx(squares[7:].sum() / 2)
+
+
+def test_what_no_token_reaches_is_left_out_with_the_reason(weights):
+    matrices, _ = weights.matrices(include=["model.embed_tokens", "layers.0.self_attn.q_proj"])
+    reducer = measured_reducer(weights, matrices, ROWS, way="fisher")
+    assert [each.name for each in reducer.left_out] == ["model.embed_tokens"]
+    assert [matrix.name for matrix in reducer.costs] == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_a_temporary_folder_that_is_gone_is_told(weights, monkeypatch):
+    def fails(tensors, path):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("splaser_plugin.reduction.measured_reducer.save_file", fails)
+    with pytest.raises(OutputError, match=r"q_proj can't be written there \(No space left on device\). Make room"):
+        measured_reducer(weights, weights.matrices()[0][:1], ROWS, way="fisher")
+
+
+def test_answers_and_windows_share_the_tokens():
+    answers, windows = [Row(tuple(range(10)), 4)] * 30, [Row(tuple(range(20)))] * 30
+    both = mixed(answers, windows, 200)
+    assert token_count(row for row in both if row.first) == 100 and token_count(both) == 200
+    assert token_count(mixed(answers, windows[:2], 200)) == 200
+    assert token_count(mixed(answers[:1], windows, 200)) == pytest.approx(200, abs=20)
+    assert mixed(answers, [], 95) == answers[:10]
+    assert mixed([], windows, 30) == windows[:2]
