@@ -39,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "scorer": "margin",
         "tolerance": 0.1,
         "ranks": "0.5,0.25",
+        "reduce": "svd",
         "candidates": 10,
         "samples": 48,
     },
