@@ -208,7 +208,7 @@ class LaserCallback(TrainerCallback):
             weights_of(model).keep_factors()
         if self.config.reducer != "svd":
             check_measurable(weights_of(model))
-        if self.config.rank_by == "gradient":
+        if self.config.orders_by_gradient:
             check_predictable(weights_of(model))
         with undisturbed():
             self._split = self._read_pairs(training)

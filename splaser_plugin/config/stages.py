@@ -280,6 +280,11 @@ class LaserConfig(ScanConfig, MeasureConfig):
         return self.objective == "compress" and not self.ranks
 
     @property
+    def orders_by_gradient(self) -> bool:
+        """Whether a gradient says which candidates are tried first."""
+        return self.rank_by == "gradient" and not self.tries_budgets
+
+    @property
     def judges_text(self) -> bool:
         """Whether windows of text have a say, and a verdict, beside what the scorer measures."""
         return bool(self.text) and self.scored_by != "perplexity" and (self.tries_budgets or self.reducer != "svd")
@@ -293,12 +298,12 @@ class LaserConfig(ScanConfig, MeasureConfig):
     def needs_pairs(self) -> bool:
         """Whether anything that is measured takes preference pairs."""
         guarded = self.guard_scorer not in ("", "perplexity")
-        return self.unit == "pairs" or self.rank_by == "gradient" or guarded
+        return self.unit == "pairs" or self.orders_by_gradient or guarded
 
     @property
     def scorers(self) -> set[str]:
         """Names of all that the model is measured by."""
-        margin = "margin" if self.rank_by == "gradient" else ""
+        margin = "margin" if self.orders_by_gradient else ""
         return {self.scored_by, self.guard_scorer, margin} - {""}
 
     @property

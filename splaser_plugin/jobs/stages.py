@@ -35,7 +35,7 @@ from splaser_plugin.search.ladder import search_budgets
 from splaser_plugin.search.prediction import check_predictable, sensitivities
 from splaser_plugin.search.racing import Race
 from splaser_plugin.search.search import SearchResult, search
-from splaser_plugin.search.verdict import HeldOut, compare
+from splaser_plugin.search.verdict import HeldOut, Verdicts, compare
 from splaser_plugin.weights.factored import is_layer
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Matrix, overview
@@ -95,7 +95,7 @@ def begin(
     """A run on these weights, wherever they live, and the facts about it. Raises ModelError when they can't be used."""
     if config.save == "factored":
         weights.keep_factors()
-    if config.rank_by == "gradient" and not config.tries_budgets:
+    if config.orders_by_gradient:
         check_predictable(weights)
     if config.reducer != "svd":
         check_measurable(weights)
@@ -132,9 +132,7 @@ def prepare_measures(run: Run, split: Split) -> Measures:
         scorer=make(config.scored_by, searched),
         held_out=make(config.scored_by, apart) if apart and (apart.pairs or config.unit == "windows") else None,
         guard=Guard(make(config.guard_scorer, searched), config.guard_limit) if config.guard else None,
-        predictor=_predictor(run, scorers, split)
-        if config.rank_by == "gradient" and not config.tries_budgets
-        else None,
+        predictor=_predictor(run, scorers, split) if config.orders_by_gradient else None,
         text=make("perplexity", searched) if config.judges_text else None,
         held_out_text=make("perplexity", apart) if config.judges_text and apart and apart.windows else None,
         calibration=tuple(_calibration(run, scorers, searched)) if config.reducer != "svd" else (),
@@ -246,16 +244,6 @@ def _measured(run: Run, measures: Measures, matrices: Sequence[Matrix]) -> Measu
         run.progress.detail("left out", f"{left_out.name}: {left_out.reason}")
     run.weights.reducer = reducer
     return reducer
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """What was held out says about the result."""
-
-    scored: HeldOut | None
-    """By the run's scorer; None where nothing is held out."""
-    text: HeldOut | None
-    """By windows of text; None where they aren't judged, or none are held out."""
 
 
 def search_and_compare(run: Run, measures: Measures, scan: Scan) -> tuple[SearchResult, Verdicts]:

@@ -45,6 +45,16 @@ class HeldOut:
         )
 
 
+@dataclass(frozen=True)
+class Verdicts:
+    """What was held out says about the result."""
+
+    scored: HeldOut | None
+    """By the run's scorer; None where nothing is held out."""
+    text: HeldOut | None
+    """By windows of text; None where they aren't judged, or none are held out."""
+
+
 def compare(
     base: Scores, result: Scores, *, seed: int = 0, unit: str = "pairs", tolerance: float | None = None
 ) -> HeldOut:
