@@ -291,7 +291,8 @@ def _check(model: nn.Module) -> None:
     kind = type(model).__name__
     if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
         raise ModelError(
-            f"{kind} has quantised weights, which can't be scanned or reduced. Load it in bfloat16 or float32."
+            f"{kind} has quantised weights, which can't be scanned or reduced. Load it in bfloat16 or float32; with a "
+            "QLoRA adapter, train first, and then run `splaser laser BASE --adapter DIR` on the unquantised base."
         )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ModelError(f"{kind} is an encoder-decoder model; only causal language models can be lasered.")
