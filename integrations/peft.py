@@ -51,27 +51,28 @@ def merge_and_unload(model: Any) -> Any:
     """PEFT's own `merge_and_unload`, for a model of `splaser_plugin.load` too, whose layers stay factored.
 
     model: a `peft.PeftModel`. Where W = left right, W + s B A is [left, s B] [right; A]: the ranks add up. A layer
-    that would take more room so than whole becomes a plain one. Returns the base model.
+    whose rank would be full becomes a plain one. Returns the base model.
     Raises ModelError when a factored layer has an adapter other than plain LoRA.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from splaser_plugin.weights.factored import FactoredLinear, list_layers
+    from splaser_plugin.weights.factored import settle
+    from splaser_plugin.weights.factored_layers import FactoredLinear
 
     base = model.get_base_model()
     for name, adapted in list(base.named_modules()):
         if isinstance(adapted, BaseTunerLayer) and isinstance(adapted.get_base_layer(), FactoredLinear):
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, _merged(adapted, name))
-    list_layers(base)
-    return model.merge_and_unload()
+    merged = model.merge_and_unload()
+    settle(merged)
+    return merged
 
 
 def _merged(adapted: Any, name: str) -> nn.Module:
     """The layer of one factored layer and its adapters."""
+    import torch
     from peft.tuners.lora import LoraLayer
-
-    from splaser_plugin.weights.factored import dense_layer, is_smaller
 
     is_lora = isinstance(adapted, LoraLayer)
     if not is_lora or adapted.lora_variant or any(adapted.lora_bias.values()):
@@ -79,10 +80,8 @@ def _merged(adapted: Any, name: str) -> nn.Module:
             f"{name} has an adapter that is no plain LoRA ({type(adapted).__name__}), which can't join its factors. "
             "Call splaser_plugin.expand(model) first, then PEFT's merge_and_unload."
         )
+    active = [each for each in adapted.active_adapters if each in adapted.scaling]
+    left = [adapted.lora_B[each].weight.detach() * adapted.scaling[each] for each in active]
+    right = [adapted.lora_A[each].weight.detach() for each in active]
     layer: Any = adapted.get_base_layer()
-    for adapter in adapted.active_adapters:
-        if adapter in adapted.scaling:
-            up, down = adapted.lora_B[adapter], adapted.lora_A[adapter]
-            layer = layer.joined(up.weight.detach() * adapted.scaling[adapter], down.weight.detach())
-    is_worth_it = is_smaller((layer.out_features, layer.in_features), layer.right_factor.shape[0])
-    return layer if is_worth_it else dense_layer(layer)
+    return layer.joined(torch.cat(left, dim=1), torch.cat(right)) if active else layer

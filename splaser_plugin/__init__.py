@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from splaser_plugin.weights.factored import expand as expand
     from splaser_plugin.weights.factored_folder import load as load
 
+from splaser_plugin.weights.registration import register_with_transformers
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -65,6 +67,8 @@ _HOMES = {
 }
 
 __all__ = ["__version__", *_HOMES]
+
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

@@ -113,8 +113,9 @@ def _how_stored(recipe: Recipe) -> str:
     if recipe.config.save != "factored":
         return "A reduced matrix has a lower rank and its old shape: the model is as large as before."
     return (
-        "Reduced matrices are stored as two factors where that is smaller, so the model is loaded by splaser: "
-        "`splaser_plugin.load(FOLDER)` gives a transformers model, and `splaser expand FOLDER -o DENSE` a plain folder."
+        "Reduced matrices are stored as factors, so splaser is needed to load the model: "
+        "`splaser_plugin.load(FOLDER)`, or `import splaser_plugin` and then transformers' `from_pretrained`. "
+        "`splaser expand FOLDER -o DENSE` makes a plain folder of it."
     )
 
 

@@ -204,7 +204,7 @@ class LaserConfig(ScanConfig, MeasureConfig):
     race: bool = True
     """Stop scoring a candidate that can't win any more."""
     save: Literal["dense", "factored"] = "dense"
-    """Reduced matrices on disk: whole, or as two factors where smaller."""
+    """Reduced matrices on disk: whole, or as factors, which are smaller at every rank."""
 
     def __post_init__(self) -> None:
         parse_ranks(self.ranks)

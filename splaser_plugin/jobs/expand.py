@@ -12,7 +12,8 @@ from splaser_plugin.artifacts.results import Results
 from splaser_plugin.checkpoints.folder import INDEX_NAME, read_config, resolve_model
 from splaser_plugin.files.output import check_space, whole_folder
 from splaser_plugin.weights.factored import expand
-from splaser_plugin.weights.factored_folder import load, stored_ranks
+from splaser_plugin.weights.factored_folder import load
+from splaser_plugin.weights.factored_format import stored_layers
 from splaser_plugin.weights.in_memory import Weights
 
 
@@ -24,7 +25,7 @@ def expand_folder(model: str, out: Path) -> int:
     OutputError when there is no room for the dense model.
     """
     source = resolve_model(model)
-    ranks = stored_ranks(source, read_config(source))
+    layers = stored_layers(read_config(source), source)
     dense = expand(load(source, dtype="auto"))
     needed = Weights(dense).size
     check_space(out, needed)
@@ -35,7 +36,7 @@ def expand_folder(model: str, out: Path) -> int:
             if file.is_file() and not is_weights and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
         _rewrite_card(folder)
-    return len(ranks)
+    return len(layers)
 
 
 def _rewrite_card(folder: Path) -> None:

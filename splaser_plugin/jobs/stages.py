@@ -36,7 +36,7 @@ from splaser_plugin.search.prediction import check_predictable, sensitivities
 from splaser_plugin.search.racing import Race
 from splaser_plugin.search.search import SearchResult, search
 from splaser_plugin.search.verdict import HeldOut, Verdicts, compare
-from splaser_plugin.weights.factored import is_layer
+from splaser_plugin.weights.factored import is_factorable
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Matrix, overview
 
@@ -193,7 +193,7 @@ def scan_of_these_weights(config: LaserConfig, matrices: Sequence[Matrix], ident
 def order_candidates(run: Run, measures: Measures, scan: Scan) -> list[Candidate]:
     """The candidates, in the order in which they are tried. Raises MatrixError when there is none."""
     chosen = choose_candidates(scan, run.matrices, parse_ranks(run.config.ranks))
-    candidates = [replace(each, is_layer=is_layer(run.weights.model, each.matrix)) for each in chosen]
+    candidates = [replace(each, is_factorable=is_factorable(run.weights.model, each.matrix)) for each in chosen]
     predictor = measures.predictor
     if predictor is not None:
         run.progress.fact("ranked by", f"predicted margin, from a gradient over {predictor.size} pairs")

@@ -27,7 +27,7 @@ def plain_storage(rows: int, columns: int, rank: int) -> int:
 
 
 def gauge_storage(rows: int, columns: int, rank: int) -> int:
-    """Numbers in a factor and what the other rows take from it, see `splaser_plugin.reduction.gauge`."""
+    """Numbers in a factor and what the other rows take from it, see `splaser_plugin.weights.gauge`."""
     return rank * (rows + columns - rank)
 
 

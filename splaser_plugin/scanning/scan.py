@@ -71,7 +71,7 @@ def scan(
 
         return scan_source(Weights(model), config=config, name=model_name(model), output=output, progress=progress)
     from splaser_plugin.checkpoints.checkpoint import open_checkpoint, resolve_model
-    from splaser_plugin.weights.factored_folder import stored_ranks
+    from splaser_plugin.weights.factored_format import stored_layers
     from splaser_plugin.weights.stored import StoredWeights
 
     allow_pickle = config is not None and config.allow_pickle
@@ -82,7 +82,7 @@ def scan(
         loaded, _ = load_model(model, allow_pickle=allow_pickle)
         return scan_source(Weights(loaded), config=config, name=str(model), output=output, progress=progress)
     checkpoint = open_checkpoint(resolve_model(str(model)))
-    if stored_ranks(checkpoint.folder, checkpoint.config):
+    if stored_layers(checkpoint.config, checkpoint.folder):
         raise CheckpointError(
             f"{model}: has matrices stored as factors, which are not scanned. Scan the dense model: "
             f"splaser expand {model} -o DENSE."

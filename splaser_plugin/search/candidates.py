@@ -24,20 +24,17 @@ class Candidate:
     """At the scan's edge."""
     predicted: float | None = None
     """Change of the mean margin, in nats a token; None without a prediction."""
-    is_layer: bool = True
-    """Whether it is the whole weight of a linear layer of its model, which alone can be stored as two factors."""
+    is_factorable: bool = True
+    """Whether it can be stored as factors, see `splaser_plugin.weights.factored`."""
 
     @property
     def parameters_removed(self) -> int:
-        """Parameters that two factors of this rank have fewer than the matrix; 0 where they have more.
+        """Parameters that the matrix has fewer at this rank, stored as factors; 0 where it is stored whole.
 
-        Also 0 for what is stored whole: an expert's slice of a fused parameter, and an embedding (see
-        `splaser_plugin.weights.factored`).
+        A matrix of n rows and m columns loses (n - r) (m - r) of them, see `splaser_plugin.weights.gauge`.
         """
-        if self.matrix.expert is not None or not self.is_layer:
-            return 0
         rows, columns = self.matrix.shape
-        return max(0, rows * columns - self.rank * (rows + columns))
+        return (rows - self.rank) * (columns - self.rank) if self.is_factorable else 0
 
 
 def choose_candidates(scan: Scan, matrices: Sequence[Matrix], rungs: Sequence[str | float] = ()) -> list[Candidate]:
@@ -80,8 +77,8 @@ def by_size(candidates: Sequence[Candidate]) -> list[Candidate]:
     smaller = [each for each in candidates if each.parameters_removed]
     if not smaller:
         raise MatrixError(
-            f"none of the {len(candidates)} candidates has fewer parameters as two factors than as a matrix. Add a "
-            "lower rank to --ranks."
+            f"none of the {len(candidates)} candidates can be stored as factors: embeddings are kept whole, and so are "
+            "experts whose module has a forward pass of its own. Choose other matrices with --include."
         )
     most: dict[Matrix, int] = {}
     for each in smaller:

@@ -86,7 +86,7 @@ class SearchResult(Table):
 
     @property
     def parameters_removed(self) -> int:
-        """By all that was kept, if each of these matrices is stored as two factors."""
+        """By all that was kept, if each of these matrices is stored as factors."""
         if self.budgets:
             return max((trial.budget.parameters_removed for trial in self.budgets if trial.kept), default=0)
         last_of = {candidate.matrix: candidate for candidate in self.kept}

@@ -1,97 +1,124 @@
-"""Matrices as two thin factors, layers that compute with them, and plain layers back.
+"""Which matrices of a model can be stored as factors, and factored models turned into plain ones.
 
-A matrix of n rows and m columns and rank r takes r (n + m) numbers as factors, fewer than its own n m where r is
-below n m / (n + m). Only whole weights of linear layers are kept that way. An expert's matrix is a slice of
-a fused parameter, and an embedding is looked up by rows, so neither has a layer that could be two; a tied weight
+A matrix of rank r, below the full one, takes r (n + m - r) numbers (see `splaser_plugin.weights.gauge`) instead of
+n m. What is stored so is the whole weight of a linear layer, or one expert's matrix where transformers' interface of
+experts lets the module compute with layers. An embedding is looked up by rows, so it stays whole, and a tied weight
 is never reduced.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from splaser_plugin.spectra import spectrum
+from splaser_plugin.errors import CheckpointError, nearest
+from splaser_plugin.files.text import shown
+from splaser_plugin.weights.factored_experts import EACH, FactoredExperts, can_be_split, stacks_of
+from splaser_plugin.weights.factored_format import TWO_FACTORS, Stored, written
+from splaser_plugin.weights.factored_layers import FactoredLinear, GaugeLinear, TwoFactorLinear
 from splaser_plugin.weights.matrices import Matrix
-
-CONFIG_KEY = "splaser_factored"
-"""In config.json: module name to rank, for each factored layer."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """A linear map as left @ right, in the model's dtype."""
-
-    left: Tensor
-    """(outputs, rank)"""
-    right: Tensor
-    """(rank, inputs)"""
-
-    @property
-    def rank(self) -> int:
-        return self.right.shape[0]
-
-    @torch.no_grad()
-    def product(self) -> Tensor:
-        """(outputs, inputs), multiplied in float64 and rounded once to the factors' dtype.
-
-        Products of bfloat16 and float16 numbers are exact there, so that the order in which a device adds
-        them hardly ever shows.
-        """
-        place = torch.device("cpu") if self.left.device.type == "mps" else self.left.device
-        product = self.left.to(place).double() @ self.right.to(place).double()
-        return product.to(self.left.dtype).to(self.left.device)
-
-
-def factorize(weight: Tensor, rank: int) -> Factors:
-    """The best approximation of a weight (outputs, inputs) by a matrix of that rank, as factors in its dtype.
-
-    Raises RankError and SpectrumError as `spectrum.truncate` does.
-    """
-    return balanced(*spectrum.factors(weight, rank), weight.dtype)
-
-
-def balanced(left: Tensor, right: Tensor, dtype: torch.dtype) -> Factors:
-    """left (outputs, rank) and right (rank, inputs) in that dtype, with the same product.
-
-    Each factor takes the square roots of the singular values, so that rounding and float16's range cost both
-    the same.
-    """
-    lengths = left.norm(dim=0) * right.norm(dim=1)
-    left = left * _ratio(lengths.sqrt(), left.norm(dim=0))
-    right = right * _ratio(lengths.sqrt(), right.norm(dim=1))[:, None]
-    return Factors(left.to(dtype).contiguous(), right.to(dtype).contiguous())
-
-
-def _ratio(wanted: Tensor, got: Tensor) -> Tensor:
-    return torch.where(got > 0, wanted / got, torch.zeros_like(got))
 
 
 def is_smaller(shape: tuple[int, int], rank: int) -> bool:
-    """Whether two factors of that rank hold fewer numbers than the matrix: below n m / (n + m)."""
-    rows, columns = shape
-    return rank * (rows + columns) < rows * columns
+    """Whether a matrix of that rank is stored in fewer numbers than its own: at every rank below full."""
+    return rank < min(shape)
 
 
-def is_factorable(model: nn.Module, matrix: Matrix, rank: int) -> bool:
-    """Whether the matrix, at that rank, takes less room as factors, and is the whole weight of a linear layer."""
-    return is_smaller(matrix.shape, rank) and is_layer(model, matrix)
-
-
-def is_layer(model: nn.Module, matrix: Matrix) -> bool:
-    """Whether the matrix is the whole weight of a linear layer that the model calls, and that is saved as it is."""
-    from transformers.pytorch_utils import Conv1D
-
+def is_factorable(model: nn.Module, matrix: Matrix) -> bool:
+    """Whether the matrix can be stored as factors once its rank is below full."""
+    module_name, _, attribute = matrix.parameter.rpartition(".")
+    module: Any = model.get_submodule(module_name)
     if matrix.expert is not None:
-        return False
-    module, _, attribute = matrix.parameter.rpartition(".")
-    is_linear = attribute == "weight" and type(model.get_submodule(module)) in (nn.Linear, Conv1D)
-    return is_linear and module in _called(model) and not _is_converted(model, matrix.parameter)
+        return can_be_split(module) and attribute in stacks_of(module)
+    is_layer = attribute == "weight" and _is_layer(module)
+    return is_layer and module_name in _called(model) and not _is_converted(model, matrix.parameter)
+
+
+def layer_name(matrix: Matrix) -> str:
+    """The name of the module that has this matrix in a factored model."""
+    if matrix.expert is None:
+        return matrix.name
+    experts, _, stack = matrix.parameter.rpartition(".")
+    return f"{experts}.{EACH}{stack}.{matrix.expert}"
+
+
+def is_transposed(model: nn.Module, matrix: Matrix) -> bool:
+    """Whether a factorable matrix is stored as (inputs, outputs)."""
+    if matrix.expert is None:
+        return matrix.transposed
+    experts: Any = model.get_submodule(matrix.parameter.rpartition(".")[0])
+    return bool(experts.is_transposed)
+
+
+def install(model: Any, layers: Mapping[str, Stored], where: str) -> None:
+    """Put empty factored layers in the places of the plain ones of a model whose weights aren't loaded yet.
+
+    Args:
+        model: On the meta device.
+        layers: By the names of the modules they are to be.
+        where: What the errors begin with: the file that lists the layers.
+
+    Raises:
+        CheckpointError: The model has no such layer, or none of that rank, or its weight is tied.
+    """
+    for name in list(layers):
+        experts = name.rpartition(f".{EACH}")[0]
+        module = dict(model.named_modules()).get(experts) if experts else None
+        if module is not None and not isinstance(module, FactoredExperts) and can_be_split(module):
+            _put(model, experts, FactoredExperts(module))
+    known: dict[str, Any] = {name: each for name, each in model.named_modules() if _is_layer(each)}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    tied = {*tied, *tied.values()}
+    for name, stored in layers.items():
+        if name not in known:
+            raise CheckpointError(f"{where}: {shown(name)} is no linear layer of this model; {nearest(name, known)}.")
+        if f"{name}.weight" in tied:
+            raise CheckpointError(
+                f"{where}: {name} shares its weight with another layer, so it can't be factored. Save the model again."
+            )
+        _put(model, name, _empty(known[name], stored, f"{where}: {name}"))
+
+
+def expand(model: Any) -> Any:
+    """Turn every factored layer of a loaded model into a plain one, in place, under PEFT too.
+
+    Args:
+        model: A model of `splaser_plugin.load`, or one that has adapters on it. Experts that have adapters are put
+            back into their stacks only once those are merged: call it again then.
+
+    Returns:
+        The model.
+    """
+    for name, layer in factored_layers(model).items():
+        _put(model, name, layer.dense())
+    settle(model)
+    return model
+
+
+def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
+    """The model's factored layers by their names."""
+    return {name: each for name, each in model.named_modules() if isinstance(each, FactoredLinear)}
+
+
+def settle(model: Any) -> None:
+    """After its layers were changed: make experts whole of which none is factored, and bring the configuration, which
+    `save_pretrained` writes, up to date."""
+    from splaser_plugin.weights.quantizer import FactoredConfig
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FactoredExperts) and module.is_plain:
+            _put(model, name, module.dense())
+            for owner in model.modules():  # those that loading used know no stacks; saving finds the model's own
+                owner.__dict__.pop("_weight_conversions", None)
+    layers = {name: Stored(each.form, each.rank) for name, each in factored_layers(model).items()}
+    if layers:
+        model.config.quantization_config = FactoredConfig(written(layers))
+    elif isinstance(getattr(model.config, "quantization_config", None), FactoredConfig):
+        del model.config.quantization_config
 
 
 def _called(model: nn.Module) -> frozenset[str]:
@@ -143,93 +170,36 @@ def _is_converted(model: Any, parameter: str) -> bool:
     return any(each.rename_source_key(parameter)[1] is not None for each in converters)
 
 
-class FactoredLinear(nn.Linear):
-    """A linear layer whose weight is weight @ right_factor: y = (x right_factor') weight' + bias.
-
-    weight: (out_features, rank). right_factor: (rank, in_features). in_features and out_features are those of
-    the whole map, which is all that PEFT's LoRA needs. from_conv1d: it stands for a transformers' Conv1D.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool = True,
-        from_conv1d: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would make the whole weight
-        self.in_features = in_features
-        self.out_features = out_features
-        self.from_conv1d = from_conv1d
-        self.weight = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
-        self.right_factor = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
-
-    @property
-    def factors(self) -> Factors:
-        return Factors(self.weight.detach(), self.right_factor.detach())
-
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(functional.linear(input, self.right_factor), self.weight, self.bias)
-
-    def joined(self, left: Tensor, right: Tensor) -> FactoredLinear:
-        """The layer whose map is this one's plus left @ right: their ranks add up, and nothing is approximated."""
-        rank = self.right_factor.shape[0] + right.shape[0]
-        layer = FactoredLinear(
-            self.in_features, self.out_features, rank, bias=False, from_conv1d=self.from_conv1d, device="meta"
-        )
-        factors = self.factors
-        layer.weight = nn.Parameter(torch.cat([factors.left, left.to(factors.left.dtype)], dim=1))
-        layer.right_factor = nn.Parameter(torch.cat([factors.right, right.to(factors.right.dtype)]))
-        layer.bias = self.bias
-        return layer.train(self.training)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.right_factor.shape[0]}"
-
-
-def as_stored(values: Tensor, matrix: Matrix) -> Tensor:
-    """A linear map (outputs, inputs) as the matrix's parameter has it, or the other way round."""
-    return values.mT if matrix.transposed else values
-
-
-def expand(model: Any) -> Any:
-    """Turn every factored layer of a loaded model into a dense one, in place, under PEFT too. Returns the model."""
-    for module in list(model.modules()):
-        for child, layer in list(module.named_children()):
-            if isinstance(layer, FactoredLinear):
-                setattr(module, child, dense_layer(layer))
-    list_layers(model)
-    return model
-
-
-def list_layers(model: Any) -> None:
-    """Write the names and ranks of the model's factored layers into its configuration, for `save_pretrained`."""
-    ranks = {name: each.factors.rank for name, each in model.named_modules() if isinstance(each, FactoredLinear)}
-    if ranks:
-        setattr(model.config, CONFIG_KEY, ranks)
-    elif hasattr(model.config, CONFIG_KEY):
-        delattr(model.config, CONFIG_KEY)
-
-
-def dense_layer(layer: FactoredLinear) -> nn.Module:
-    """The plain layer of the same map: its weight is the factors' product, its bias the same parameter."""
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it is a plain linear layer whose forward pass is y = W x + b, and nothing else."""
     from transformers.pytorch_utils import Conv1D
 
-    values = layer.factors.product()
-    with torch.device("meta"):
-        dense: Any = (
-            Conv1D(layer.out_features, layer.in_features)
-            if layer.from_conv1d
-            else nn.Linear(layer.in_features, layer.out_features, bias=False)
-        )
-    values = values.mT.contiguous() if layer.from_conv1d else values
-    dense.weight = nn.Parameter(values, requires_grad=layer.weight.requires_grad)
-    dense.bias = layer.bias
-    return dense.train(layer.training)
+    kind: Any = type(module)
+    if not issubclass(kind, (nn.Linear, Conv1D)) or issubclass(kind, FactoredLinear):
+        return False
+    return kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__name__ == "FalconLinear"
+
+
+def _empty(layer: Any, stored: Stored, where: str) -> FactoredLinear:
+    """A factored layer in the place of this one."""
+    from transformers.pytorch_utils import Conv1D
+
+    rows, columns = layer.weight.shape
+    most = min(rows, columns) - (stored.form != TWO_FACTORS)
+    if stored.rank > most:
+        raise CheckpointError(f"{where}: rank {stored.rank}, but its shape ({rows}, {columns}) allows at most {most}.")
+    inputs, outputs = (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
+    options: dict[str, Any] = {
+        "bias": layer.bias is not None,
+        "kind": type(layer),
+        "device": layer.weight.device,
+        "dtype": layer.weight.dtype,
+    }
+    if stored.form == TWO_FACTORS:
+        return TwoFactorLinear(inputs, outputs, stored.rank, **options)
+    return GaugeLinear(inputs, outputs, stored.rank, by_rows=stored.form == "rows", **options)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

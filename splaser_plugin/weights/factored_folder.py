@@ -1,28 +1,33 @@
-"""Models with factored layers in a folder: written, loaded, and turned into plain ones.
+"""Models with factored layers in a folder: written and loaded.
 
-In the folder a factored layer has its left factor under the name of its weight, and its right one beside it as
-`right_factor`; config.json lists the layers with their ranks. The weight's shape is then not what the
+In the folder a factored layer has some of its numbers under the name of its weight and the rest beside it, and
+config.json lists the layers, see `splaser_plugin.weights.factored_format`. The weight's shape is then not what the
 configuration says, so whatever loads the folder without knowing of factors stops there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from splaser_plugin.checkpoints.folder import read_config, resolve_model
 from splaser_plugin.checkpoints.skeleton import answering_class
 from splaser_plugin.checkpoints.trust import check_model_folder
-from splaser_plugin.errors import CheckpointError, nearest
+from splaser_plugin.errors import CheckpointError
 from splaser_plugin.files.text import shown
-from splaser_plugin.weights.factored import CONFIG_KEY, FactoredLinear, Factors, as_stored
+from splaser_plugin.weights.factored import is_transposed, layer_name
+from splaser_plugin.weights.factored_experts import EACH, stacks_of
+from splaser_plugin.weights.factored_format import OLD_KEY, Stored, stored_layers, written
+from splaser_plugin.weights.factored_layers import order_of
+from splaser_plugin.weights.gauge import Gauge
 from splaser_plugin.weights.in_memory import Weights
+from splaser_plugin.weights.matrices import Matrix
 
 
 def save_model(weights: Weights, folder: Path, state: Mapping[str, Tensor] | None) -> None:
@@ -30,20 +35,28 @@ def save_model(weights: Weights, folder: Path, state: Mapping[str, Tensor] | Non
 
     state: of `Weights.state_dict`.
     """
+    from splaser_plugin.weights.quantizer import FactoredConfig
+
     model: Any = weights.model
-    layers = unchanged_factors(weights)
-    if not layers:
+    kept = unchanged_factors(weights)
+    if not kept:
         with _undistributed(model):
             model.save_pretrained(folder, state_dict=state)
         return
     state = dict(model.state_dict() if state is None else state)
-    for name, factors in layers.items():
-        state[f"{name}.weight"], state[f"{name}.right_factor"] = factors.left, factors.right
-    setattr(model.config, CONFIG_KEY, {name: factors.rank for name, factors in layers.items()})
+    for experts in {matrix.parameter.rpartition(".")[0] for matrix in kept if matrix.expert is not None}:
+        _split(experts, model.get_submodule(experts), state)
+    layers = {}
+    for matrix, form in kept.items():
+        name, form = layer_name(matrix), form.mT if is_transposed(model, matrix) else form
+        state[f"{name}.weight"], state[f"{name}.interpolation"] = form.skeleton, form.interpolation
+        state[f"{name}.order"] = order_of(form)
+        layers[name] = Stored("rows" if form.by_rows else "columns", form.rank)
+    model.config.quantization_config = FactoredConfig(written(layers))
     try:
         model.save_pretrained(folder, state_dict=state)
     finally:
-        delattr(model.config, CONFIG_KEY)
+        del model.config.quantization_config
 
 
 @contextmanager
@@ -61,89 +74,78 @@ def _undistributed(model: Any) -> Iterator[None]:
         model.config.distributed_config = distributed
 
 
-def unchanged_factors(weights: Weights) -> dict[str, Factors]:
-    """Module name to the factors that a matrix was reduced to, where the model still has their product."""
+def _split(name: str, experts: Any, state: dict[str, Tensor]) -> None:
+    """Put the matrix of each expert in the place of the stacks, as (outputs, inputs)."""
+    for stack in stacks_of(experts):
+        for index, matrix in enumerate(state.pop(f"{name}.{stack}")):
+            upright = matrix.mT if experts.is_transposed else matrix
+            state[f"{name}.{EACH}{stack}.{index}.weight"] = upright.clone(memory_format=torch.contiguous_format)
+
+
+def unchanged_factors(weights: Weights) -> dict[Matrix, Gauge]:
+    """What a matrix was reduced to, where the model still has just that."""
     return {
-        matrix.name: factors
-        for matrix, factors in (weights.factors or {}).items()
-        if torch.equal(as_stored(factors.product(), matrix), weights.read(matrix))
+        matrix: form
+        for matrix, form in (weights.factors or {}).items()
+        if torch.equal(form.product(), weights.read(matrix))
     }
 
 
 def parameter_counts(weights: Weights) -> tuple[int, int]:
     """Numbers in the model, and in what `save_model` writes of it."""
     dense = sum(parameter.numel() for parameter in {id(each): each for each in weights.parameters.values()}.values())
-    saved = 0
-    for factors in unchanged_factors(weights).values():
-        outputs, inputs = factors.left.shape[0], factors.right.shape[1]
-        saved += outputs * inputs - factors.rank * (outputs + inputs)
+    saved = sum(matrix.shape[0] * matrix.shape[1] - form.size for matrix, form in unchanged_factors(weights).items())
     return dense, dense - saved
 
 
 def load(model: str | Path, **arguments: Any) -> Any:
     """A causal language model of transformers' own class, whose factored layers compute with their factors.
 
-    model: a folder or hub id, factored or not. arguments: of `from_pretrained` (dtype, device_map, ...).
-    Raises CheckpointError, with the file and the tensor, when anything is missing, damaged or at odds.
+    transformers' own `from_pretrained` loads such a folder too, wherever splaser_plugin is imported. This checks more:
+    every tensor is there, in its shape, and none is left over. And it loads what splaser 0.1 saved.
+
+    Args:
+        model: A folder or hub id, factored or not.
+        arguments: Those of `from_pretrained` (dtype, device_map, ...).
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        CheckpointError: Something is missing, damaged or at odds; the message has the file and the tensor.
     """
     from transformers import AutoConfig
 
     folder = resolve_model(str(model))
     check_model_folder(folder)
-    ranks = stored_ranks(folder, read_config(folder))
-    if not ranks:
+    config = read_config(folder)
+    layers = stored_layers(config, folder)
+    if not layers:
         return answering_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, **arguments)
-    checkpoint = open_checkpoint(folder)
-    planned = _plan(folder)
-    _install(planned, ranks, folder)
-    _check_shapes(planned, checkpoint)
-    loader = _factored_class(type(planned), ranks, folder)
+    from splaser_plugin.weights.quantizer import FactoredConfig
+
+    if OLD_KEY in config:
+        arguments["quantization_config"] = FactoredConfig(written(layers))
     # sizes that are at odds under other names are reported below, by the tensor's name
-    loaded, report = loader.from_pretrained(
-        folder,
-        # one class can be several kinds of model, which differ in how their tensors are called
-        config=AutoConfig.from_pretrained(folder),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **arguments,
+    found: Any = _auto_class(folder).from_pretrained(
+        folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
     )
-    _check_report(report, checkpoint)
-    _check_dtypes(ranks, checkpoint)
-    for name, rank in ranks.items():
-        if loaded.get_submodule(name).factors.left.shape[1] != rank:
-            raise CheckpointError(
-                f"{folder / 'config.json'}: {CONFIG_KEY}: {name} shares its weight with another layer, so it can't be "
-                "factored. Save the model again."
-            )
-    loaded.__class__ = type(planned)
+    loaded, report = found
+    _check_report(report, open_checkpoint(folder))
     return loaded
 
 
-def stored_ranks(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
-    """Module name to rank of the factored layers that a config.json lists; {} for a dense model.
-
-    Raises CheckpointError when it is no such list.
-    """
-    ranks = config.get(CONFIG_KEY, {})
-    if not isinstance(ranks, dict) or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
-        raise CheckpointError(
-            f"{folder / 'config.json'}: {CONFIG_KEY} is {shown(ranks)}, expected module names to ranks of at least 1."
-        )
-    return ranks
-
-
-def _plan(folder: Path) -> Any:
-    """The model that config.json describes, dense and on the meta device.
-
-    Raises CheckpointError when it describes none.
-    """
+def _auto_class(folder: Path) -> Any:
+    """The auto class that loads the model. Raises CheckpointError when config.json describes none."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(folder)
-            return answering_class(config).from_config(config)
+            kind = answering_class(config)
+            kind.from_config(config)
+            return kind
     except (
         OSError,
         ValueError,
@@ -160,80 +162,18 @@ def _plan(folder: Path) -> Any:
         ) from error
 
 
-def _install(model: nn.Module, ranks: Mapping[str, int], folder: Path) -> None:
-    """Put an empty factored layer in the place of each one listed."""
-    from transformers.pytorch_utils import Conv1D
-
-    known = {name: each for name, each in model.named_modules() if type(each) in (nn.Linear, Conv1D)}
-    where = f"{folder / 'config.json'}: {CONFIG_KEY}"
-    for name, rank in ranks.items():
-        if name not in known:
-            raise CheckpointError(f"{where}: {shown(name)} is no linear layer of this model; {nearest(name, known)}.")
-        layer: Any = known[name]
-        rows, columns = layer.weight.shape
-        if rank > min(rows, columns):
-            raise CheckpointError(
-                f"{where}: {name}: rank {rank}, but its shape ({rows}, {columns}) allows at most {min(rows, columns)}."
-            )
-        from_conv1d = isinstance(layer, Conv1D)
-        empty = FactoredLinear(
-            rows if from_conv1d else columns,
-            columns if from_conv1d else rows,
-            rank,
-            bias=layer.bias is not None,
-            from_conv1d=from_conv1d,
-            device=layer.weight.device,
-            dtype=layer.weight.dtype,
-        )
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, empty)
-
-
-def _factored_class(kind: type[Any], ranks: Mapping[str, int], folder: Path) -> type[Any]:
-    """The model's class with the factored layers in place when transformers begins to load the weights.
-
-    It looks, name and module, like the class itself, since transformers goes by both.
-    """
-
-    def __init__(self: Any, config: Any, *rest: Any, **options: Any) -> None:  # noqa: N807
-        kind.__init__(self, config, *rest, **options)
-        _install(self, ranks, folder)
-
-    return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
-
-
-def _check_shapes(planned: nn.Module, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError, before any memory is taken, when a tensor has another shape than its parameter."""
-    for name, parameter in planned.named_parameters():
-        stored = checkpoint.tensors.get(name)
-        if stored is not None and stored.shape != tuple(parameter.shape):
-            raise _wrong_shape(f"{stored.shard}: tensor {shown(name)}", stored.shape, tuple(parameter.shape))
-
-
-def _wrong_shape(where: str, got: tuple[int, ...], expected: tuple[int, ...]) -> CheckpointError:
-    return CheckpointError(f"{where} has shape {got}, expected {expected} by config.json. Save the model again.")
-
-
 def _check_report(report: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless every tensor of the model was in the files, in its shape, and no other."""
+
+    from splaser_plugin.weights.quantizer import wrong_shape
 
     def where(name: str) -> str:
         stored = checkpoint.tensors.get(name)
         return f"{stored.shard if stored else checkpoint.folder}: tensor {shown(name)}"
 
     for name, got, expected in sorted(report["mismatched_keys"]):
-        raise _wrong_shape(where(name), tuple(got), tuple(expected))
+        raise wrong_shape(where(name), tuple(got), tuple(expected))
     for name in sorted(report["missing_keys"]):
         raise CheckpointError(f"{where(name)} is missing. Save the model again.")
     for name in sorted(report["unexpected_keys"]):
         raise CheckpointError(f"{where(name)} belongs to no layer of this model. Save the model again.")
-
-
-def _check_dtypes(names: Iterable[str], checkpoint: Checkpoint) -> None:
-    for name in (f"{layer}.{part}" for layer in names for part in ("weight", "right_factor")):
-        stored = checkpoint.tensors.get(name)
-        if stored is not None and not stored.dtype.is_floating_point:
-            raise CheckpointError(
-                f"{stored.shard}: tensor {shown(name)} is {stored.dtype}, expected floating point. "
-                "Save the model again."
-            )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from splaser_plugin.checkpoints.identity import identity_of, sampled_places
 from splaser_plugin.distributed import broadcast, is_main, is_sharded, reshard
 from splaser_plugin.errors import MatrixError, ModelError, RankError
-from splaser_plugin.weights.factored import FactoredLinear, Factors, as_stored, balanced, is_factorable
+from splaser_plugin.weights.factored import factored_layers, is_factorable, is_smaller
+from splaser_plugin.weights.gauge import Gauge, gauge
 from splaser_plugin.weights.matrices import Matrix, Skipped, model_matrices, named_parameters
 from splaser_plugin.weights.reducer import PlainReducer, Reducer
 
@@ -36,7 +37,8 @@ class Weights:
         reshard(self._root)
         self.parameters: dict[str, nn.Parameter] = named_parameters(model)
         self._originals: dict[Matrix, Tensor] | None = None
-        self.factors: dict[Matrix, Factors] | None = None
+        self.factors: dict[Matrix, Gauge] | None = None
+        """After `keep_factors`: what each matrix, as it is stored, was reduced to."""
         self.reducer: Reducer = PlainReducer()
         """What `reduce` does."""
         self.rest: Rest | None = None
@@ -53,7 +55,7 @@ class Weights:
 
     def check_dense(self) -> None:
         """Raise ModelError when the model has factored layers."""
-        if any(isinstance(module, FactoredLinear) for module in self.model.modules()):
+        if factored_layers(self.model):
             raise ModelError(
                 f"{type(self.model).__name__} has factored layers, which can't be scanned or reduced again. Use the "
                 "dense model: splaser expand FOLDER -o DENSE, or splaser_plugin.expand(model)."
@@ -147,20 +149,21 @@ class Weights:
     def reduce(self, matrix: Matrix, rank: int) -> None:
         """Replace the matrix by what its reducer makes of it at that rank, in its own dtype and place.
 
-        After `keep_factors` it is the product of two factors, wherever those take less room.
+        After `keep_factors` it is the product of factors, wherever the matrix can be stored so.
         Raises RankError when the rank is not within 1 and the shorter side.
         """
-        factors = None
+        weight, kept = self.read(matrix), None
         try:
-            if self.factors is not None and is_factorable(self.model, matrix, rank):
-                factors = self._factorize(matrix, rank)
-                reduced = as_stored(factors.product(), matrix)
+            if self.factors is not None and is_smaller(matrix.shape, rank) and is_factorable(self.model, matrix):
+                left, right = self.reducer.factors(matrix, weight, rank)
+                kept = gauge(broadcast(left), broadcast(right), weight.dtype)
+                reduced = kept.product()
             else:
-                reduced = self.reducer.truncated(matrix, self.read(matrix), rank)
+                reduced = self.reducer.truncated(matrix, weight, rank)
         except RankError as error:
             raise RankError(f"{matrix.name}: {error}") from error
         self.write(matrix, reduced)
-        self._set_factors(matrix, factors)
+        self._set_factors(matrix, kept)
 
     def keep_factors(self) -> None:
         """From now on reduce to factors in the model's dtype, and keep them in `factors`, for a smaller model.
@@ -176,14 +179,7 @@ class Weights:
             raise ModelError(f"a factored model has no place for {self.rest.note}. Use --save dense.")
         self.factors = self.factors or {}
 
-    def _factorize(self, matrix: Matrix, rank: int) -> Factors:
-        """Every process gets the same bits."""
-        weight = self.read(matrix)
-        left, right = self.reducer.factors(matrix, weight, rank)
-        factors = balanced(*((right.mT, left.mT) if matrix.transposed else (left, right)), weight.dtype)
-        return Factors(broadcast(factors.left), broadcast(factors.right))
-
-    def _set_factors(self, matrix: Matrix, factors: Factors | None) -> None:
+    def _set_factors(self, matrix: Matrix, factors: Gauge | None) -> None:
         if self.factors is not None:
             self.factors.pop(matrix, None)
             if factors is not None:

@@ -25,8 +25,8 @@ from splaser_plugin.distributed import best_device
 from splaser_plugin.errors import CheckpointError, ConfigError, ModelError
 from splaser_plugin.files.sources import looks_like_path, path_of
 from splaser_plugin.files.text import first_line_of, shown
-from splaser_plugin.weights.factored import CONFIG_KEY
 from splaser_plugin.weights.factored_folder import load as load_factored
+from splaser_plugin.weights.factored_format import stored_layers
 
 
 def pick_device(name: str) -> torch.device:
@@ -82,12 +82,13 @@ def _load(name: str | Path, source: str, dtype: str | torch.dtype, options: dict
         config = AutoConfig.from_pretrained(source, **files)
         if getattr(config, "is_encoder_decoder", False):
             raise ModelError(f"{name} is an encoder-decoder model; only causal language models can be lasered.")
-        if getattr(config, "quantization_config", None) and not is_gguf:
+        is_factored = bool(stored_layers(config.to_dict(), Path(source)))
+        if getattr(config, "quantization_config", None) and not is_gguf and not is_factored:
             raise ModelError(
                 f"{name} has quantised weights, which can't be reduced. Give the model in bfloat16 or float32."
             )
         tokenizer = _tokenizer(name, source, files)
-        if hasattr(config, CONFIG_KEY):
+        if is_factored:
             return load_factored(source, dtype=dtype), tokenizer
         kind = AutoModelForCausalLM if is_gguf else answering_class(config)
         loaded: Any = kind.from_pretrained(

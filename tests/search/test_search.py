@@ -166,11 +166,12 @@ def test_under_harmless_candidates_are_compared_with_the_base(candidates):
     assert raced.final == found.final
 
 
-def test_parameters_removed_are_those_that_two_factors_have_fewer(candidates):
+def test_parameters_removed_are_those_that_factors_have_fewer(candidates):
     matrix = candidates[0].matrix
     rows, columns = matrix.shape
     for rank in range(1, min(matrix.shape) + 1):
-        fewer = rows * columns - (rows * rank + rank * columns)
-        assert Candidate(matrix, rank, "iqr", 1.0, 0.5).parameters_removed == max(0, fewer)
+        fewer = rows * columns - rank * (rows + columns - rank)
+        assert Candidate(matrix, rank, "iqr", 1.0, 0.5).parameters_removed == fewer
+        assert Candidate(matrix, rank, "iqr", 1.0, 0.5, is_factorable=False).parameters_removed == 0
     found, _ = planted_search(candidates, [0.1, -0.1, 0.1, -0.1, -0.1], noise=0.0)
     assert found.parameters_removed == candidates[0].parameters_removed + candidates[2].parameters_removed

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from splaser_plugin.weights.in_memory import Weights
 from tests.builders import tiny_llama
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+QUERY = "model.layers.0.self_attn.q_proj"
 
 
 def small_llama(**changes):
@@ -20,11 +25,11 @@ def small_gpt2():
     ).eval()
 
 
-def lasered(model, rank=5):
+def lasered(model, rank=5, include=()):
     """Every matrix of the first block reduced, as factors."""
     weights = Weights(model)
     weights.keep_factors()
-    for matrix in weights.matrices()[0]:
+    for matrix in weights.matrices(include)[0]:
         if matrix.block == 0:
             weights.reduce(matrix, rank)
     return weights
@@ -33,3 +38,8 @@ def lasered(model, rank=5):
 def same_state(first, second):
     first, second = first.state_dict(), second.state_dict()
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def stored_in(folder):
+    """The layers that the folder's config.json lists."""
+    return json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]

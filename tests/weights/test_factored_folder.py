@@ -9,7 +9,6 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from splaser_plugin import LaserConfig, expand, laser, load
@@ -19,12 +18,11 @@ from splaser_plugin.jobs.apply import apply
 from splaser_plugin.jobs.expand import expand_folder
 from splaser_plugin.scanning.scan import scan as run_scan
 from splaser_plugin.spectra import spectrum
-from splaser_plugin.weights.factored import CONFIG_KEY, FactoredLinear
-from splaser_plugin.weights.factored_folder import save_model
+from splaser_plugin.weights.factored_layers import FactoredLinear
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import load_model
 from tests.builders import QUICK, THREE_PAIRS, tiny_llama
-from tests.weights.factored_models import lasered, same_state, small_llama
+from tests.weights.factored_models import same_state, small_llama
 
 FACTORED = {**QUICK, "save": "factored"}
 
@@ -111,11 +109,6 @@ def test_laser_prints_the_parameters_before_and_after(tiny_folder, tmp_path, mon
     assert f"dense model splaser expand {tmp_path / 'out'} -o ANOTHER_FOLDER" in printed
 
 
-def test_other_loaders_stop_at_a_factored_folder(saved):
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        AutoModelForCausalLM.from_pretrained(saved[1])
-
-
 def test_a_factored_model_is_loaded_for_comparison_and_refused_for_another_reduction(run):
     _, out = run
     model, _ = load_model(out, device="cpu")
@@ -191,116 +184,3 @@ def test_a_trainer_refuses_factors_of_adapted_weights_before_it_trains(tmp_path,
     trainer = Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[callback])
     with pytest.raises(ModelError, match="has adapters, so its matrices can't be kept as factors"):
         trainer.train()
-
-
-def edit_config(folder, ranks):
-    config = json.loads((folder / "config.json").read_text())
-    config[CONFIG_KEY] = ranks(config[CONFIG_KEY]) if callable(ranks) else ranks
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-QUERY = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.mark.parametrize(
-    ("ranks", "message"),
-    [
-        (["a"], r"config\.json: splaser_factored is \['a'\], expected module names to ranks of at least 1"),
-        ({QUERY: 0}, "expected module names to ranks of at least 1"),
-        ({QUERY: True}, "expected module names to ranks of at least 1"),
-        ({QUERY: "5"}, "expected module names to ranks of at least 1"),
-        (None, "expected module names to ranks of at least 1"),
-        (lambda old: {**old, QUERY: 33}, rf"{QUERY}: rank 33, but its shape \(32, 32\) allows at most 32"),
-        (lambda old: {**old, QUERY: 10**30}, f"{QUERY}: rank 1{'0' * 30}, but its shape"),
-        (lambda old: {**old, QUERY: 4}, rf"tensor '{QUERY}.\w+' has shape .*, expected .* by config\.json"),
-        (
-            lambda old: {**old, "model.layers.9.mlp": 4},
-            "'model.layers.9.mlp' is no linear layer of this model; nearest",
-        ),
-        (lambda old: {**old, "model.embed_tokens": 4}, "'model.embed_tokens' is no linear layer of this model"),
-        (lambda old: {**old, "": 4}, "'' is no linear layer of this model"),
-        (
-            lambda old: {**old, "model.layers.1.mlp.up_proj": 4},
-            r"model\.safetensors: tensor 'model.layers.1.mlp.up_proj.weight' has shape \(64, 32\), expected \(64, 4\)",
-        ),
-        (
-            lambda old: {name: rank for name, rank in old.items() if name != QUERY},
-            rf"model\.safetensors: tensor '{QUERY}.weight' has shape \(32, 5\), expected \(32, 32\)",
-        ),
-    ],
-)
-def test_a_configuration_that_lies_is_refused(saved, ranks, message):
-    edit_config(saved[1], ranks)
-    with pytest.raises(CheckpointError, match=message):
-        load(saved[1])
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("hidden_size", "abc", r"config\.json: makes no causal language model \(StrictDataclass"),
-        ("num_attention_heads", 0, r"config\.json: makes no causal language model \(ZeroDivisionError"),
-        ("hidden_act", "zzz", r"config\.json: makes no causal language model \(KeyError: 'zzz'\)"),
-        ("model_type", "t5", r"config\.json: makes no causal language model"),
-        ("vocab_size", 10**15, r"tensor '\w+\.\S+' has shape \(64, 32\), expected \(1000000000000000, 32\)"),
-        ("num_hidden_layers", 3, "tensor 'model.layers.2.input_layernorm.weight' is missing"),
-    ],
-)
-def test_a_configuration_of_another_model_is_refused(saved, key, value, message):
-    file = saved[1] / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
-    with pytest.raises(CheckpointError, match=message):
-        load(saved[1])
-
-
-def without(name):
-    return lambda state: {each: tensor for each, tensor in state.items() if each != name}
-
-
-def with_changed(name, change):
-    return lambda state: {**state, name: change(state[name]).contiguous()}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (without(f"{QUERY}.right_factor"), f"tensor '{QUERY}.right_factor' is missing"),
-        (without(f"{QUERY}.weight"), f"tensor '{QUERY}.weight' is missing"),
-        (without("model.norm.weight"), "tensor 'model.norm.weight' is missing"),
-        (
-            with_changed(f"{QUERY}.weight", lambda t: t[:, :3]),
-            rf"safetensors: tensor '{QUERY}.weight' has shape \(32, 3\)",
-        ),
-        (
-            with_changed(f"{QUERY}.right_factor", lambda t: t.T),
-            rf"'{QUERY}.right_factor' has shape \(32, 5\), expected \(5",
-        ),
-        (
-            with_changed(f"{QUERY}.weight", lambda t: t.long()),
-            rf"tensor '{QUERY}.weight' is torch.int64, expected floating",
-        ),
-        (lambda state: {**state, "model.extra": torch.zeros(3)}, "tensor 'model.extra' belongs to no layer"),
-    ],
-)
-def test_tensors_that_are_missing_or_at_odds_are_refused(saved, change, message):
-    file = saved[1] / "model.safetensors"
-    save_file(change(load_file(file)), file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=message):
-        load(saved[1])
-
-
-def test_a_file_that_was_cut_off_is_refused(saved):
-    file = saved[1] / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: .* cut off"):
-        load(saved[1])
-
-
-def test_a_factored_head_that_is_tied_is_refused(tmp_path):
-    weights = lasered(small_llama(tie_word_embeddings=True))
-    save_model(weights, tmp_path, None)
-    edit_config(tmp_path, lambda old: {**old, "lm_head": 4})
-    file = tmp_path / "model.safetensors"
-    save_file({**load_file(file), "lm_head.right_factor": torch.zeros(4, 32)}, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="lm_head"):
-        load(tmp_path)

@@ -1,3 +1,5 @@
+"""Storage by pivot rows or columns: exact, bounded, close once rounded; the layers that compute with it."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -7,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splaser_plugin.reduction.allocation import gauge_storage
-from splaser_plugin.reduction.gauge import gauge, interpolative
-from splaser_plugin.reduction.gauge_layer import GaugeLinear
+from splaser_plugin.spectra import spectrum
+from splaser_plugin.weights.factored_layers import GaugeLinear, TwoFactorLinear
+from splaser_plugin.weights.gauge import gauge, interpolative
 
 
 def factors_of(outputs, inputs, rank, seed=0):
@@ -103,3 +106,60 @@ def test_the_layer_is_filled_from_a_state_dict_and_trains():
     again(x).square().sum().backward()
     assert all(each.grad is not None and each.grad.abs().sum() > 0 for each in again.parameters())
     assert again.to(torch.bfloat16).order.dtype == torch.int32
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(12, 10), (10, 12)])
+def test_factors_that_hold_less_than_their_rank_are_stored_as_well(outputs, inputs):
+    """As of an adapter that was never trained: its second factor is zero."""
+    left, right = factors_of(outputs, inputs, 3)
+    wide = torch.cat([left, torch.zeros(outputs, 2)], dim=1), torch.cat([right, torch.ones(2, inputs)])
+    for factors in (wide, (wide[1].mT, wide[0].mT), (0 * wide[0], wide[1])):
+        found = gauge(*factors, torch.float64)
+        assert float(found.interpolation.abs().max()) <= 2.0
+        assert torch.allclose(found.product(), factors[0] @ factors[1], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_weights_stay_finite(scale, dtype):
+    weight = torch.randn(12, 20, generator=torch.Generator().manual_seed(0)) * scale
+    found = gauge(*spectrum.factors(weight, 4), dtype).product()
+    best = spectrum.truncate(weight, 4)
+    assert (found.double() - best.double()).norm() < 8 * torch.finfo(dtype).eps * best.double().norm()
+
+
+def test_what_is_beyond_the_dtype_becomes_its_largest_number():
+    left, right = factors_of(12, 10, 4)
+    found = gauge(left * 1e6, right, torch.float16)
+    assert torch.isfinite(found.product()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_transpose_has_the_same_bits(dtype):
+    found = gauge(*factors_of(40, 30, 12), dtype)
+    assert found.mT.by_rows != found.by_rows
+    assert torch.equal(found.mT.product(), found.product().mT)
+    assert torch.equal(found.mT.mT.product(), found.product())
+
+
+def test_its_factors_multiply_to_it():
+    for found in (gauge(*factors_of(40, 30, 12), torch.float64), gauge(*factors_of(30, 40, 12), torch.float64).mT):
+        left, right = found.factors()
+        assert torch.allclose(left @ right, found.product(), atol=1e-12)
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_a_layer_joined_with_an_adapter_has_both_ranks(by_rows):
+    found = gauge(*factors_of(24, 15, 7), torch.float64)
+    layer = GaugeLinear.of(found if found.by_rows == by_rows else found.mT, torch.nn.Parameter(torch.zeros(1)))
+    before = layer.product()
+    left, right = torch.randn(before.shape[0], 3).double(), torch.randn(3, before.shape[1]).double()
+    joined = layer.joined(left, right)
+    assert (joined.rank, joined.bias) == (10, layer.bias)
+    assert torch.allclose(joined.product(), before + left @ right, atol=1e-10)
+    full = layer.joined(torch.eye(before.shape[0]).double(), torch.randn(*before.shape).double())
+    assert type(full) is torch.nn.Linear
+    old = TwoFactorLinear(15, 24, 7, dtype=torch.float64)
+    for each, values in zip((old.weight, old.right_factor), factors_of(24, 15, 7), strict=True):
+        each.data.copy_(values)
+    assert old.joined(left[:24, :1].new_ones(24, 1), right.new_ones(1, 15)).rank == 8
