@@ -31,7 +31,7 @@ def mixtral():
 def qwen3_moe():
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    options = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "decoder_sparse_step": 1}
+    options = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **options))
 
 
