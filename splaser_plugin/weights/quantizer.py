@@ -20,7 +20,6 @@ from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.files.text import shown
 from splaser_plugin.weights.factored import factored_layers, install, settle
-from splaser_plugin.weights.factored_experts import EACH
 from splaser_plugin.weights.factored_format import METHOD, OLD_KEY, stored_layers
 from splaser_plugin.weights.factored_layers import GaugeLinear
 
@@ -71,18 +70,20 @@ def check_stored(model: Any, checkpoint: Checkpoint, prefix: str = "") -> None:
 
     prefix: what may stand before the model's names in the checkpoint.
     """
-    in_layers = {f"{name}.{part}" for name, layer in factored_layers(model).items() for part in layer.state_dict()}
+    layer_of = {f"{name}.{part}": name for name, layer in factored_layers(model).items() for part in layer.state_dict()}
+    found = {name: checkpoint.tensors.get(name) or checkpoint.tensors.get(prefix + name) for name in model.state_dict()}
+    # a layer of which nothing is there has another name on disk, which transformers changes when it loads it
+    there = {layer_of[name] for name, stored in found.items() if stored is not None and name in layer_of}
     for name, expected in model.state_dict().items():
-        stored = checkpoint.tensors.get(name) or checkpoint.tensors.get(prefix + name)
+        stored = found[name]
         if stored is None:
-            # transformers may have another name on disk for the module of the experts
-            if name in in_layers and EACH not in name:
+            if layer_of.get(name) in there:
                 raise CheckpointError(f"{checkpoint.folder}: tensor {shown(name)} is missing. Save the model again.")
             continue
         where = f"{stored.shard}: tensor {shown(name)}"
         if stored.shape != tuple(expected.shape):
             raise wrong_shape(where, stored.shape, tuple(expected.shape))
-        if name in in_layers and stored.dtype.is_floating_point != expected.dtype.is_floating_point:
+        if name in layer_of and stored.dtype.is_floating_point != expected.dtype.is_floating_point:
             wanted = "floating point" if expected.dtype.is_floating_point else str(expected.dtype)
             raise CheckpointError(f"{where} is {stored.dtype}, expected {wanted}. Save the model again.")
 
