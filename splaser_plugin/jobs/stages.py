@@ -224,7 +224,7 @@ def measure_candidates(run: Run, measures: Measures, candidates: Sequence[Candid
 def plan(run: Run, measures: Measures) -> list[Budget]:
     """The budgets to try, from gentle to hard. Raises RankError when not even the gentlest can be reached."""
     config = run.config
-    stored_smaller = [matrix for matrix in run.matrices if is_layer(run.weights.model, matrix)]
+    stored_smaller = [matrix for matrix in run.matrices if is_factorable(run.weights.model, matrix)]
     reducer = _measured(run, measures, stored_smaller)
 
     def planned() -> list[Budget]:
