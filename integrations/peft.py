@@ -80,8 +80,8 @@ def _merged(adapted: Any, name: str) -> nn.Module:
             f"{name} has an adapter that is no plain LoRA ({type(adapted).__name__}), which can't join its factors. "
             "Call splaser_plugin.expand(model) first, then PEFT's merge_and_unload."
         )
-    active = [each for each in adapted.active_adapters if each in adapted.scaling]
-    left = [adapted.lora_B[each].weight.detach() * adapted.scaling[each] for each in active]
-    right = [adapted.lora_A[each].weight.detach() for each in active]
+    active = [active_adapter for active_adapter in adapted.active_adapters if active_adapter in adapted.scaling]
+    left = [adapted.lora_B[adapter].weight.detach() * adapted.scaling[adapter] for adapter in active]
+    right = [adapted.lora_A[adapter].weight.detach() for adapter in active]
     layer: Any = adapted.get_base_layer()
     return layer.joined(torch.cat(left, dim=1), torch.cat(right)) if active else layer

@@ -258,8 +258,8 @@ class LaserCallback(TrainerCallback):
 
     def _metrics(self, result: LaserResult) -> dict[str, float]:
         found = result.search
-        last, tried = found.ranks, {each.candidate.matrix for each in found.trials}
-        tried.update(matrix for each in found.budgets for matrix in each.budget.ranks)
+        last, tried = found.ranks, {trial.candidate.matrix for trial in found.trials}
+        tried.update(matrix for budget in found.budgets for matrix in budget.budget.ranks)
         metrics = {
             "laser/score_before": found.baseline.mean,
             "laser/score_after": found.final.mean,
@@ -288,8 +288,8 @@ class LaserCallback(TrainerCallback):
         checkpointing: Any = args.gradient_checkpointing_kwargs or {}
         if args.gradient_checkpointing and checkpointing.get("use_reentrant", True):
             model.enable_input_require_grads()
-        trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
-        total = sum(each.numel() for each in model.parameters())
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        total = sum(parameter.numel() for parameter in model.parameters())
         logger.info(
             "training %d matrices, %d of %d parameters: %s", len(selection.names), trained, total, selection.rule
         )

@@ -132,7 +132,7 @@ def check_yaml(code, folder):
 
 
 def flags_of(command):
-    return {flag for each in command.params for flag in [*each.opts, *each.secondary_opts] if flag.startswith("--")}
+    return {flag for param in command.params for flag in [*param.opts, *param.secondary_opts] if flag.startswith("--")}
 
 
 def known_flags():

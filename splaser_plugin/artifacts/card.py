@@ -55,7 +55,7 @@ def public_name(name: str) -> str:
 
 
 def code(text: str) -> str:
-    """Text from strangers as a code span, in which Markdown and HTML mean nothing; also inside a table."""
+    """Untrusted text as a code span, in which Markdown and HTML mean nothing; also inside a table."""
     text = printable(text).replace("|", "\\|") or " "
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if text.startswith("`") or text.endswith("`") else ""
@@ -151,9 +151,9 @@ def _budget_table(run: Results | None) -> list[str]:
     if run is None or not run.budgets:
         return []
     rows = ["| parameters removed | predicted cost | score | text, nats a token | verdict |", "| --- " * 5 + "|"]
-    for each in run.budgets:
-        cells = [_number(each.predicted_cost), _number(each.change), _number(each.text_change), each.verdict]
-        rows.append(f"| {100 * each.share:g} %: {each.parameters_removed:,} | {' | '.join(cells)} |")
+    for budget in run.budgets:
+        cells = [_number(budget.predicted_cost), _number(budget.change), _number(budget.text_change), budget.verdict]
+        rows.append(f"| {100 * budget.share:g} %: {budget.parameters_removed:,} | {' | '.join(cells)} |")
     return ["What each budget changed, on what the search used:", "", *rows, ""]
 
 

@@ -133,7 +133,7 @@ def _settings(stored: Any) -> tuple[LaserConfig, dict[str, Any]]:
         raise InvalidRecordError(f"settings is {stored!r:.80}, expected an object")
     if stored.get("objective") == "compress":
         stored = {"reduce": "svd", **stored}  # recipes from before there was anything else don't say so
-    known = {each.name for each in fields(LaserConfig)}
+    known = {field.name for field in fields(LaserConfig)}
     config = LaserConfig.from_dict({name: value for name, value in stored.items() if name in known})
     return config, {name: value for name, value in stored.items() if name not in known}
 

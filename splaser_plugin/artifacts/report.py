@@ -87,7 +87,7 @@ def render(scan: Scan, run: Results | None = None, *, scan_name: str = "scan.jso
         edges=EDGES,
         blocks=len({matrix.block for matrix in scan.matrices if matrix.block is not None}),
         exchanges=run.exchanges[:EXCHANGES] if run else (),
-        attempts_axis=_axis([each.interval for each in run.attempts if each.interval]) if run else None,
+        attempts_axis=_axis([attempt.interval for attempt in run.attempts if attempt.interval]) if run else None,
         trained=TRAINED_PER_TYPE,
         targets=_targets(scan, scan_name),
         chart_data=_chart_data(scan, run),
@@ -170,7 +170,7 @@ def _chart_data(scan: Scan, run: Results | None) -> dict[str, Any]:
             "unit": run.unit if run else "",
             "difference": _short(verdict.difference),
             "interval": [_short(end) for end in verdict.interval],
-            "differences": [_short(each) for each in verdict.differences],
+            "differences": [_short(difference) for difference in verdict.differences],
             "prompts": [visible(pair.prompt) for pair in run.texts.held_out] if run else [],
         },
     }

@@ -261,7 +261,7 @@ class Results:
     @property
     def kept_budget(self) -> TriedBudget | None:
         """The budget that was kept; None for none."""
-        return next((each for each in reversed(self.budgets) if each.verdict == "kept"), None)
+        return next((budget for budget in reversed(self.budgets) if budget.verdict == "kept"), None)
 
     @property
     def kept(self) -> tuple[Compared, ...]:
@@ -278,7 +278,7 @@ class Results:
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
         """Those whose answers changed, most changed first."""
-        changed = [each for each in self.answered if each.before != each.after]
+        changed = [answer for answer in self.answered if answer.before != answer.after]
         return tuple(sorted(changed, key=lambda each: (-abs(each.change), each.asked.prompt)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -310,9 +310,9 @@ class Results:
     def _check(self) -> None:
         """Raises ValueError or IndexError where parts of different lengths don't fit together."""
         changes = chain(
-            (each.change for each in self.attempts if each.change is not None),
-            chain.from_iterable(each.interval for each in self.attempts if each.interval is not None),
-            (each.change for each in self.answered),
+            (attempt.change for attempt in self.attempts if attempt.change is not None),
+            chain.from_iterable(attempt.interval for attempt in self.attempts if attempt.interval is not None),
+            (answer.change for answer in self.answered),
             self.verdict.differences if self.verdict else (),
         )
         if not all(map(math.isfinite, changes)):

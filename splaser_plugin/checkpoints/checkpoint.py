@@ -73,11 +73,11 @@ class Checkpoint:
     def are_equal(self, names: Sequence[str]) -> bool:
         """Whether these tensors have the same dtype, shape and bytes. Raises CheckpointError as `read_tensors` does."""
         stored = [self.tensors[name] for name in names]
-        if len({(each.dtype, each.shape) for each in stored}) > 1:
+        if len({(tensor.dtype, tensor.shape) for tensor in stored}) > 1:
             return False
         step = max(1, COMPARED_BYTES * stored[0].shape[0] // max(1, stored[0].byte_count))
         pieces = range(0, stored[0].shape[0], step)
-        groups = [[each.rows(start, min(start + step, each.shape[0])) for each in stored] for start in pieces]
+        groups = [[tensor.rows(start, min(start + step, tensor.shape[0])) for tensor in stored] for start in pieces]
         return all(
             torch.equal(first.view(torch.uint8), other.view(torch.uint8))
             for first, *others in read_groups(self, groups)

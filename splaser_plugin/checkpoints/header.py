@@ -1,7 +1,7 @@
 """What one safetensors file holds, known and checked from its header before any tensor is read.
 
 The format: 8 bytes with the header's length, the header (a JSON object: tensor name to dtype, shape and
-offsets), then the tensors' bytes one after another, without holes. The file may come from a stranger, so
+offsets), then the tensors' bytes one after another, without holes. The file is untrusted, so
 nothing in the header is believed and nothing is allocated for what it only claims.
 Source: https://huggingface.co/docs/safetensors, section "Format".
 """

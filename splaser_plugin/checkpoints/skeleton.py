@@ -90,7 +90,7 @@ class Skeleton:
     def lacks_only_its_head(self) -> bool:
         """Whether the output head alone has no weights."""
         head = self.model.get_output_embeddings()
-        mine = {id(each) for each in head.parameters()} if head is not None else set()
+        mine = {id(parameter) for parameter in head.parameters()} if head is not None else set()
         return all(id(state_of(self.model, name)) in mine for name in self.missing) and not self.mismatched
 
     @property
@@ -254,9 +254,9 @@ def _placed(model: Any, tensors: Mapping[str, Tensor], conversions: Sequence[Any
 
     state = model.state_dict()
     conversions = get_model_conversion_mapping(model) if conversions is None else conversions
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix = model.base_model_prefix
 
     sources: dict[str, Source] = {}

@@ -1,4 +1,4 @@
-"""What of a stranger's folder may be loaded, checked before transformers, PEFT or sentence-transformers read it.
+"""What of an untrusted folder may be loaded, checked before transformers, PEFT or sentence-transformers read it.
 
 Weights are safetensors whose headers agree with their files; pickles, which can run code, only where they are
 allowed. Code that comes with a model is never run.

@@ -42,7 +42,7 @@ def check_output(
                 raise OutputError(f"{out}: would overwrite or lie inside the input {given}. Choose another --output.")
     if path.exists() and not path.is_dir():
         raise OutputError(f"{out}: exists and is no folder. Choose another --output.")
-    content = {each.name for each in path.iterdir()} - {JOURNAL} if path.is_dir() else set()
+    content = {entry.name for entry in path.iterdir()} - {JOURNAL} if path.is_dir() else set()
     if not goes_on and _has_content(path / JOURNAL):
         raise OutputError(
             f"{out}: has the {JOURNAL} of an unfinished laser run, which would be lost. Finish that run, or choose "

@@ -1,4 +1,4 @@
-"""Files that may come from strangers, read with a limit on their size, whatever stands in them."""
+"""Untrusted files, read with a limit on their size, whatever stands in them."""
 
 from __future__ import annotations
 

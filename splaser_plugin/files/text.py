@@ -34,7 +34,7 @@ def shown(value: object) -> str:
 
 
 def visible(text: str) -> str:
-    """Text from strangers as a page may show it: control characters, bidirectional overrides and lone surrogates
+    """Untrusted text as a page may show it: control characters, bidirectional overrides and lone surrogates
     are spelled out; line breaks, tabs and every script's own characters stay."""
     return "".join(repr(char)[1:-1] if _is_unsafe(char) else char for char in text)
 

@@ -244,7 +244,7 @@ def _measure(name: str, pairs: PairSet, config: CompareConfig, first: Measured |
         margin=margin,
         likelier=Scores(tuple(both), tuple(float(margin.values[item] > 0) for item in both)),
         text=text,
-        parameters=sum(each.numel() for each in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         file_bytes=_file_bytes(name, config.allow_pickle),
         generation_s=generation_s,
         tokens=(margins.answers, windows),

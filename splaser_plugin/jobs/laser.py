@@ -62,7 +62,7 @@ def laser(
     if output is None:
         return _laser(model, pairs, config, tokenizer, Journal(), None, progress)
     named = (model, pairs, config.held_out, config.text, config.adapter, config.embedder)
-    given = tuple(each for each in named if isinstance(each, (str, Path)) and str(each))
+    given = tuple(place for place in named if isinstance(place, (str, Path)) and str(place))
     path = check_output(output, overwrite=overwrite, inputs=given, goes_on=True)
     with closing(LaserJournal(path, anew=overwrite)) as journal:
         result = _laser(model, pairs, config, tokenizer, journal, path, progress)

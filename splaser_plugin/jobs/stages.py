@@ -69,7 +69,7 @@ class Measures:
 
     split: Split
     searched: Material
-    apart: Material | None
+    unseen: Material | None
     """What is held out; None for nothing."""
     scorer: Scorer
     held_out: Scorer | None
@@ -115,7 +115,7 @@ def prepare_measures(run: Run, split: Split) -> Measures:
     """The scorers of the run, which have tokenized and embedded what they measure on."""
     config, journal, progress = run.config, run.journal, run.progress
     scorers = Scorers(run.weights.model, run.tokenizer, config, run.weights)
-    split, searched, apart = _materials(split, scorers, config)
+    split, searched, unseen = _materials(split, scorers, config)
     if split.pairs.pairs:
         progress.fact("pairs", split.pairs.summary)
     if searched.windows:
@@ -128,13 +128,13 @@ def prepare_measures(run: Run, split: Split) -> Measures:
     return Measures(
         split=split,
         searched=searched,
-        apart=apart,
+        unseen=unseen,
         scorer=make(config.scored_by, searched),
-        held_out=make(config.scored_by, apart) if apart and (apart.pairs or config.unit == "windows") else None,
+        held_out=make(config.scored_by, unseen) if unseen and (unseen.pairs or config.unit == "windows") else None,
         guard=Guard(make(config.guard_scorer, searched), config.guard_limit) if config.guard else None,
         predictor=_predictor(run, scorers, split) if config.orders_by_gradient else None,
         text=make("perplexity", searched) if config.judges_text else None,
-        held_out_text=make("perplexity", apart) if config.judges_text and apart and apart.windows else None,
+        held_out_text=make("perplexity", unseen) if config.judges_text and unseen and unseen.windows else None,
         calibration=tuple(_calibration(run, scorers, searched)) if config.reducer != "svd" else (),
     )
 
@@ -144,7 +144,7 @@ def scan_weights(run: Run, measures: Measures) -> Scan:
     config, split = run.config, measures.split
     identity = run.weights.identity()
     given = scan_of_these_weights(config, run.matrices, identity) if config.scan else None
-    windows = [measures.searched.windows, measures.apart and measures.apart.windows]
+    windows = [measures.searched.windows, measures.unseen and measures.unseen.windows]
     left = run.journal.begin(
         {
             "weights": identity,
@@ -193,7 +193,9 @@ def scan_of_these_weights(config: LaserConfig, matrices: Sequence[Matrix], ident
 def order_candidates(run: Run, measures: Measures, scan: Scan) -> list[Candidate]:
     """The candidates, in the order in which they are tried. Raises MatrixError when there is none."""
     chosen = choose_candidates(scan, run.matrices, parse_ranks(run.config.ranks))
-    candidates = [replace(each, is_factorable=is_factorable(run.weights.model, each.matrix)) for each in chosen]
+    candidates = [
+        replace(candidate, is_factorable=is_factorable(run.weights.model, candidate.matrix)) for candidate in chosen
+    ]
     predictor = measures.predictor
     if predictor is not None:
         run.progress.fact("ranked by", f"predicted margin, from a gradient over {predictor.size} pairs")
@@ -213,9 +215,9 @@ def measure_candidates(run: Run, measures: Measures, candidates: Sequence[Candid
     """
     if run.config.reducer == "svd":
         return list(candidates)
-    tried = list(dict.fromkeys(each.matrix for each in candidates))[: run.config.candidates]
+    tried = list(dict.fromkeys(candidate.matrix for candidate in candidates))[: run.config.candidates]
     reducer = _measured(run, measures, [matrix for matrix in run.matrices if matrix in set(tried)])
-    left = [each for each in candidates if each.matrix in reducer.costs]
+    left = [candidate for candidate in candidates if candidate.matrix in reducer.costs]
     if not left:
         raise MatrixError(f"none of {len(tried)} matrices can be measured: {reducer.left_out[0].reason}.")
     return left
@@ -312,7 +314,10 @@ def _steps(found: SearchResult) -> tuple[Step, ...]:
     if budget is not None:
         edge = f"budget {budget.share:g}"
         return tuple(Step(matrix.name, rank, edge, None, matrix.shape) for matrix, rank in budget.ranks.items())
-    return tuple(Step(each.matrix.name, each.rank, each.edge, each.threshold, each.matrix.shape) for each in found.kept)
+    return tuple(
+        Step(candidate.matrix.name, candidate.rank, candidate.edge, candidate.threshold, candidate.matrix.shape)
+        for candidate in found.kept
+    )
 
 
 def _calibration(run: Run, scorers: Scorers, searched: Material) -> list[Row]:
@@ -320,7 +325,7 @@ def _calibration(run: Run, scorers: Scorers, searched: Material) -> list[Row]:
     answers: list[Row] = []
     if searched.pairs:
         asked = MarginScorer(run.weights.model, scorers.prompter, searched.pairs, batch_size=scorers.batch_size)
-        answers = answer_rows(asked.prompts, [each[0] for each in asked.answers])
+        answers = answer_rows(asked.prompts, [answer[0] for answer in asked.answers])
     return mixed(answers, window_rows(searched.windows), run.config.calibration_tokens)
 
 
@@ -331,8 +336,8 @@ def _materials(split: Split, scorers: Scorers, config: LaserConfig) -> tuple[Spl
         return split, Material(split.search, windows), Material(split.held_out) if split.held_out else None
     parts = split_windows(scorers.windows(), config.held_out_fraction, config.seed)
     if config.unit == "windows":
-        apart = Material((), parts.held_out) if parts.held_out else None
-        return replace(split, reason=parts.reason), Material(split.search, parts.search), apart
+        unseen = Material((), parts.held_out) if parts.held_out else None
+        return replace(split, reason=parts.reason), Material(split.search, parts.search), unseen
     return split, Material(split.search, parts.search), Material(split.held_out, parts.held_out)
 
 
@@ -344,10 +349,10 @@ def _predictor(run: Run, scorers: Scorers, split: Split) -> MarginScorer:
 
 def _predictions(run: Run, scorer: MarginScorer, candidates: Sequence[Candidate]) -> list[float]:
     """What each candidate is predicted to do to the margin. Raises ModelError when the gradient isn't finite."""
-    reducible = {each.matrix for each in candidates}
+    reducible = {candidate.matrix for candidate in candidates}
     tried = [matrix for matrix in run.matrices if matrix in reducible]
     found = sensitivities(run.weights, scorer, tried, progress=run.progress)
-    values = [found[each.matrix].predicted(each.rank) for each in candidates]
+    values = [found[candidate.matrix].predicted(candidate.rank) for candidate in candidates]
     for each, value in zip(candidates, values, strict=True):
         if not math.isfinite(value):
             raise ModelError(

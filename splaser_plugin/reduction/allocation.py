@@ -91,12 +91,12 @@ def allocate(curves: Sequence[Curve], parameters: int) -> Allocation:
 
     def choice(price: float) -> np.ndarray:
         """The place of each matrix's best rank, the smaller one where two are as good."""
-        return np.array([int(np.argmin(each.costs + price * each.sizes)) for each in curves])
+        return np.array([int(np.argmin(curve.costs + price * curve.sizes)) for curve in curves])
 
     def stored(places: np.ndarray) -> int:
         return sum(int(each.sizes[place]) for each, place in zip(curves, places, strict=True))
 
-    least = sum(int(each.sizes.min()) for each in curves)
+    least = sum(int(curve.sizes.min()) for curve in curves)
     if least > parameters:
         raise RankError(
             f"{parameters:,} parameters, but the lowest ranks of {len(curves)} matrices take {least:,}. "

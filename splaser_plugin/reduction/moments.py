@@ -172,7 +172,7 @@ class _Sums:
         counts.short_is_inputs = self._upright == columns_are_inputs
         counts.reads = self._agreed(counts.reads, next(iter(readers), self))
         if counts.short_is_inputs:
-            owner = next((each for each in readers if each.counts.short_is_inputs), self)
+            owner = next((reader for reader in readers if reader.counts.short_is_inputs), self)
             counts.short_of = self._agreed(counts.short_of, owner)
             if owner is not self:
                 return
@@ -306,7 +306,7 @@ def _add_up(
                         loss.backward(retain_graph=sample + 1 < samples)
                 readers.clear()
                 advance(1)
-        return [[each.counts for each in sums.values()]]
+        return [[sum.counts for sum in sums.values()]]
 
     counts = gather(add_up_mine)
     for place, (name, each) in enumerate(sums.items()):

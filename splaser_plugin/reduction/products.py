@@ -114,7 +114,7 @@ def one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
     configs: dict[int, Any] = {
         id(each): each for module in model.modules() if _switchable(each := getattr(module, "config", None))
     }
-    before = [(each, each._experts_implementation) for each in configs.values()]
+    before = [(config, config._experts_implementation) for config in configs.values()]
     try:
         for config, _ in before:
             config._experts_implementation = "eager"

@@ -32,7 +32,7 @@ Size = Annotated[Whole, Field(ge=1)]
 def _packed(values: Any) -> array[float]:
     """Numbers in 8 bytes each: as Python's those of the spectra of 10,000 matrices take 80 MB."""
     if not isinstance(values, array):
-        if not isinstance(values, (list, tuple)) or any(type(each) not in (int, float) for each in values):
+        if not isinstance(values, (list, tuple)) or any(type(value) not in (int, float) for value in values):
             raise ValueError("a list of numbers")
         try:
             values = array("d", values)
@@ -151,7 +151,7 @@ class Scan(Table):
             "weights": self.weights_identity,
             "edge": self.edge,
             "matrices": matrices,
-            "skipped": [asdict(each) for each in self.skipped],
+            "skipped": [asdict(left_out) for left_out in self.skipped],
             "precision": self.precision,
             "version": self.version,
         }

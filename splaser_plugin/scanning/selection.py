@@ -287,7 +287,7 @@ def _outside_blocks(
     """The head or the embeddings, ranked or not, and the names of those whose weight is shared."""
     chosen = [_chosen(matrix, by, edge) for matrix in scan.matrices if belongs(matrix.name)]
     ranked = {matrix.name for matrix in chosen}
-    skipped = [each.name for each in scan.skipped if belongs(each.name) and each.name not in ranked]
+    skipped = [left_out.name for left_out in scan.skipped if belongs(left_out.name) and left_out.name not in ranked]
     chosen += [Chosen(name, name, None, None, None) for name in skipped]
     shared = sorted(name for name in _tied_names(scan) if belongs(name))
     if shared and belongs is is_head:
@@ -304,16 +304,16 @@ def _tied_names(scan: Scan | PublishedScan) -> set[str]:
     if isinstance(scan, PublishedScan):
         return set(scan.tied)
     names: set[str] = set()
-    for each in scan.skipped:
-        if each.tied_to is not None:
-            names |= {each.name, each.tied_to}
+    for left_out in scan.skipped:
+        if left_out.tied_to is not None:
+            names |= {left_out.name, left_out.tied_to}
     return names
 
 
 def _block_sides(scan: Scan | PublishedScan) -> int | None:
     if isinstance(scan, PublishedScan):
         return None
-    return sum(sum(each.shape) for each in scan.matrices if each.block is not None and not is_norm(each.name))
+    return sum(sum(matrix.shape) for matrix in scan.matrices if matrix.block is not None and not is_norm(matrix.name))
 
 
 def _refuse_expert(name: str) -> None:

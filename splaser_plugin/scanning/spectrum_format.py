@@ -50,9 +50,9 @@ class PublishedScan:
     @property
     def tied(self) -> tuple[str, ...]:
         """Head and embeddings, when their figures are the same to the last digit: then they are one weight."""
-        outside = [each for each in self.matrices if each.block is None and each.snr_ratio is not None]
-        figures = [each.snr_ratio for each in outside]
-        return tuple(each.name for each in outside if figures.count(each.snr_ratio) > 1)
+        outside = [matrix for matrix in self.matrices if matrix.block is None and matrix.snr_ratio is not None]
+        figures = [name.snr_ratio for name in outside]
+        return tuple(name.name for name in outside if figures.count(name.snr_ratio) > 1)
 
 
 def load_scan(path: str | Path) -> Scan | PublishedScan:

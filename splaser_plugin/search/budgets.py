@@ -60,7 +60,7 @@ class BudgetTrial:
 def shares(most: float) -> list[float]:
     """2 %, 4 %, ... and at last `most`."""
     steps = [STEP * count for count in range(1, math.ceil(most / STEP))]
-    return [*(round(each, 10) for each in steps if each < most - 1e-9), most]
+    return [*(round(step, 10) for step in steps if step < most - 1e-9), most]
 
 
 def plan_budgets(costs: Mapping[Matrix, np.ndarray], parameters: int, most: float, *, in_nats: bool) -> list[Budget]:
@@ -79,8 +79,8 @@ def plan_budgets(costs: Mapping[Matrix, np.ndarray], parameters: int, most: floa
         RankError: Not even the gentlest can be reached.
     """
     matrices = list(costs)
-    curves = [curve(each.shape, costs[each], gauge_storage) for each in matrices]
-    dense = sum(math.prod(each.shape) for each in matrices)
+    curves = [curve(member.shape, costs[member], gauge_storage) for member in matrices]
+    dense = sum(math.prod(member.shape) for member in matrices)
     found: list[Budget] = []
     for share in shares(most):
         try:
@@ -100,12 +100,15 @@ def plan_budgets(costs: Mapping[Matrix, np.ndarray], parameters: int, most: floa
 
 def packed(budgets: Sequence[Budget]) -> list[dict[str, Any]]:
     """Plain values, matrices by their names."""
-    return [{**vars(each), "ranks": {matrix.name: rank for matrix, rank in each.ranks.items()}} for each in budgets]
+    return [
+        {**vars(budget), "ranks": {matrix.name: rank for matrix, rank in budget.ranks.items()}} for budget in budgets
+    ]
 
 
 def unpacked(stored: Sequence[Mapping[str, Any]], matrices: Sequence[Matrix]) -> list[Budget]:
     """What `packed` gave, for the same matrices."""
     named = by_name(matrices)
     return [
-        Budget(**{**each, "ranks": {named[name]: int(rank) for name, rank in each["ranks"].items()}}) for each in stored
+        Budget(**{**matrix, "ranks": {named[name]: int(rank) for name, rank in matrix["ranks"].items()}})
+        for matrix in stored
     ]

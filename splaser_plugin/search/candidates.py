@@ -74,15 +74,15 @@ def by_size(candidates: Sequence[Candidate]) -> list[Candidate]:
     A matrix's ranks stay in their order, from gentle to hard. A predicted gain counts as no loss, and among equals
     what removes the most comes first. Raises MatrixError when none removes anything.
     """
-    smaller = [each for each in candidates if each.parameters_removed]
+    smaller = [candidate for candidate in candidates if candidate.parameters_removed]
     if not smaller:
         raise MatrixError(
             f"none of the {len(candidates)} candidates can be stored as factors: embeddings are kept whole, and so are "
             "experts whose module has a forward pass of its own. Choose other matrices with --include."
         )
     most: dict[Matrix, int] = {}
-    for each in smaller:
-        most[each.matrix] = max(most.get(each.matrix, 0), each.parameters_removed)
+    for candidate in smaller:
+        most[candidate.matrix] = max(most.get(candidate.matrix, 0), candidate.parameters_removed)
     if smaller[0].predicted is None:
         return sorted(smaller, key=lambda each: -most[each.matrix])
 

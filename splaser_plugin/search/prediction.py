@@ -191,7 +191,7 @@ def _measure(
 ) -> dict[Matrix, Sensitivity]:
     parts = [_Part(weights, matrix) for matrix in group]
     of_matrix = {part.matrix: part for part in parts}
-    by_parameter = {name: [of_matrix[each] for each in same] for name, same in _by_parameter(group).items()}
+    by_parameter = {name: [of_matrix[matrix] for matrix in same] for name, same in _by_parameter(group).items()}
 
     def add_up_mine() -> list[list[_Sums]]:
         with _gradients_given_to(weights, by_parameter), _inputs_given_to(weights, by_parameter):
@@ -203,7 +203,7 @@ def _measure(
         return [[part.sums() for part in parts]]
 
     sums = gather(add_up_mine)
-    return {part.matrix: part.sensitivity([each[place] for each in sums]) for place, part in enumerate(parts)}
+    return {part.matrix: part.sensitivity([sum[place] for sum in sums]) for place, part in enumerate(parts)}
 
 
 def _backward(model: Any, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> None:
@@ -226,7 +226,7 @@ def _gradients_given_to(weights: Weights, parts: Mapping[str, Sequence[_Part]]) 
                 part.add_gradient(gradient)
 
     wanted = {id(weights.parameters[name]): takers for name, takers in parts.items()}
-    before = [(each, each.requires_grad, each.grad) for each in weights.model.parameters()]
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in weights.model.parameters()]
     with ExitStack() as undo:
         for parameter, requires_grad, gradient in before:
             undo.callback(setattr, parameter, "grad", gradient)

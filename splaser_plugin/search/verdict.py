@@ -63,8 +63,8 @@ def compare(
     unit: what the items are, `pairs` or `windows`. tolerance: loss of the mean that counts as none.
     """
     differences = result.differences(base)
-    better = sum(each > 0 for each in differences)
-    worse = sum(each < 0 for each in differences)
+    better = sum(difference > 0 for difference in differences)
+    worse = sum(difference < 0 for difference in differences)
     low, high = paired_bootstrap(differences, risk=RISK, seed=seed)
     verdict = f"no difference that {len(differences)} {unit} can show"
     if result is base:
@@ -91,6 +91,6 @@ def _loss_verdict(differences: Sequence[float], low: float, tolerance: float, un
         return f"a loss of the tolerance of {tolerance:g} can't be ruled out"
     if can_reach(differences, RISK / 2):
         return f"loses less than the tolerance of {tolerance:g} ({SURE})"
-    count, size = sum(each < 0 for each in differences), len(differences)
+    count, size = sum(difference < 0 for difference in differences), len(differences)
     seen = f"a loss seen on {count} of {size} {unit}" if count else f"no loss seen on {size} {unit}"
     return f"{seen}; one on up to {100 * largest_share(count, size, RISK / 2):.0f} % of all can't be ruled out ({SURE})"

@@ -166,8 +166,10 @@ def _is_converted(model: Any, parameter: str) -> bool:
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
-    converters = [each.reverse_transform() for each in conversions if isinstance(each, WeightConverter)]
-    return any(each.rename_source_key(parameter)[1] is not None for each in converters)
+    converters = [
+        conversion.reverse_transform() for conversion in conversions if isinstance(conversion, WeightConverter)
+    ]
+    return any(converter.rename_source_key(parameter)[1] is not None for converter in converters)
 
 
 def _is_layer(module: nn.Module) -> bool:

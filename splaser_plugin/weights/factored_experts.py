@@ -78,8 +78,8 @@ class FactoredExperts(nn.Module):
                 plain.register_parameter(name, getattr(self, name))
                 continue
             layers = getattr(self, EACH + name)
-            weights = [each.weight.detach().mT if self.is_transposed else each.weight.detach() for each in layers]
-            needs_gradient = any(each.weight.requires_grad for each in layers)
+            weights = [layer.weight.detach().mT if self.is_transposed else layer.weight.detach() for layer in layers]
+            needs_gradient = any(layer.weight.requires_grad for layer in layers)
             plain.register_parameter(name, nn.Parameter(torch.stack(weights), requires_grad=needs_gradient))
         return plain.train(self.training)
 

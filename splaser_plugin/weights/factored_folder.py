@@ -93,7 +93,10 @@ def unchanged_factors(weights: Weights) -> dict[Matrix, Gauge]:
 
 def parameter_counts(weights: Weights) -> tuple[int, int]:
     """Numbers in the model, and in what `save_model` writes of it."""
-    dense = sum(parameter.numel() for parameter in {id(each): each for each in weights.parameters.values()}.values())
+    dense = sum(
+        parameter.numel()
+        for parameter in {id(parameter): parameter for parameter in weights.parameters.values()}.values()
+    )
     saved = sum(matrix.shape[0] * matrix.shape[1] - form.size for matrix, form in unchanged_factors(weights).items())
     return dense, dense - saved
 

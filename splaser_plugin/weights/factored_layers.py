@@ -77,7 +77,7 @@ class FactoredLinear(nn.Linear):
 
         left: (outputs, ranks). right: (ranks, inputs). The ranks add up, so that nothing but rounding is lost.
         """
-        own_left, own_right = (each.double() for each in self.factors())
+        own_left, own_right = (factor.double() for factor in self.factors())
         both = torch.cat([own_left, left.to(own_left)], dim=1), torch.cat([own_right, right.to(own_right)])
         if both[0].shape[1] < min(self.out_features, self.in_features):
             layer: Any = GaugeLinear.of(gauge(*both, self.weight.dtype), self.bias, self.kind)
@@ -183,7 +183,7 @@ class TwoFactorLinear(FactoredLinear):
     def product(self) -> Tensor:
         """Multiplied in float64, where products of bfloat16 and float16 numbers are exact."""
         device = torch.device("cpu") if self.weight.device.type == "mps" else self.weight.device
-        left, right = (each.to(device).double() for each in self.factors())
+        left, right = (factor.to(device).double() for factor in self.factors())
         return (left @ right).to(self.weight)
 
     def factors(self) -> tuple[Tensor, Tensor]:

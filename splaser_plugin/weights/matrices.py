@@ -156,7 +156,7 @@ def choose_matrices(
                 f"pattern '{pattern}' matches no parameter of this model; {nearest(pattern, names.values())}."
             )
     types = types_and_blocks(
-        {names[each.role.name]: each.role.tower for each in candidates if each.role.reason is None}
+        {names[candidate.role.name]: candidate.role.tower for candidate in candidates if candidate.role.reason is None}
     )
     matrices: list[Matrix] = []
     skipped: list[Skipped] = []

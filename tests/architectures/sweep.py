@@ -91,7 +91,7 @@ def run(kind: str) -> dict[str, str]:
     try:
         config = tiny_config(kind)
         empty = empty_model(config, Path(kind))
-        if sum(each.numel() for each in empty.parameters()) > MOST_PARAMETERS:
+        if sum(parameter.numel() for parameter in empty.parameters()) > MOST_PARAMETERS:
             return {"built": "no: its default sizes have other names than the usual"}
         model = answering_class(config).from_config(config).eval()
     except Exception as error:
@@ -131,7 +131,7 @@ def _scan(folder: Path) -> str:
         return f"names {stored.note}"
     model = _loaded(folder)
     matrices = stored.matrices(towers=True)[0]
-    live = {each.name: each for each in model_matrices(model, towers=True)[0]}
+    live = {model_matrice.name: model_matrice for model_matrice in model_matrices(model, towers=True)[0]}
     if {each.name: each for each in matrices} != live:
         names = {each.name for each in matrices} ^ live.keys()
         return f"differs from the loaded model in {len(names)} names: {min(names, default='types or shapes')}"
@@ -150,7 +150,7 @@ def _selection(folder: Path) -> Any:
     from splaser_plugin.scanning.selection import choose
 
     found = scan(folder)
-    kinds = tuple({each.type for each in found.matrices if not each.name.endswith("]")})
+    kinds = tuple({matrix.type for matrix in found.matrices if not matrix.name.endswith("]")})
     return choose(found, SelectConfig(top=1, types=kinds))
 
 

@@ -22,7 +22,7 @@ from tests.report_data import made_up_results, made_up_scan, replaced
 
 SCAN = made_up_scan(4)
 RUN = Results.from_dict(made_up_results(SCAN))
-STEPS = tuple(Step(each.name, 5, "iqr", 3.25, each.shape) for each in SCAN.matrices[:2])
+STEPS = tuple(Step(matrix.name, 5, "iqr", 3.25, matrix.shape) for matrix in SCAN.matrices[:2])
 RECIPE = Recipe(
     model="HuggingFaceTB/SmolLM2-135M-Instruct",
     weights_identity="0123456789abcdef" * 4,

@@ -97,10 +97,10 @@ def test_what_changed_most_comes_first_and_what_did_not_change_is_left_out():
     stored = json.loads(json.dumps(RESULTS))
     stored["final"]["answers"][3] = stored["baseline"]["answers"][3]
     run = Results.from_dict(stored)
-    changes = [abs(each.change) for each in run.exchanges]
+    changes = [abs(exchange.change) for exchange in run.exchanges]
     assert changes == sorted(changes, reverse=True)
     assert len(changes) == 27
-    assert "Question 3?" not in [each.asked.prompt for each in run.exchanges]
+    assert "Question 3?" not in [exchange.asked.prompt for exchange in run.exchanges]
     assert run.exchanges[0].before[: run.exchanges[0].shared].endswith(" is ")
     assert Page(render(SCAN, run)).tags.count("article") == 12
 

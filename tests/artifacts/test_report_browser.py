@@ -241,7 +241,7 @@ def test_light_and_dark_follow_the_system_and_the_button(open_page, run_page, pr
             """[getComputedStyle(document.body).backgroundColor,
                 document.querySelector('#heat-map .xtick text').style.fill]"""
         )
-        page, text = (sum(map(int, re.findall(r"\d+", each)[:3])) for each in colors)
+        page, text = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in colors)
         return page, text
 
     def looks(theme: str) -> bool:

@@ -86,7 +86,9 @@ def measure(model: Path, config: LaserConfig) -> tuple[LaserResult, dict[str, An
         "held_out": verdict and [verdict.difference, *verdict.interval],
         "verdict": verdict and verdict.verdict,
         "loss_verdict": verdict and verdict.loss_verdict,
-        "trials": [[each.candidate.matrix.name, each.candidate.rank, each.judgement.verdict] for each in found.trials],
+        "trials": [
+            [trial.candidate.matrix.name, trial.candidate.rank, trial.judgement.verdict] for trial in found.trials
+        ],
     }
 
 

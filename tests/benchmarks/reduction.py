@@ -121,7 +121,7 @@ class Study:
         if self._decomposed[0] != reduce:
             self._decomposed = ("", {})
             with self.timed(f"decomposition ({reduce})"):
-                self._decomposed = (reduce, {each: self._decompose(each, reduce) for each in self.matrices})
+                self._decomposed = (reduce, {matrix: self._decompose(matrix, reduce) for matrix in self.matrices})
         return self._decomposed[1]
 
     def _measure_moments(self) -> None:

@@ -109,7 +109,7 @@ class Bench:
         """Of the matrix products that any way needs which reads each token once."""
         config = self.model.config
         head = config.vocab_size * config.hidden_size
-        body = sum(each.numel() for each in self.model.parameters()) - head
+        body = sum(parameter.numel() for parameter in self.model.parameters()) - head
         said = sum(len(answer.tokens) for answer in scores.answers)
         read = sum(map(len, scorer.prompts)) + said - len(scores.items)
         return 2 * (body * read + head * said)

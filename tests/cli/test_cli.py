@@ -55,7 +55,7 @@ def test_scan_writes_the_scan_and_the_top_names(splaser, tiny_folder, tmp_path):
     assert len(scan.matrices) == 11
     names = json.loads(top.read_text())
     assert set(names) == {matrix.type for matrix in scan.matrices}
-    assert all(len(each) == 1 for each in names.values())
+    assert all(len(name) == 1 for name in names.values())
     assert "scanned  11 matrices" in stderr
     assert str(out) in stderr
 
@@ -169,7 +169,7 @@ def test_bad_input_is_one_line_with_an_exit_code_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     known = {"MODEL": str(tiny_folder), "PAIRS": pairs_file}
-    got, printed, stderr = splaser(*[known.get(each, each) for each in arguments])
+    got, printed, stderr = splaser(*[known.get(argument, argument) for argument in arguments])
     assert got == code
     assert printed == ""
     assert message in stderr

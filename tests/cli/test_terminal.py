@@ -85,8 +85,8 @@ def test_no_line_is_longer_than_the_terminal(width, level):
 def test_the_time_left_is_shown_from_the_first_step_on(steps):
     progress, printed = drawn(80)
     with progress.phase("baseline", 24) as advance:
-        for each in steps:
-            advance(each)
+        for step in steps:
+            advance(step)
         progress.fact("drawn", "with what was shown so far")
     assert re.search(rf"{sum(steps)}/24 .*0:00:0\d left", printed.getvalue())
 

@@ -48,7 +48,7 @@ def test_a_matrix_that_the_model_lacks_is_refused_before_anything_is_frozen():
     message = r"1 of 2 chosen matrices aren't in this model: model\.layers\.7\.mlp\.up_proj; nearest: model\.layers"
     with pytest.raises(MatrixError, match=message):
         freeze_all_but(model, [NAMES[0], "model.layers.7.mlp.up_proj"])
-    assert all(each.requires_grad for each in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_adapters_count_as_their_modules():

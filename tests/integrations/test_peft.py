@@ -28,13 +28,13 @@ def scan_with_random_snr(model: nn.Module, seed: int) -> Scan:
     return scan_of(
         *(
             entry(
-                each.name,
+                matrix.name,
                 draw.random(),
-                kind=each.type,
-                shape=each.shape,
+                kind=matrix.type,
+                shape=matrix.shape,
                 iqr=fit(draw.random(), rank=draw.randint(1, 9)),
             )
-            for each in matrices
+            for matrix in matrices
         ),
         skipped=tuple(skipped),
     )

@@ -51,11 +51,11 @@ def compressed(tiny_folder, text, tmp_path_factory):
 def test_a_tenth_of_the_parameters_goes_and_every_budget_is_recorded(compressed):
     result, out, _ = compressed
     stored = Results.load(out / "results.json")
-    assert [each.share for each in stored.budgets] == [0.02, 0.04, 0.06, 0.08, 0.1]
-    assert [each.verdict for each in stored.budgets] == ["kept"] * 5
-    costs = [each.predicted_cost for each in stored.budgets]
+    assert [budget.share for budget in stored.budgets] == [0.02, 0.04, 0.06, 0.08, 0.1]
+    assert [budget.verdict for budget in stored.budgets] == ["kept"] * 5
+    costs = [budget.predicted_cost for budget in stored.budgets]
     assert costs == sorted(costs) and costs[0] > 0
-    assert all(each.change is not None and each.text_change is not None for each in stored.budgets)
+    assert all(budget.change is not None and budget.text_change is not None for budget in stored.budgets)
     assert stored.candidates == () and stored.scorer == "margin" and stored.compared_with == "base"
     assert 0.1 * 18_432 <= stored.parameters_removed == result.search.parameters_removed < 0.15 * 18_432
     assert stored.held_out.loss_verdict and stored.held_out_text.loss_verdict

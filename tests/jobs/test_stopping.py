@@ -42,7 +42,7 @@ def test_a_stopped_laser_says_how_to_go_on_and_ends_as_an_unbroken_one(tiny_fold
     assert (tmp_path / "out" / "journal.jsonl").read_text().count("\n") >= 2
     assert {file.name for file in tmp_path.iterdir()} <= {"out", "pairs.jsonl"}
     for where in ("out", "unbroken"):
-        rest = start(*[where if each == "out" else each for each in arguments], cwd=tmp_path)
+        rest = start(*[where if argument == "out" else argument for argument in arguments], cwd=tmp_path)
         stderr = rest.communicate(timeout=120)[1]
         assert rest.returncode == 0, stderr
     found, unbroken = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("out", "unbroken"))

@@ -164,7 +164,9 @@ def test_a_file_beyond_the_limit_is_refused_without_reading_it_whole(tmp_path):
 def test_damaged_recipes_and_scans_are_one_clean_line(splaser, tiny_folder, tmp_path, text, message):
     (tmp_path / "foreign.json").write_bytes(text)
     for arguments in (["apply", "FILE", tiny_folder, "-o", tmp_path / "out"], ["emit", "peft", "FILE", "-o", "a.json"]):
-        code, _, stderr = splaser(*[tmp_path / "foreign.json" if each == "FILE" else each for each in arguments])
+        code, _, stderr = splaser(
+            *[tmp_path / "foreign.json" if argument == "FILE" else argument for argument in arguments]
+        )
         assert code == 1
         assert message in stderr
         assert is_clean(stderr)

@@ -26,7 +26,7 @@ def best_of_all(curves, parameters):
     """The least cost of every choice there is."""
     return min(
         sum(each.costs[place] for each, place in zip(curves, places, strict=True))
-        for places in itertools.product(*(range(len(each.ranks)) for each in curves))
+        for places in itertools.product(*(range(len(curve.ranks)) for curve in curves))
         if sum(each.sizes[place] for each, place in zip(curves, places, strict=True)) <= parameters
     )
 
@@ -34,9 +34,9 @@ def best_of_all(curves, parameters):
 def best_by_dynamic_programming(curves, parameters):
     """Least cost for each number of parameters up to that, one matrix after the other."""
     best = np.zeros(parameters + 1)
-    for each in curves:
+    for one_curve in curves:
         after = np.full(parameters + 1, np.inf)
-        for cost, size in zip(each.costs, each.sizes, strict=True):
+        for cost, size in zip(one_curve.costs, one_curve.sizes, strict=True):
             if size > parameters:
                 continue
             after[size:] = np.minimum(after[size:], best[: parameters + 1 - size] + cost)
@@ -48,8 +48,8 @@ def best_by_dynamic_programming(curves, parameters):
 @given(st.integers(0, 10**6), st.floats(0.3, 1.0), st.sampled_from([plain_storage, gauge_storage]))
 def test_no_choice_of_ranks_of_that_size_costs_less(seed, share, storage):
     curves = random_curves(seed, storage=storage)
-    dense = sum(int(each.sizes[-1]) for each in curves)
-    least = sum(int(each.sizes.min()) for each in curves)
+    dense = sum(int(curve.sizes[-1]) for curve in curves)
+    least = sum(int(curve.sizes.min()) for curve in curves)
     found = allocate(curves, max(least, int(share * dense)))
     assert found.parameters <= max(least, int(share * dense))
     assert found.cost == pytest.approx(best_of_all(curves, found.parameters), rel=1e-9, abs=1e-12)
@@ -58,7 +58,7 @@ def test_no_choice_of_ranks_of_that_size_costs_less(seed, share, storage):
 
 def test_the_price_of_a_parameter_bounds_what_the_rest_of_the_budget_could_save():
     curves = random_curves(3, count=12, short=20)
-    budget = int(0.8 * sum(int(each.sizes[-1]) for each in curves))
+    budget = int(0.8 * sum(int(curve.sizes[-1]) for curve in curves))
     found = allocate(curves, budget)
     optimum = best_by_dynamic_programming(curves, budget)
     assert found.cost - optimum <= found.price * (budget - found.parameters) + 1e-9
@@ -73,9 +73,9 @@ def test_a_matrix_whose_loss_is_dear_keeps_its_full_rank():
 
 def test_nothing_is_cut_where_everything_fits():
     curves = random_curves(1)
-    dense = sum(int(each.sizes[-1]) for each in curves)
+    dense = sum(int(curve.sizes[-1]) for curve in curves)
     found = allocate(curves, dense)
-    assert found.ranks == [int(each.ranks[-1]) for each in curves]
+    assert found.ranks == [int(curve.ranks[-1]) for curve in curves]
     assert (found.cost, found.price, found.parameters) == (0.0, 0.0, dense)
 
 
@@ -86,7 +86,7 @@ def test_ranks_without_a_cost_are_cut_for_free():
 
 def test_smaller_budgets_are_nested_in_larger_ones():
     curves = random_curves(5, count=20, short=16)
-    dense = sum(int(each.sizes[-1]) for each in curves)
+    dense = sum(int(curve.sizes[-1]) for curve in curves)
     ranks = [allocate(curves, int(share * dense)).ranks for share in (0.95, 0.9, 0.8, 0.6, 0.5)]
     for larger, smaller in itertools.pairwise(ranks):
         assert all(less <= more for less, more in zip(smaller, larger, strict=True))
@@ -102,14 +102,14 @@ def test_two_factors_are_a_choice_only_below_break_even():
 
 def test_a_budget_below_the_lowest_ranks_is_refused():
     curves = random_curves(2)
-    least = sum(int(each.sizes.min()) for each in curves)
+    least = sum(int(curve.sizes.min()) for curve in curves)
     with pytest.raises(RankError, match=f"{least - 1:,} parameters, but the lowest ranks of 4 matrices take {least:,}"):
         allocate(curves, least - 1)
 
 
 def test_two_hundred_matrices_take_less_than_a_second():
     squares = np.random.default_rng(0).exponential(size=(210, 576))
-    curves = [curve((1536, 576), np.append(np.cumsum(each[::-1])[::-1], 0.0), gauge_storage) for each in squares]
+    curves = [curve((1536, 576), np.append(np.cumsum(square[::-1])[::-1], 0.0), gauge_storage) for square in squares]
     started = time.perf_counter()
     allocate(curves, int(0.9 * 210 * 1536 * 576))
     assert time.perf_counter() - started < 5, "a second on an idle machine, with room for a busy one"

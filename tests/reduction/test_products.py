@@ -74,7 +74,7 @@ def test_experts_see_the_tokens_routed_to_them(kind, implementation):
     assert model.config._experts_implementation == before
     check_against_gradients(weights, sums)
     if kind == "mixtral":
-        down = [tokens.get(each.name, 0) for each in experts if each.type.endswith("down_proj")]
+        down = [tokens.get(expert.name, 0) for expert in experts if expert.type.endswith("down_proj")]
         assert sum(down) == 2 * 2 * IDS.numel(), "two experts a token in each of two blocks"
 
 

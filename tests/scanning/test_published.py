@@ -40,7 +40,7 @@ def test_the_plain_and_the_sorted_form_say_the_same(tmp_path):
         scans.append(load_scan(tmp_path / name))
     plain, by_type = scans
     assert set(plain.matrices) == set(by_type.matrices)
-    assert {each.name: each.snr_ratio for each in plain.matrices} == {
+    assert {matrix.name: matrix.snr_ratio for matrix in plain.matrices} == {
         "model.layers.0.mlp.down_proj": 1.5,
         "model.layers.1.mlp.down_proj": None,
         "model.layers.0.input_layernorm": None,

@@ -136,7 +136,7 @@ def test_a_heavy_loss_on_few_pairs_goes_unseen_only_up_to_the_share_that_is_stat
         found = []
         for _ in range(200):
             losses = [np.where(random.random(size) < ruined, -0.5, 0.0) for _ in range(8)]
-            found.append(any(rule.accepts(whole(each.tolist()), whole([0.0] * size)) for each in losses))
+            found.append(any(rule.accepts(whole(loss.tolist()), whole([0.0] * size)) for loss in losses))
         assert np.mean(found) <= most
         assert ruined == share or np.mean(found) > 0.1, "if this is caught now, unseen_share says too much"
 

@@ -145,7 +145,7 @@ def tried(candidates, wanted, limit=None):
     ]
     scorer = Wanted(weights, {(matrices[place].name, rank) for place, rank in wanted})
     found = search(weights, chosen, Judge(scorer), limit=limit)
-    return [(matrices.index(each.candidate.matrix), each.candidate.rank, each.kept) for each in found.trials], found
+    return [(matrices.index(trial.candidate.matrix), trial.candidate.rank, trial.kept) for trial in found.trials], found
 
 
 def test_a_harder_rank_is_tried_only_after_the_gentler_one_was_kept():
@@ -256,7 +256,7 @@ def test_a_stopped_run_goes_on_in_the_predicted_order(tiny_folder, pairs, tmp_pa
         laser(tiny_folder, pairs, config=config, output=tmp_path / "out", progress=StopsAfterTwo())
     monkeypatch.setattr(stages, "sensitivities", None)  # What was predicted once is not predicted again.
     resumed = laser(tiny_folder, pairs, config=config, output=tmp_path / "out")
-    assert [each.candidate for each in resumed.search.trials] == [each.candidate for each in whole.search.trials]
+    assert [trial.candidate for trial in resumed.search.trials] == [trial.candidate for trial in whole.search.trials]
     assert resumed.recipe == whole.recipe
 
 
@@ -264,7 +264,7 @@ def test_compressing_tries_the_matrices_that_may_lose_the_most_first(scanned):
     scan, matrices = scanned
     candidates = choose_candidates(scan, matrices, (0.9, 0.4, 0.2))
     ordered = by_size(candidates)
-    assert set(ordered) == {each for each in candidates if each.parameters_removed}
+    assert set(ordered) == {candidate for candidate in candidates if candidate.parameters_removed}
     most = {
         each.matrix: max(other.parameters_removed for other in ordered if other.matrix == each.matrix)
         for each in ordered
@@ -288,7 +288,7 @@ def test_with_predictions_the_least_loss_a_parameter_comes_first(scanned):
 
 
 def test_compressing_is_refused_where_nothing_can_be_stored_as_factors(scanned):
-    whole = [replace(each, is_factorable=False) for each in choose_candidates(*scanned, (0.9,))]
+    whole = [replace(choose_candidate, is_factorable=False) for choose_candidate in choose_candidates(*scanned, (0.9,))]
     with pytest.raises(MatrixError, match=r"none of the 14 candidates can be stored as factors: embeddings .*include"):
         by_size(whole)
 

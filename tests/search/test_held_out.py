@@ -18,7 +18,7 @@ from tests.planted import Facts
 
 
 def pair_set(*prompts: str) -> PairSet:
-    return pairs_from_rows([{"prompt": each, "chosen": "Yes.", "rejected": "No."} for each in prompts])
+    return pairs_from_rows([{"prompt": prompt, "chosen": "Yes.", "rejected": "No."} for prompt in prompts])
 
 
 MANY = pair_set(*(f"Question {number}?" for number in range(1000)))
@@ -53,7 +53,9 @@ def test_duplicates_never_straddle():
         turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"What is {number}?"}]
         rows.append({"prompt": turns, "chosen": "Yes.", "rejected": "No."})
     split = split_by_prompt(pairs_from_rows(rows), 0.3)
-    sides = [{" ".join(each.casefold().split()) for each in prompts(part)} for part in (split.search, split.held_out)]
+    sides = [
+        {" ".join(prompt.casefold().split()) for prompt in prompts(part)} for part in (split.search, split.held_out)
+    ]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
     assert len(split.held_out) == 240
 
@@ -136,7 +138,7 @@ def test_a_verdict_counts_pairs_and_holds_the_difference_in_its_interval():
 )
 def test_the_verdict_in_words(differences, verdict):
     base = scores([0.5] * len(differences))
-    assert compare(base, scores([0.5 + each for each in differences])).verdict == verdict
+    assert compare(base, scores([0.5 + difference for difference in differences])).verdict == verdict
 
 
 def test_nothing_kept_is_no_difference_at_all():
@@ -207,7 +209,7 @@ def test_the_confident_rule_keeps_a_part_of_what_has_a_higher_mean(tokenizer):
         if trial.kept:
             differences = trial.judgement.scores.differences(best)
             assert sum(differences) > 0
-            assert sum(each != 0 for each in differences) >= 4  # 2 ** -4 <= 0.5 / 6
+            assert sum(difference != 0 for difference in differences) >= 4  # 2 ** -4 <= 0.5 / 6
             best = trial.judgement.scores
     assert result.recipe.config.accept == "confident"
 

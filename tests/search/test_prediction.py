@@ -149,7 +149,7 @@ def test_one_gradient_is_alive_at_a_time_and_none_is_left(tiny_model, scorer_of,
     add = prediction._Part.add_gradient
 
     def count(part, gradient):
-        alive.append(sum(each.grad is not None for each in tiny_model.parameters()))
+        alive.append(sum(parameter.grad is not None for parameter in tiny_model.parameters()))
         add(part, gradient)
 
     monkeypatch.setattr(prediction._Part, "add_gradient", count)
@@ -157,7 +157,7 @@ def test_one_gradient_is_alive_at_a_time_and_none_is_left(tiny_model, scorer_of,
     sensitivities(weights, scorer_of(tiny_model), weights.matrices()[0])
     assert len(alive) == 4 * 14, "four pairs, fourteen matrices"
     assert max(alive) == 0, "the gradient at hand has been taken from its parameter"
-    assert all(each.grad is None for each in tiny_model.parameters())
+    assert all(parameter.grad is None for parameter in tiny_model.parameters())
 
 
 @pytest.mark.parametrize("fails", [False, True])

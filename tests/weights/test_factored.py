@@ -176,7 +176,7 @@ def trained_lora(saved, request):
     ids = torch.arange(12)[None]
     adapted = get_peft_model(load(folder), LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
     before = adapted(ids).logits.detach()
-    optimizer = torch.optim.SGD([each for each in adapted.parameters() if each.requires_grad], lr=1.0)
+    optimizer = torch.optim.SGD([parameter for parameter in adapted.parameters() if parameter.requires_grad], lr=1.0)
     for _ in range(2):  # after the first step LoRA's A is still as it was
         optimizer.zero_grad()
         adapted(ids, labels=ids).loss.backward()

@@ -80,7 +80,7 @@ def test_experts_are_stored_as_factors_and_come_back_bit_for_bit(kind, dtype, tm
     before, after = parameter_counts(weights)
     assert (before, after) == (weights.model.num_parameters(), loaded.num_parameters())
     assert before - after == sum(
-        (rows - 5) * (columns - 5) for rows, columns in (each.shape for each in weights.factors)
+        (rows - 5) * (columns - 5) for rows, columns in (factor.shape for factor in weights.factors)
     )
     ids = torch.arange(40)[None]
     with torch.no_grad():

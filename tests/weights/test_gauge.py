@@ -92,7 +92,9 @@ def test_the_layer_computes_with_the_matrix(transposed, with_bias):
     assert layer(x[0, 0]).shape == (outputs,)
     assert torch.equal(layer.gauge.pivots, found.pivots)
     assert torch.equal(layer.gauge.product(), found.product())
-    assert sum(each.numel() for each in layer.parameters() if each is not bias) == gauge_storage(outputs, inputs, 7)
+    assert sum(parameter.numel() for parameter in layer.parameters() if parameter is not bias) == gauge_storage(
+        outputs, inputs, 7
+    )
     assert "rank=7" in repr(layer)
 
 
@@ -104,7 +106,7 @@ def test_the_layer_is_filled_from_a_state_dict_and_trains():
     x = torch.randn(3, 10)
     assert torch.equal(again(x), layer(x))
     again(x).square().sum().backward()
-    assert all(each.grad is not None and each.grad.abs().sum() > 0 for each in again.parameters())
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in again.parameters())
     assert again.to(torch.bfloat16).order.dtype == torch.int32
 
 

@@ -141,7 +141,7 @@ def test_tied_weights_are_refused_by_name_and_listed_otherwise(tmp_path):
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(MatrixError, match=r"lm_head shares its weight with model\.embed_tokens"):
         model_matrices(model, include=["lm_head"])
-    reasons = {each.name: each.reason for each in model_matrices(model)[1]}
+    reasons = {model_matrice.name: model_matrice.reason for model_matrice in model_matrices(model)[1]}
     assert reasons["lm_head"] == "shares its weight with model.embed_tokens"
     model.save_pretrained(tmp_path)
     with pytest.raises(MatrixError, match=r"model\.embed_tokens shares its weight with lm_head"):

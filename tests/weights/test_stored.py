@@ -60,7 +60,7 @@ def test_experts_are_one_matrix_each_however_they_are_stored(tmp_path):
         model = build(kind, CAUSAL[kind])
         matrices = {each.name: each for each in check_same(saved(model, tmp_path / kind))}
         assert matrices[name].shape == ((24, 16) if kind == "dbrx" else (48, 16))
-        assert sum("experts" in each for each in matrices) == 2 * 4 * (3 if kind == "dbrx" else 2)
+        assert sum("experts" in matrix for matrix in matrices) == 2 * 4 * (3 if kind == "dbrx" else 2)
 
 
 def test_routers_state_and_gates_are_no_matrices_and_the_reason_is_given(tmp_path):
@@ -85,16 +85,16 @@ def test_of_a_composite_model_the_language_model_is_scanned_and_towers_when_aske
     folder = saved(make(), tmp_path)
     matrices = check_same(folder, AutoModelForImageTextToText)
     assert len(matrices) == 2 * 7
-    assert all(each.name.startswith("model.language_model.layers.") for each in matrices)
-    assert {each.type for each in matrices} >= {"mlp.down_proj", "self_attn.q_proj"}
+    assert all(matrix.name.startswith("model.language_model.layers.") for matrix in matrices)
+    assert {matrix.type for matrix in matrices} >= {"mlp.down_proj", "self_attn.q_proj"}
     everything = check_same(folder, AutoModelForImageTextToText, towers=True)
     in_tower = {each.type for each in everything if each.tower}
     assert in_tower
-    assert not in_tower & {each.type for each in matrices}
+    assert not in_tower & {matrix.type for matrix in matrices}
     (tower,) = {each.tower for each in everything} - {""}
     named = StoredWeights(open_checkpoint(folder)).matrices(include=[tower])[0]
     assert {each.tower for each in named} == {tower}
-    reasons = {each.reason for each in StoredWeights(open_checkpoint(folder)).matrices()[1]}
+    reasons = {matrix.reason for matrix in StoredWeights(open_checkpoint(folder)).matrices()[1]}
     assert f"in {tower}, beside the language model (--towers takes it in)" in reasons
 
 
@@ -102,7 +102,7 @@ def test_an_encoder_decoder_is_scanned_with_types_of_its_own_for_either(tmp_path
     settings = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
     folder = saved(build("t5", settings, AutoModelForSeq2SeqLM), tmp_path)
     matrices, skipped = StoredWeights(open_checkpoint(folder)).matrices()
-    assert {each.type.split(".")[0] for each in matrices} == {"encoder", "decoder"}
+    assert {matrix.type.split(".")[0] for matrix in matrices} == {"encoder", "decoder"}
     reasons = {each.name: each.reason for each in skipped}
     assert reasons["encoder.block.0.layer.0.SelfAttention.relative_attention_bias"] == "an embedding"
 
@@ -132,13 +132,13 @@ def test_layers_for_multi_token_prediction_and_surplus_ones_are_left_out_with_a_
     }
     change(folder, lambda tensors: tensors | more)
     matrices, skipped = StoredWeights(open_checkpoint(folder)).matrices()
-    assert {each.block for each in matrices} == {0, 1}
+    assert {matrix.block for matrix in matrices} == {0, 1}
     assert {each.name for each in skipped if each.reason == NOT_IN_MODEL} == set(more)
 
     folder = saved(build("llama", TEXT | {"num_hidden_layers": 3}), tmp_path / "short")
     configure(folder, num_hidden_layers=2)
     matrices, skipped = StoredWeights(open_checkpoint(folder)).matrices()
-    assert {each.block for each in matrices} == {0, 1}
+    assert {matrix.block for matrix in matrices} == {0, 1}
     assert sum(each.reason == NOT_IN_MODEL for each in skipped) == 9
 
 
@@ -147,7 +147,9 @@ def test_tied_weights_are_known_where_only_the_class_ties_them(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config.pop("tie_word_embeddings", None)
     (folder / "config.json").write_text(json.dumps(config))
-    tied = {each.name: each.tied_to for each in StoredWeights(open_checkpoint(folder)).matrices()[1] if each.tied_to}
+    tied = {
+        matrix.name: matrix.tied_to for matrix in StoredWeights(open_checkpoint(folder)).matrices()[1] if matrix.tied_to
+    }
     assert tied == {"model.embed_tokens": "lm_head", "lm_head": "model.embed_tokens"}
 
 
@@ -157,7 +159,7 @@ def test_a_stored_head_is_tied_only_where_it_equals_the_embeddings(differs, tmp_
     change(folder, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1.0 * differs})
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) != differs
-    assert any(each.tied_to for each in StoredWeights(open_checkpoint(folder)).matrices()[1]) != differs
+    assert any(matrix.tied_to for matrix in StoredWeights(open_checkpoint(folder)).matrices()[1]) != differs
 
 
 def test_codes_with_scales_are_refused_with_and_without_a_configuration(tmp_path):

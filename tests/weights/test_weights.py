@@ -69,7 +69,7 @@ def test_a_kept_change_stays(tiny_model):
 def tensor_bytes():
     """Of all storages that any living tensor has."""
     gc.collect()
-    storages = (each.untyped_storage() for each in gc.get_objects() if isinstance(each, torch.Tensor))
+    storages = (get_object.untyped_storage() for get_object in gc.get_objects() if isinstance(get_object, torch.Tensor))
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
