@@ -148,14 +148,28 @@ class GaugeLinear(FactoredLinear):
         return self.gauge.factors()
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.numel() > self.rank * self.in_features:
+            left, right = self._ordered()
+            return functional.linear(functional.linear(input, right), left, self.bias)
+        flat = input.reshape(-1, self.in_features)  # torch selects columns of a 2-D tensor ten times as fast
         if self.by_rows:
-            pivots = functional.linear(input, self.weight)
+            pivots = functional.linear(flat, self.weight)
             others = functional.linear(pivots, self.interpolation)
             outputs = torch.cat([pivots, others], dim=-1).index_select(-1, self.order)
-            return outputs if self.bias is None else outputs + self.bias
-        ordered = input.index_select(-1, self.order)
-        sums = ordered[..., : self.rank] + functional.linear(ordered[..., self.rank :], self.interpolation)
-        return functional.linear(sums, self.weight, self.bias)
+            outputs = outputs if self.bias is None else outputs + self.bias
+        else:
+            own, rest = self.order.split([self.rank, len(self.order) - self.rank])
+            sums = flat.index_select(-1, own) + functional.linear(flat.index_select(-1, rest), self.interpolation)
+            outputs = functional.linear(sums, self.weight, self.bias)
+        return outputs.reshape(*input.shape[:-1], self.out_features)
+
+    def _ordered(self) -> tuple[Tensor, Tensor]:
+        """Two plain factors for this one call: with more tokens than ranks it is less to order them than the tokens."""
+        identity = torch.eye(self.rank, device=self.weight.device, dtype=self.weight.dtype)
+        if self.by_rows:
+            return torch.cat([identity, self.interpolation]).index_select(0, self.order), self.weight
+        columns = torch.cat([identity, self.interpolation], dim=1)
+        return self.weight, columns.index_select(1, torch.argsort(self.order))
 
 
 class TwoFactorLinear(FactoredLinear):
