@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from splaser_plugin import LaserConfig, laser
+from splaser_plugin import LaserConfig, expand, laser, load
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.artifacts.results import Results
 from splaser_plugin.config.stages import ApplyConfig
@@ -60,6 +60,9 @@ def test_a_tenth_of_the_parameters_goes_and_every_budget_is_recorded(compressed)
     assert 0.1 * 18_432 <= stored.parameters_removed == result.search.parameters_removed < 0.15 * 18_432
     assert stored.held_out.loss_verdict and stored.held_out_text.loss_verdict
     assert result.search.kept_budget == "10 %"
+    dense, saved = result.parameters
+    assert dense - saved == stored.parameters_removed
+    assert not changed(states(result.model), states(expand(load(out))))
 
 
 def test_the_report_and_the_card_have_the_table_and_both_verdicts(compressed):
