@@ -110,10 +110,10 @@ def test_what_is_held_out_is_never_measured_on(tiny_folder, text):
     measures = stages.prepare_measures(run, split)
     rows = {row.tokens for row in measures.calibration}
     assert {tuple(window) for window in measures.searched.windows} <= rows
-    assert not {tuple(window) for window in measures.apart.windows} & rows
+    assert not {tuple(window) for window in measures.unseen.windows} & rows
     told = [tokenizer.decode(row) for row in rows]
     assert all(any(pair.chosen[:40] in each for each in told) for pair in measures.searched.pairs)
-    assert not any(pair.chosen[:40] in each for pair in measures.apart.pairs for each in told)
+    assert not any(pair.chosen[:40] in each for pair in measures.unseen.pairs for each in told)
 
 
 def test_a_recipe_that_was_measured_is_refused_with_what_to_do(compressed, tiny_folder):

@@ -92,4 +92,4 @@ def test_two_processes_order_by_the_same_gradient_as_one_and_refuse_it_on_a_shar
     assert predicted[0] == pytest.approx(predicted[1], abs=1e-4)
     refused = [path.read_text() for path in (tmp_path / "two").glob("refused-*.txt")]
     assert len(refused) == 2
-    assert all("--rank-by gradient needs whole gradients, and this model is sharded" in each for each in refused)
+    assert all("rank_by gradient needs whole gradients, and this model is sharded" in message for message in refused)
