@@ -96,7 +96,7 @@ def carry_out(recipe: Recipe, weights: Weights, *, progress: Progress = SILENT) 
     Raises RecipeError, before anything is changed, when the model's weights aren't the recipe's.
     """
     got, dtype, expected = weights.identity(), weights.dtype, recipe.weights_identity
-    if dtype != recipe.dtype or expected not in (got, weights.identity_of_version_0_1()):
+    if dtype != recipe.dtype or (expected != got and expected != weights.identity_of_version_0_1()):
         raise RecipeError(
             f"the recipe was made for weights {expected[:12]} of {recipe.model} in {recipe.dtype}, but this model's "
             f"are {got[:12]} in {dtype}. Give the base model, in the same dtype, before any change."

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from splaser_plugin.checkpoints.folder import read_config, resolve_model
-from splaser_plugin.checkpoints.skeleton import answering_class
+from splaser_plugin.checkpoints.skeleton import answering_class, library_errors
 from splaser_plugin.checkpoints.trust import check_model_folder
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.files.text import shown
@@ -140,7 +140,6 @@ def load(model: str | Path, **arguments: Any) -> Any:
 
 def _auto_class(folder: Path) -> Any:
     """The auto class that loads the model. Raises CheckpointError when config.json describes none."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
@@ -149,16 +148,7 @@ def _auto_class(folder: Path) -> Any:
             kind = answering_class(config)
             kind.from_config(config)
             return kind
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        LookupError,
-        ArithmeticError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:
+    except library_errors() as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(
             f"{folder / 'config.json'}: makes no causal language model ({reason[:200]}). Save the model again."

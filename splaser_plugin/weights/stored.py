@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -103,10 +104,7 @@ class StoredWeights:
         shared: dict[int, list[str]] = {}
         for name, parameter in parameters.items():
             shared.setdefault(id(parameter), []).append(name)
-        sources = {
-            name: next((self._sources[each] for each in (name, *shared[id(parameter)]) if each in self._sources), None)
-            for name, parameter in parameters.items()
-        }
+        sources = {name: self._source_of(name, shared[id(parameter)]) for name, parameter in parameters.items()}
         plain = {
             name: source.stored[0] for name, source in sources.items() if source is not None and not source.conversion
         }
@@ -125,15 +123,15 @@ class StoredWeights:
         assert source.conversion is not None and self.skeleton is not None
         shape = self.skeleton.model.get_parameter(name).shape
         places = sampled_places(shape.numel())
-        each = places.new_tensor(shape[1:]).prod() if len(shape) == 3 else places.new_tensor(shape).prod()
+        size = math.prod(shape[1:] if len(shape) == 3 else shape)
         found = []
-        for index in (places // each).unique():
-            inside = places[places // each == index]
-            of_expert = source.conversion.expert(int(index), shape[0]) if len(shape) == 3 else None
+        for index in (places // size).unique().tolist():
+            inside = places[places // size == index]
+            of_expert = source.conversion.expert(index, shape[0]) if len(shape) == 3 else None
             names = of_expert or source.stored
             tensors = next(read_groups(self.checkpoint, [[self.checkpoint.tensors[stored] for stored in names]]))
             made = source.conversion.of(dict(zip(names, tensors, strict=True)), self.skeleton.model)[name]
-            found.append(made.flatten()[inside - index * each if of_expert else inside])
+            found.append(made.flatten()[inside - index * size if of_expert else inside])
         return torch.cat(found)
 
     def stream(self, mine: Sequence[Matrix], wanted: Sequence[Matrix]) -> Iterator[tuple[Matrix, Tensor]]:
@@ -156,20 +154,19 @@ class StoredWeights:
         for role in found:
             names = shared[id(role.parameter)]
             other = other_of(role.name, names) if role.name in names else None
-            source = self._sources.get(role.name)
-            if source is None and other is not None:
-                source = next((self._sources[name] for name in names if name in self._sources), None)
+            source = self._source_of(role.name, names if other is not None else ())
             if source is not None:
-                candidates.append(Candidate(role, other, self._names_of(source, role)))
+                candidates.append(Candidate(role, other, source.stored))
         return candidates
+
+    def _source_of(self, name: str, shared_by: Sequence[str]) -> Source | None:
+        """What a parameter is made of: of its own tensors, else of those of a name that shares its weight."""
+        return next((self._sources[other] for other in (name, *shared_by) if other in self._sources), None)
 
     def _tied(self, names: Sequence[str]) -> Sequence[str]:
         """Those of the names that share one weight once they are loaded: none where the files have different ones."""
         there = [self._sources[name].stored[0] for name in names if name in self._sources]
         return names if len(there) < 2 or self.checkpoint.are_equal(there) else ()
-
-    def _names_of(self, source: Source, role: Role) -> tuple[str, ...]:
-        return source.stored
 
     def _parts(self, matrix: Matrix) -> list[StoredTensor]:
         """What is to be read for one matrix."""
