@@ -163,6 +163,7 @@ BENCHMARKS = sorted(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", BENCHMARKS)
 def test_the_benchmarks_that_figures_are_from_understand_their_options(command):
     """They run for minutes to hours, so only their imports and arguments are tried."""

@@ -30,6 +30,7 @@ class Phases(Progress):
         yield self.steps[name].append
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "baseline"),
     [
@@ -56,6 +57,7 @@ def test_a_measurement_counts_its_items_as_they_are_done(text, tiny_folder, opti
     assert sum(phases.steps["search"]) == len(result.search.trials)
 
 
+@pytest.mark.slow
 def test_what_a_stopped_run_has_measured_is_counted_at_once(tiny_folder, tmp_path):
     class Stopped(Phases):
         def event(self, event):
@@ -68,6 +70,7 @@ def test_what_a_stopped_run_has_measured_is_counted_at_once(tiny_folder, tmp_pat
     assert phases.totals["search"] == sum(phases.steps["search"])
 
 
+@pytest.mark.slow
 def test_a_comparison_counts_pairs_twice_and_windows(text, tiny_folder, minilm):
     phases = Phases()
     config = CompareConfig(max_new_tokens=5, window=16, samples=9, device="cpu", embedder=str(minilm), text=text)

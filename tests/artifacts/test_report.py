@@ -268,6 +268,7 @@ def test_damaged_results_are_refused(run_folder, tmp_path, content, message):
 WRONG = [None, True, -1, 1.5, float("nan"), float("inf"), 1e308, 10**400, "", "</script>", [], {}, [[]]]
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_any_wrong_value_is_refused_or_shown_but_never_breaks_the_page(data):

@@ -293,6 +293,7 @@ def test_a_damaged_checkpoint_is_refused_or_read_whole(tmp_path, data):
         assert len(str(error)) < 1000
 
 
+@pytest.mark.slow
 def test_a_header_with_ten_thousand_experts_is_read_and_each_expert_reachable(tmp_path):
     count = 10_000
     fused = torch.arange(count, dtype=torch.int16).reshape(count, 1, 1).expand(count, 1, 2).contiguous()
@@ -304,6 +305,7 @@ def test_a_header_with_ten_thousand_experts_is_read_and_each_expert_reachable(tm
     assert all(int(read["fused", number][0, 1]) == number for number in range(count))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_reading_holds_two_tensors_however_large_the_checkpoint(tmp_path):
     tensor_bytes = 16 << 20

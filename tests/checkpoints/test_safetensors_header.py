@@ -232,6 +232,7 @@ near_entries = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(damaged_files())
 def test_a_damaged_file_is_refused_or_read_as_the_library_reads_it(file):
@@ -243,6 +244,7 @@ def test_a_damaged_file_is_refused_or_read_as_the_library_reads_it(file):
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.dictionaries(st.text(max_size=4), near_entries | json_values, max_size=4), st.integers(0, 40))
 def test_a_made_up_header_is_refused_or_read_as_the_library_reads_it(header, data_bytes):

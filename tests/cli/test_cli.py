@@ -79,6 +79,7 @@ def test_scan_prints_json_to_stdout_and_nothing_else(splaser, tiny_folder, tmp_p
     assert json.loads(printed) == json.loads((tmp_path / "scan.json").read_text())
 
 
+@pytest.mark.slow
 def test_laser_then_apply_give_the_same_model(splaser, tiny_folder, pairs_file, tmp_path):
     out = tmp_path / "out"
     code, printed, stderr = splaser("laser", tiny_folder, "--pairs", pairs_file, "-o", out, *FLAGS, "--json")
@@ -115,6 +116,7 @@ def test_a_run_comes_with_its_report_and_card(splaser, tiny_folder, pairs_file, 
     assert ModelCard.load(tmp_path / "rebuilt" / "README.md").data == ModelCard.load(out / "README.md").data
 
 
+@pytest.mark.slow
 def test_a_run_can_be_pushed_to_the_hub(splaser, tiny_folder, pairs_file, tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setenv("HF_TOKEN", "hf_planted")
@@ -142,6 +144,7 @@ def test_a_lora_adapter_is_merged_first(tiny_folder, pairs, tmp_path):
         load_model(tiny_folder, device="cpu", adapter=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -240,6 +243,7 @@ def test_the_real_models_go_through_scan_laser_and_apply(smollm2, minilm, tmp_pa
     assert "Paris" in tokenizer.decode(answer[0, ids.shape[1] :])
 
 
+@pytest.mark.slow
 def test_python_and_the_command_line_agree(splaser, tiny_folder, pairs_file, tmp_path):
     from splaser_plugin import LaserConfig
 

@@ -24,6 +24,7 @@ def recipe(folder):
     return json.loads((folder / "recipe.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_file_alone_runs_and_flags_win_over_it(splaser, folder):
     code, _, stderr = splaser("laser", "--config", "run.yaml")
     assert code == 0, stderr
@@ -37,6 +38,7 @@ def test_a_file_alone_runs_and_flags_win_over_it(splaser, folder):
     assert [settings[key] for key in given] == [1, "mp", ["self_attn"], True, 6]
 
 
+@pytest.mark.slow
 def test_run_yaml_of_the_output_gives_the_same_recipe_again(splaser, tiny_folder, pairs_file, tmp_path):
     held_out = ROOT / "examples" / "data" / "held_out.jsonl"
     options = [*FLAGS, "--held-out", held_out, "--samples", 8, "--alpha", 0.001, "--exclude", "layers.1.mlp"]
@@ -67,6 +69,7 @@ def test_scan_takes_a_file_too(splaser, tiny_folder, tmp_path):
     assert {len(names) for names in json.loads((tmp_path / "top.json").read_text()).values()} == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -40,6 +40,7 @@ def test_a_published_name_or_its_id_reads_the_published_split(
     assert [pair.chosen for pair in pair_set] == [GOOD["chosen"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_a_long_file_is_streamed(kind: str, tmp_path: Path) -> None:
     """Of 30 MB of text, with one usable pair at the end, a small part is in Python's or Arrow's memory at a time."""
@@ -163,6 +164,7 @@ def test_a_path_that_the_system_refuses_is_an_error(tmp_path: Path) -> None:
         load_pairs(str(tmp_path / ("x" * 300 + ".jsonl")))
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_out_of_reach_is_an_error_with_the_next_step() -> None:
     script = (
         "from splaser_plugin.errors import PairsError\n"

@@ -196,6 +196,7 @@ ROWS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.lists(ROWS, max_size=6))
 @example([GOOD, {"chosen": [[[[]]]], "rejected": {"a": {"b": {}}}}])

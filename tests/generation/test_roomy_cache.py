@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import weakref
 
+import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.cache_utils import DynamicLayer
@@ -60,6 +61,7 @@ def test_a_model_with_other_layers_gets_its_own_cache(tiny_model):
     assert roomy_cache(MambaForCausalLM(MambaConfig(**small))) is None
 
 
+@pytest.mark.slow
 def test_the_models_logits_are_the_same():
     model = tiny_llama()
     ids = torch.randint(0, 100, (3, 150), generator=torch.Generator().manual_seed(1))

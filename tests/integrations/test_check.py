@@ -37,6 +37,7 @@ def test_the_chosen_matrices_of_a_scan_from_disk_are_those_that_are_adapted(kind
     assert set(adapted_modules(model)) == set(selection.names)
 
 
+@pytest.mark.slow
 def test_targets_that_peft_turns_into_all_experts_are_refused(splaser, tmp_path):
     folder = saved(build("deepseek_v3", CAUSAL["deepseek_v3"]), tmp_path / "model")
     with pytest.raises(MatrixError, match=r"PEFT would train model\.layers\.1\.mlp\.experts, as 1 in all"):

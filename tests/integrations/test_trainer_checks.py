@@ -22,6 +22,7 @@ from tests.builders import tiny_llama
 from tests.integrations.trainings import CONFIG
 
 
+@pytest.mark.slow
 def test_pairs_come_from_the_trainers_evaluation_data_if_it_has_text(trainer_of, pairs):
     trainer = trainer_of(tiny_llama())
     trainer.add_callback(LaserCallback(config=CONFIG, trainer=trainer))
@@ -58,6 +59,7 @@ def test_without_the_trainer_and_without_pairs_what_to_give_is_said_before_train
         trainer_of(tiny_llama(), LaserCallback(when=when, config=CONFIG)).train()
 
 
+@pytest.mark.slow
 def test_the_trainer_needs_a_tokenizer_or_a_processor_with_one(trainer_of, pairs, tokenizer):
     trainer = trainer_of(tiny_llama(), LaserCallback(pairs=pairs, config=CONFIG))
     for processing_class, message in (
@@ -73,6 +75,7 @@ def test_the_trainer_needs_a_tokenizer_or_a_processor_with_one(trainer_of, pairs
     assert trainer.state.log_history[-1]["laser/matrices_tried"] == 4
 
 
+@pytest.mark.slow
 def test_a_trainer_without_pairs_can_be_lasered_by_perplexity(trainer_of, tmp_path):
     (tmp_path / "prose.txt").write_text("The cat sat on the mat, and looked out of the window. " * 40)
     options = {**CONFIG.to_dict(), "scorer": "perplexity", "text": str(tmp_path / "prose.txt"), "window": 16}
@@ -84,6 +87,7 @@ def test_a_trainer_without_pairs_can_be_lasered_by_perplexity(trainer_of, tmp_pa
         trainer_of(tiny_llama(), LaserCallback(when="after", config=missing)).train()
 
 
+@pytest.mark.slow
 def test_before_training_nothing_is_asked_for_that_the_scorers_do_not_use(trainer_of, tmp_path, tokenizer):
     (tmp_path / "prose.txt").write_text("The cat sat on the mat, and looked out of the window. " * 40)
     options = {**CONFIG.to_dict(), "scorer": "perplexity", "text": str(tmp_path / "prose.txt"), "window": 16}
@@ -103,6 +107,7 @@ def test_before_training_nothing_is_asked_for_that_the_scorers_do_not_use(traine
         assert trainer.state.global_step == 0
 
 
+@pytest.mark.slow
 def test_what_would_stop_the_laser_after_training_stops_it_before(trainer_of, pairs, tmp_path):
     class Trains(TrainerCallback):
         def on_step_begin(self, args, state, control, **rest):

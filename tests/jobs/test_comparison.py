@@ -62,6 +62,7 @@ def by_hand(folder, tokenizer, rows, text):
     return np.array(margins), np.array(losses), model.num_parameters()
 
 
+@pytest.mark.slow
 def test_figures_are_those_computed_by_hand(compared, tiny_folder, other_folder, tokenizer, pairs, settings):
     first, second = compared.figures()
     margins, losses, counts = zip(
@@ -85,6 +86,7 @@ def test_figures_are_those_computed_by_hand(compared, tiny_folder, other_folder,
     assert second["tokens_per_s"].value * compared.models[1].generation_s == pytest.approx(answers.generated_tokens)
 
 
+@pytest.mark.slow
 def test_semantic_scores_are_those_of_a_laser_runs_baseline(compared, tiny_folder, pairs, minilm):
     from splaser_plugin import LaserConfig, laser
 
@@ -94,6 +96,7 @@ def test_semantic_scores_are_those_of_a_laser_runs_baseline(compared, tiny_folde
     assert compared.figures()[0]["semantic"].value == pytest.approx(baseline.mean, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_against_itself_has_no_difference_at_all(tiny_folder, pairs, settings):
     figures = compare([tiny_folder] * 2, pairs, config=CompareConfig(**settings)).figures()[1]
     for name, none in (("semantic", 0.0), ("margin", 0.0), ("likelier", 0.0), ("perplexity", 1.0)):
@@ -140,6 +143,7 @@ def test_a_broken_models_perplexity_is_null_with_a_reason():
     assert back.value is not None and back.change == 0.0
 
 
+@pytest.mark.slow
 def test_only_the_files_that_are_loaded_count(tiny_folder, pairs, settings, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
@@ -160,6 +164,7 @@ def test_without_a_text_or_rejected_answers_their_metrics_are_left_out(tiny_fold
     assert found.to_dict()["windows"] == 0
 
 
+@pytest.mark.slow
 def test_figures_a_token_are_not_compared_between_tokenizers(tiny_folder, pairs, settings, tmp_path):
     from transformers import AutoTokenizer
 
@@ -174,6 +179,7 @@ def test_figures_a_token_are_not_compared_between_tokenizers(tiny_folder, pairs,
     assert figures["semantic"].change is not None
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_the_same_as_json(
     splaser, tiny_folder, other_folder, pairs_file, settings, tmp_path
 ):
@@ -218,6 +224,7 @@ def test_what_is_missing_is_reported_before_any_model_is_loaded(tiny_folder, pai
         CompareConfig(embedder="self")
 
 
+@pytest.mark.slow
 def test_a_model_stored_in_factors_is_compared_by_what_it_stores(tiny_folder, pairs, settings, tmp_path):
     from splaser_plugin import LaserConfig, laser
 
@@ -237,6 +244,7 @@ def test_a_model_stored_in_factors_is_compared_by_what_it_stores(tiny_folder, pa
     assert figures["perplexity"].change != 1.0
 
 
+@pytest.mark.slow
 def test_a_table_of_one_model_has_one_column(compared):
     printed = io.StringIO()
     tables = comparison_tables(["only"], compared.figures()[:1])

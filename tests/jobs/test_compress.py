@@ -48,6 +48,7 @@ def compressed(tiny_folder, text, tmp_path_factory):
     return laser(tiny_folder, EXAMPLE_PAIRS, config=config, output=out, progress=told), out, told.facts
 
 
+@pytest.mark.slow
 def test_a_tenth_of_the_parameters_goes_and_every_budget_is_recorded(compressed):
     result, out, _ = compressed
     stored = Results.load(out / "results.json")
@@ -82,6 +83,7 @@ def test_only_the_recipes_matrices_differ_from_the_base_and_have_its_rank(compre
         assert torch.linalg.matrix_rank(reduced[name].double(), rtol=1e-5) == rank
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(compressed, tiny_folder, text, tmp_path, monkeypatch):
     result, _, _ = compressed
     out = tmp_path / "again"
@@ -130,6 +132,7 @@ def test_a_recipe_from_before_there_were_reducers_is_a_plain_one(compressed, tmp
     assert Recipe.load(tmp_path / "recipe.json").config.reducer == "svd"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["svd", "whitened", "fisher"])
 def test_every_way_to_reduce_goes_with_ranks_one_matrix_at_a_time(tiny_folder, way):
     config = LaserConfig(**{**SETTINGS, "candidates": 3, "tolerance": 5.0}, ranks="0.6,0.4", reduce=way)
@@ -145,6 +148,7 @@ def test_every_way_to_reduce_goes_with_ranks_one_matrix_at_a_time(tiny_folder, w
     assert (not changed(states(plain), states(result.model))) == (way == "svd")
 
 
+@pytest.mark.slow
 def test_with_nothing_that_passes_the_model_is_saved_as_it_was(tiny_folder, tmp_path):
     told = Facts()
     config = LaserConfig(**{**SETTINGS, "tolerance": 1e-6})
@@ -154,6 +158,7 @@ def test_with_nothing_that_passes_the_model_is_saved_as_it_was(tiny_folder, tmp_
     assert "No budget passed its test" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_run_is_told_and_can_be_made_again_from_its_file(compressed, splaser, tmp_path):
     _, out, facts = compressed
     labels = [label for label, _ in facts]

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 from tests.builders import FLAGS
 
 RUN = """
@@ -28,6 +30,7 @@ def without_times(results):
     return [{**trial, "elapsed_s": None} for trial in results["candidates"]], {**results, "candidates": None}
 
 
+@pytest.mark.slow
 def test_the_same_commands_twice_give_the_same_bytes(tiny_folder, pairs_file, tmp_path):
     model = str(tiny_folder)
     commands = [

@@ -38,6 +38,7 @@ def lasered(tiny_folder, tmp_path_factory):
     return result, result.save(tmp_path_factory.mktemp("out") / "lasered")
 
 
+@pytest.mark.slow
 def test_the_saved_model_is_the_lasered_one_and_loads_with_its_tokenizer(lasered):
     result, out = lasered
     assert result.search.kept, "this run has to keep something to show anything"
@@ -151,6 +152,7 @@ def test_a_scan_takes_folders_and_loaded_models_alike(tiny_folder):
     assert {matrix.name: matrix for matrix in from_disk.matrices} == {each.name: each for each in loaded.matrices}
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused_with_the_next_step(tiny_folder, tokenizer, pairs, tmp_path):
     with pytest.raises(CheckpointError, match="there is no such model folder"):
         laser("./nowhere", pairs)

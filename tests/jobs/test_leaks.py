@@ -83,6 +83,7 @@ def test_no_command_on_local_files_uses_the_network_or_tells_the_token(tiny_fold
     assert [file for file in written if TOKEN.encode() in file.read_bytes()] == []
 
 
+@pytest.mark.slow
 def test_a_laser_that_fails_with_a_token_in_the_environment_does_not_tell_it(splaser, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for arguments in (["scan", "org/absent"], ["laser", "org/absent", "--pairs", "org/absent", "-o", tmp_path / "out"]):

@@ -87,6 +87,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damage", "message"), ADAPTERS.values(), ids=ADAPTERS.keys())
 def test_a_damaged_adapter_is_refused_in_one_line(splaser, tiny_folder, adapter, pairs_file, tmp_path, damage, message):
     damage(adapter)

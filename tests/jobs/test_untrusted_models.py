@@ -145,6 +145,7 @@ def test_code_of_a_model_is_never_run(splaser, model, pairs_file, tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_pickled_weights_are_read_where_they_are_allowed(splaser, model, pairs_file, tmp_path):
     code, _, stderr = splaser("scan", model, "-o", tmp_path / "plain.json")
     assert code == 0, stderr
@@ -162,6 +163,7 @@ def test_pickled_weights_are_read_where_they_are_allowed(splaser, model, pairs_f
     assert code == 0, stderr
 
 
+@pytest.mark.slow
 def test_a_pickle_that_is_code_explodes_nowhere_even_where_pickles_are_allowed(splaser, model, pairs_file, tmp_path):
     bomb(model)
     for command in (["scan"], ["laser", "--pairs", pairs_file, *FLAGS]):

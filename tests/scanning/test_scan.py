@@ -185,6 +185,7 @@ def test_odd_weights_give_finite_numbers_or_a_reason(tmp_path):
     assert "Infinity" not in (tmp_path / "scan.json").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_is_bound_by_the_largest_matrix(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -344,6 +344,7 @@ def test_many_small_losses_do_not_pass_the_guard_one_by_one(candidates):
     assert verdicts(found) == ["kept", "kept", "guarded", "guarded", "guarded"]
 
 
+@pytest.mark.slow
 def test_a_guard_of_perplexity_keeps_fewer_changes_of_the_answers(text, tiny_folder, pairs):
     options = {**QUICK, "text": text, "window": 16}
     free = laser(tiny_folder, pairs, config=LaserConfig(**options))

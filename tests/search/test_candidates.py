@@ -211,6 +211,7 @@ def test_a_planted_harmful_component_is_predicted_best(tokenizer, pairs):
 QUICK = {"embedder": "self", "max_new_tokens": 4, "candidates": 7, "device": "cpu", "held_out_fraction": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank_by", ["snr", "gradient"])
 def test_a_run_with_a_ladder_says_what_was_predicted_and_can_be_rebuilt(rank_by, tiny_folder, pairs, tmp_path):
     config = LaserConfig(**QUICK, rank_by=rank_by, ranks="mp,0.75,0.4")
@@ -249,6 +250,7 @@ class StopsAfterTwo(Progress):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_in_the_predicted_order(tiny_folder, pairs, tmp_path, monkeypatch):
     config = LaserConfig(**QUICK, rank_by="gradient", ranks="mp,0.4")
     whole = laser(tiny_folder, pairs, config=config)

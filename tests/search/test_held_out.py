@@ -151,6 +151,7 @@ def test_nothing_kept_is_no_difference_at_all():
 CONFIG = LaserConfig(**QUICK, samples=30)
 
 
+@pytest.mark.slow
 def test_base_and_result_are_scored_on_pairs_the_search_never_saw(tokenizer):
     model, progress = tiny_llama(), Facts()
     base = tiny_llama()
@@ -180,6 +181,7 @@ def held_out_scores(model, tokenizer, pairs):
     return laser(model, rows, config=config, tokenizer=tokenizer).search.baseline.values
 
 
+@pytest.mark.slow
 def test_where_nothing_is_kept_no_answer_is_generated_for_the_verdict(tokenizer, monkeypatch):
     monkeypatch.setattr("splaser_plugin.search.acceptance.Improve.accepts", lambda rule, scores, best: False)
     model = tiny_llama()
@@ -245,6 +247,7 @@ def test_pairs_of_which_few_lose_much_are_not_said_to_lose_less_than_the_toleran
         assert wrong <= 3
 
 
+@pytest.mark.slow
 def test_compressing_by_ranks_keeps_what_is_harmless_and_counts_the_parameters(tokenizer):
     progress = Facts()
     settings = LaserConfig(**QUICK, samples=30, objective="compress", ranks="mp", reduce="svd", tolerance=10.0)

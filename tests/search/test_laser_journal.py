@@ -101,6 +101,7 @@ def left(tiny_folder, pairs_file, tmp_path):
     return tmp_path / "out"
 
 
+@pytest.mark.slow
 def test_runs_killed_at_20_random_moments_end_as_an_unbroken_one(tiny_folder, pairs_file, tmp_path):
     command = [sys.executable, "-m", "tests.kill_runs", tiny_folder, pairs_file, tmp_path, "20"]
     run = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -109,6 +110,7 @@ def test_runs_killed_at_20_random_moments_end_as_an_unbroken_one(tiny_folder, pa
         assert_same(out, tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(left, tiny_folder, pairs_file, unbroken, monkeypatch):
     computed = []
     once = LaserJournal._append
@@ -138,6 +140,7 @@ def test_a_measurement_that_failed_is_not_made_again_either(tmp_path):
     assert scorer.asked == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.02, 0.6, 0.93, 0.999])
 def test_a_journal_cut_anywhere_is_gone_on_with(share, left, tiny_folder, pairs_file, unbroken):
     path = left / "journal.jsonl"
@@ -147,6 +150,7 @@ def test_a_journal_cut_anywhere_is_gone_on_with(share, left, tiny_folder, pairs_
     assert_same(left, unbroken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
@@ -161,6 +165,7 @@ def test_a_journal_of_other_settings_is_refused_and_kept(changes, difference, le
     assert (left / "journal.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_journal_of_other_weights_or_pairs_is_refused(left, tiny_folder, pairs_file, tmp_path):
     other = shutil.copytree(tiny_folder, tmp_path / "other")
     tiny_llama(seed=1).save_pretrained(other)
@@ -172,11 +177,13 @@ def test_a_journal_of_other_weights_or_pairs_is_refused(left, tiny_folder, pairs
         run(tiny_folder, fewer, left)
 
 
+@pytest.mark.slow
 def test_overwrite_starts_anew_where_the_journal_is_of_other_settings(left, tiny_folder, pairs_file, tmp_path):
     run(tiny_folder, pairs_file, left, overwrite=True, candidates=2)
     assert_same(left, run(tiny_folder, pairs_file, tmp_path / "fresh", candidates=2))
 
 
+@pytest.mark.slow
 def test_a_run_that_replaces_an_earlier_output_keeps_it_until_the_end(left, tiny_folder, pairs_file, monkeypatch):
     run(tiny_folder, pairs_file, left)
     before = {path.name: path.read_bytes() for path in left.iterdir()}
@@ -244,6 +251,7 @@ def test_a_run_that_found_nothing_leaves_nothing(tiny_folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_output_whose_replacing_was_cut_short_is_put_back(left, tiny_folder, pairs_file, unbroken):
     replaced = left.with_name(f".{left.name}.unfinished-1234.replaced")
     left.rename(replaced)
@@ -271,6 +279,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_measured(dtype, tiny_fol
     assert bool(loaded) == (dtype == "float32")
 
 
+@pytest.mark.slow
 def test_a_full_disk_says_what_was_needed_and_leaves_the_journal(left, tiny_folder, pairs_file, unbroken):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))

@@ -62,6 +62,7 @@ def change_of_margin(scorer, weights, matrix, change):
     return after - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_of", "dtype", "step", "tolerance"),
     [

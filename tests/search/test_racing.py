@@ -12,6 +12,7 @@ from splaser_plugin.search.racing import Race
 from tests.planted import Column, noise, whole
 
 
+@pytest.mark.slow
 def test_the_same_weights_have_the_same_scores(tiny_model, tokenizer):
     texts = [" ".join(["word"] * length) for length in range(1, 41)]
     pairs = [Pair(({"role": "user", "content": text},), f"{text} yes", f"no {text}") for text in texts]

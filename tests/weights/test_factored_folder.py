@@ -34,6 +34,7 @@ def run(request, tiny_folder, tmp_path_factory):
     return result, result.save(tmp_path_factory.mktemp("out") / "factored")
 
 
+@pytest.mark.slow
 def test_a_run_saves_what_it_scored(run, tmp_path):
     result, out = run
     assert result.search.kept, "this run has to keep something to show anything"
@@ -76,6 +77,7 @@ def call(monkeypatch, *words):
     assert not stop.value.code, "the command failed"
 
 
+@pytest.mark.slow
 def test_expanding_gives_the_dense_folder(run, tmp_path, monkeypatch, capsys):
     result, out = run
     result.model.save_pretrained(tmp_path / "dense")

@@ -58,6 +58,7 @@ def test_a_multimodal_model_is_lasered_through_its_text_and_written_whole(tokeni
     AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_layers_that_the_model_does_not_hold_are_kept_as_they_are(tokenizer, pairs, tmp_path):
     folder = spoken(build("deepseek_v3", large(CAUSAL["deepseek_v3"])), tokenizer, tmp_path / "mtp")
     more = {"model.layers.2.eh_proj.weight": torch.randn(16, 32), "model.layers.2.enorm.weight": torch.randn(16)}

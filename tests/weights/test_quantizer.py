@@ -30,6 +30,7 @@ def in_a_process(lines):
     return subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", IMPORTS)
 def test_transformers_loads_a_factored_folder_wherever_splaser_is_imported(saved, order):
     weights, folder = saved
@@ -48,6 +49,7 @@ assert type(layer).__name__ == "GaugeLinear" and torch.equal(layer.product(), de
     assert "Unknown quantization" not in run.stderr
 
 
+@pytest.mark.slow
 def test_without_splaser_the_folder_is_refused(saved):
     run = in_a_process(
         f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(saved[1])!r})"

@@ -73,6 +73,7 @@ def tensor_bytes():
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False])
 def test_only_the_matrix_being_tried_is_held_twice(tiny_model, kept):
     weights = Weights(tiny_model)
