@@ -56,9 +56,7 @@ class TerminalProgress(Progress):
         self._phases = 0
         self._trials: list[Trial] = []
         self._trying: Candidate | None = None
-        self._live = Live(
-            console=console, get_renderable=self._drawing, transient=True, refresh_per_second=4, redirect_stdout=False
-        )
+        self._live: Live | None = None
 
     def fact(self, label: str, value: str) -> None:
         if self.level >= Level.NORMAL:
@@ -82,7 +80,8 @@ class TerminalProgress(Progress):
             return
         task = self._bars.add_task(name, total=total if total > 1 else None)
         self._phases += 1
-        self._live.start()
+        if self._live is None:
+            self._live = self._new_display()
         try:
             yield lambda steps: self._bars.advance(task, steps)
         finally:
@@ -90,6 +89,7 @@ class TerminalProgress(Progress):
             self._phases -= 1
             if self._phases == 0:
                 self._live.stop()
+                self._live = None
                 self._print_trials()
 
     def event(self, event: object) -> None:
@@ -132,8 +132,24 @@ class TerminalProgress(Progress):
                 lines.append(word)
         return [line + mark for line in lines[:-1]] + lines[-1:]
 
+    def _new_display(self) -> Live:
+        """A new display: one that is started again erases as many lines as it had when it was stopped."""
+        live = Live(
+            console=self.console,
+            get_renderable=self._drawing,
+            transient=True,
+            refresh_per_second=4,
+            redirect_stdout=False,
+        )
+        live.start()
+        return live
+
     def _drawing(self) -> RenderableType:
-        return Group(self._table(LATEST), self._bars) if self._trials or self._trying else self._bars
+        if not self._trials and self._trying is None:
+            return self._bars
+        # What is drawn has to fit, with a head, the candidate that is tried and the bars: no terminal erases more.
+        room = self.console.height - 2 - self._phases
+        return Group(self._table(max(1, min(LATEST, room))), self._bars)
 
     def _table(self, count: int) -> Table:
         """Of the last `count` candidates."""

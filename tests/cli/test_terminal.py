@@ -4,6 +4,7 @@ import io
 import re
 import shlex
 
+import pyte
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
@@ -146,3 +147,47 @@ def test_what_was_tried_stays_on_screen_when_the_search_is_stopped():
         progress.event(trial(Judgement("kept", SCORES, 0.25)))
         raise KeyboardInterrupt
     assert "model.layers.0.mlp.up_proj" in printed.getvalue().splitlines()[-1]
+
+
+def screen_of(width, height, run):
+    """The lines that a terminal of that size shows in the end, those scrolled out first."""
+    printed = io.StringIO()
+    console = Console(
+        file=printed, force_terminal=True, width=width, height=height, color_system=None, legacy_windows=False
+    )
+    run(TerminalProgress(console))
+    screen = pyte.HistoryScreen(width, height, history=1000)
+    pyte.Stream(screen).feed(printed.getvalue().replace("\n", "\r\n"))
+    gone = ["".join(line[column].data for column in range(width)) for line in screen.history.top]
+    return [line.rstrip() for line in (*gone, *screen.display)]
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40), (80, 8)])
+@pytest.mark.parametrize("candidates", [1, 6, 40])
+def test_the_candidates_stay_on_screen_through_later_phases(width, height, candidates):
+    def run(progress):
+        for name in ("starting", "loading", "baseline"):
+            with progress.phase(name, 1):
+                pass
+        progress.fact("held out", "12 pairs")
+        with progress.phase("search", candidates) as advance:
+            for _ in range(candidates):
+                progress.event(trial(None).candidate)
+                with progress.phase("answers", 1):
+                    progress._live.refresh()
+                progress.event(trial(Judgement("kept", SCORES, 0.25)))
+                advance(1)
+                progress._live.refresh()
+        for name in ("held-out result", "saving"):
+            with progress.phase(name, 2) as advance:
+                progress._live.refresh()
+                advance(2)
+        progress.result("verdict", "better")
+
+    lines = [line for line in screen_of(width, height, run) if line]
+    assert [line.split()[:2] for line in lines] == [
+        ["held", "out"],
+        ["matrix", "rank"],
+        *([str(number), "model.layers.0.mlp.up_proj"] for number in range(1, candidates + 1)),
+        ["verdict", "better"],
+    ]
