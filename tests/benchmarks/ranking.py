@@ -1,8 +1,8 @@
 """Which ordering of truncations predicts best what they do: SmolLM2, the example pairs, as a table.
 
-    python tests/benchmarks/ranking.py [--depths 10] [--rungs 2] [--pairs 12] [--tokens 24] [--measured FILE]
+    python tests/benchmarks/ranking.py [--depths 10] [--ranks 2] [--pairs 12] [--tokens 24] [--measured FILE]
 
-Every type of matrix at evenly spaced depths is truncated alone, each to one rung of a ladder, all rungs in turn. What
+Every type of matrix at evenly spaced depths is truncated alone, each to one rank of a ladder, all ranks in turn. What
 it does to the mean margin is measured on some of the pairs that the gradient was taken from, and on others; with
 --tokens also what it does to the score of the model's own answers to those others. --measured keeps the measurements,
 a line each, so that a stopped run goes on; what is predicted is computed anew each time.
@@ -41,7 +41,7 @@ from splaser_plugin.weights.matrices import Matrix
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "data"
 OUTPUT_WEIGHTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-RULERS = {"seen": "margin, pairs seen", "unseen": "margin, other pairs", "answers": "answers to other pairs"}
+SCORERS = {"seen": "margin, pairs seen", "unseen": "margin, other pairs", "answers": "answers to other pairs"}
 SNR = "snr, lowest first"
 DEFAULT = "gradient - 2 SE - c output lost"
 """What `--rank-by gradient` goes by, with the c it has."""
@@ -49,7 +49,7 @@ LADDER = ("iqr", 0.5, "mp", 0.25, 0.1)
 
 
 class Study:
-    """SmolLM2, its rulers, and the truncations to look at."""
+    """SmolLM2, its scorers, and the truncations to look at."""
 
     def __init__(self, pairs: int, tokens: int, depths: int) -> None:
         self.model, tokenizer = load_model(prepare_model(ROOT / ".cache"), device="cpu", dtype="float32")
@@ -74,8 +74,8 @@ class Study:
             matrix: matrix_scan(matrix, singular_values(self.weights.read(matrix))) for matrix in self.matrices
         }
 
-    def edits(self, rungs: int) -> list[tuple[Matrix, int]]:
-        """Every matrix at some rungs of the ladder, in turn, so that each type meets each rung; block by block."""
+    def edits(self, ranks: int) -> list[tuple[Matrix, int]]:
+        """Every matrix at some ranks of the ladder, in turn, so that each type meets each rank; block by block."""
         types = sorted({matrix.type for matrix in self.matrices})
         blocks = sorted({matrix.block for matrix in self.matrices if matrix.block is not None})
         edits = []
@@ -83,21 +83,21 @@ class Study:
             for matrix in self.matrices:
                 if matrix.block == block:
                     first = types.index(matrix.type) + place
-                    chosen = [LADDER[(first + 2 * turn) % len(LADDER)] for turn in range(rungs)]
+                    chosen = [LADDER[(first + 2 * turn) % len(LADDER)] for turn in range(ranks)]
                     edits += [
-                        (matrix, rank) for rank in dict.fromkeys(rung_rank(self.scans[matrix], each) for each in chosen)
+                        (matrix, rank) for rank in dict.fromkeys(rank_at(self.scans[matrix], step) for step in chosen)
                     ]
         return edits
 
     def measure(self, scorers: Mapping[str, Scorer]) -> dict[str, list[float]]:
-        """Score of each pair by each of these rulers."""
+        """Score of each pair by each of these scorers."""
         return {name: list(scorer.score(range(scorer.size)).values) for name, scorer in scorers.items()}
 
 
-def rung_rank(found: MatrixScan, rung: str | float) -> int:
-    if isinstance(rung, str):
-        return max(1, found.edges[rung].rank)
-    return max(1, round(rung * min(found.shape)))
+def rank_at(found: MatrixScan, step: str | float) -> int:
+    if isinstance(step, str):
+        return max(1, found.edges[step].rank)
+    return max(1, round(step * min(found.shape)))
 
 
 class Replay(nn.Module):
@@ -223,10 +223,10 @@ def interval(
 def report(study: Study, edits: Sequence[tuple[Matrix, int]], measured: Measured) -> str:
     base = measured.scores["", 0]
     changes = {
-        ruler: np.array(
-            [np.mean(np.subtract(measured.scores[matrix.name, rank][ruler], base[ruler])) for matrix, rank in edits]
+        scorer: np.array(
+            [np.mean(np.subtract(measured.scores[matrix.name, rank][scorer], base[scorer])) for matrix, rank in edits]
         )
-        for ruler in base
+        for scorer in base
     }
     predicted = predict(study, edits)
     blocks = sorted({matrix.block for matrix, _ in edits if matrix.block is not None})
@@ -250,7 +250,7 @@ def table(
 ) -> Iterator[str]:
     """Rank correlation with each change, and what the first ten by each ordering do to it on average."""
     yield f"\n{title}:\n"
-    yield "| ordering | " + " | ".join(f"{RULERS[ruler]} | first ten" for ruler in changes) + " |"
+    yield "| ordering | " + " | ".join(f"{SCORERS[scorer]} | first ten" for scorer in changes) + " |"
     yield "| --- |" + " ---: | ---: |" * len(changes)
     for name, values in predicted.items():
         cells = []
@@ -267,7 +267,7 @@ def table(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Which ordering of truncations predicts best what they do.")
     parser.add_argument("--depths", type=int, default=10, help="blocks to look at, evenly spaced")
-    parser.add_argument("--rungs", type=int, default=2, choices=range(1, 6), help="rungs of the ladder for each matrix")
+    parser.add_argument("--ranks", type=int, default=2, choices=range(1, 6), help="ranks of the ladder for each matrix")
     parser.add_argument("--pairs", type=int, default=12, help="pairs to measure on, of those seen and of others")
     parser.add_argument("--tokens", type=int, default=24, help="longest own answer, in tokens; 0 for none")
     parser.add_argument("--measured", type=Path, help="file that keeps the measurements")
@@ -277,7 +277,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     study = Study(arguments.pairs, arguments.tokens, arguments.depths)
     measured = Measured(arguments.measured)
-    edits = study.edits(arguments.rungs)
+    edits = study.edits(arguments.ranks)
     measure_edits(study, edits, measured)
     print(report(study, edits, measured))
 

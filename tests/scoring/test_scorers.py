@@ -151,10 +151,10 @@ def test_a_function_of_ones_own_is_called_with_the_pairs_asked_for(tiny_model, t
 
 
 def test_a_function_is_found_in_the_current_folder(tmp_path, monkeypatch):
-    (tmp_path / "my_own_ruler.py").write_text("def score(model, tokenizer, pairs):\n    return [1.0] * len(pairs)\n")
+    (tmp_path / "my_own_scorer.py").write_text("def score(model, tokenizer, pairs):\n    return [1.0] * len(pairs)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert load_function("my_own_ruler.score")(None, None, [1, 2]) == [1.0, 1.0]
+    assert load_function("my_own_scorer.score")(None, None, [1, 2]) == [1.0, 1.0]
 
 
 def test_a_laser_run_by_a_function_of_ones_own(tiny_folder, pairs):
