@@ -114,9 +114,9 @@ class MeasureConfig(LoadConfig):
 
     samples: int = Field(default=128, ge=1)
     """Pairs to read: the first usable ones, held-out ones among them; as many windows of --text."""
-    max_prompt_chars: int = Field(default=512, ge=1)
+    max_prompt_chars: int = Field(default=4096, ge=1)
     """Pairs with a longer prompt are dropped."""
-    max_answer_chars: int = Field(default=512, ge=1)
+    max_answer_chars: int = Field(default=4096, ge=1)
     """Pairs with a longer answer are dropped."""
     max_new_tokens: int = Field(default=512, ge=1)
     """Longest answer the model may generate, in tokens."""

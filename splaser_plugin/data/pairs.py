@@ -30,6 +30,11 @@ __all__ = ["Message", "Pair", "PairSet", "load_pairs", "pairs_from_rows", "pairs
 
 ROWS = "rows"
 """The source of pairs that come from no file or data set."""
+MAX_CHARS = 4096
+"""Of a prompt and of each answer, some 1000 tokens: longer ones are rare in published preference data."""
+COMPLETE = "Each row needs a prompt that ends with a user turn, a chosen answer and a different rejected one."
+MANY = 0.2
+"""Share of the rows: when more are dropped, that is said aloud."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,19 @@ class PairSet:
         dropped = f"; dropped: {_describe_counts(self.dropped)}" if self.dropped else ""
         return f"{self.source}: {len(self.pairs):,} pairs from {self.rows_read:,} rows{dropped}"
 
+    @property
+    def warning(self) -> str:
+        """One line for people when more than a fifth of the rows was dropped, with the mend; else empty."""
+        if sum(self.dropped.values()) <= MANY * self.rows_read:
+            return ""
+        return self.losses
+
+    @property
+    def losses(self) -> str:
+        """How many rows were dropped and why, and what would keep them."""
+        lost = f"{sum(self.dropped.values()):,} of {self.rows_read:,} rows were dropped"
+        return f"{self.source}: {lost} ({_describe_counts(self.dropped)}). {_mend(self.dropped)}"
+
 
 PairSource = str | Path | PairSet | Iterable[Mapping[str, Any]]
 
@@ -86,8 +104,8 @@ def load_pairs(
     source: str | Path,
     *,
     samples: int | None = None,
-    max_prompt_chars: int = 512,
-    max_answer_chars: int = 512,
+    max_prompt_chars: int = MAX_CHARS,
+    max_answer_chars: int = MAX_CHARS,
     split: str | None = None,
 ) -> PairSet:
     """The first `samples` usable pairs of a source, in its own order; None takes them all.
@@ -118,8 +136,8 @@ def pairs_from_rows(
     *,
     source: str = ROWS,
     samples: int | None = None,
-    max_prompt_chars: int = 512,
-    max_answer_chars: int = 512,
+    max_prompt_chars: int = MAX_CHARS,
+    max_answer_chars: int = MAX_CHARS,
 ) -> PairSet:
     """The first `samples` usable pairs of rows in any recognised format: dicts, a `datasets.Dataset`.
 
@@ -222,13 +240,18 @@ def _no_usable_pair(
 ) -> str:
     if rows_read == 0:
         return f"{source}: no rows. Give at least one pair."
-    next_step = "Each row needs a prompt that ends with a user turn, a chosen answer and a different rejected one."
+    next_step = COMPLETE
     if any(cause.startswith("over-long") for cause in dropped):
         next_step = (
             f"Raise --max-prompt-chars (now {max_prompt_chars}) or --max-answer-chars "
             f"(now {max_answer_chars}), or give shorter pairs."
         )
     return f"{source}: no usable pair in {rows_read:,} rows: {_describe_counts(dropped)}. {next_step}"
+
+
+def _mend(dropped: Mapping[str, int]) -> str:
+    options = [f"--max-{part}-chars" for part in ("prompt", "answer") if f"over-long {part}" in dropped]
+    return f"Raise {' and '.join(options)}." if options else COMPLETE
 
 
 def _describe_counts(dropped: Mapping[str, int]) -> str:

@@ -28,6 +28,8 @@ class Split:
     """Empty where there can be no verdict."""
     reason: str
     """Which pairs are held out, or why none are; for people."""
+    warning: str = ""
+    """What was lost with the rows that were dropped, and what would keep them, when that is much; for people."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,13 @@ def split_by_prompt(pairs: PairSet, fraction: float, seed: int = 0) -> Split:
     pairs doesn't matter. Nothing is held out where either side would have fewer than 6 pairs.
     """
     names = [_prompt(pair) for pair in pairs]
-    return Split(pairs, *_parted(pairs.pairs, names, fraction, seed, "pairs", "give --held-out FILE"))
+    search, held_out, reason = _parted(pairs.pairs, names, fraction, seed, "pairs", "give --held-out FILE")
+    of_all = round(fraction * pairs.rows_read)
+    if not held_out and pairs.dropped and min(of_all, pairs.rows_read - of_all) >= LEAST:
+        warning = f"too few pairs are left for a verdict. {pairs.losses}"
+    else:
+        warning = pairs.warning
+    return Split(pairs, search, held_out, reason, warning)
 
 
 def split_windows(windows: Sequence[Sequence[int]], fraction: float, seed: int = 0) -> WindowSplit:
@@ -74,7 +82,8 @@ def split_by_set(pairs: PairSet, held_out: PairSet) -> Split:
             f"expected at least {LEAST}. Give --held-out more pairs, or leave it out to split --pairs."
         )
     dropped = f"; {left_out} left out, whose prompts are searched on" if left_out else ""
-    return Split(pairs, pairs.pairs, others, f"{len(others)} pairs of {held_out.source}{dropped}")
+    warning = " ".join(filter(None, (pairs.warning, held_out.warning)))
+    return Split(pairs, pairs.pairs, others, f"{len(others)} pairs of {held_out.source}{dropped}", warning)
 
 
 def _parted(

@@ -210,6 +210,8 @@ def compare(
     if len(pair_set) < 2:
         raise PairsError(f"{pair_set.source}: 1 pair, expected at least 2 for an interval. Give --pairs more of them.")
     progress.fact("pairs", pair_set.summary)
+    if pair_set.warning:
+        progress.result("warning", pair_set.warning)
     measured: list[Measured] = []
     for model in models:
         measured.append(_measure(str(model), pair_set, config, measured[0] if measured else None, progress))

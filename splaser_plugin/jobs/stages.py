@@ -118,6 +118,8 @@ def prepare_measures(run: Run, split: Split) -> Measures:
     split, searched, unseen = _materials(split, scorers, config)
     if split.pairs.pairs:
         progress.fact("pairs", split.pairs.summary)
+    if split.warning:
+        progress.result("warning", split.warning)
     if searched.windows:
         progress.fact("text", f"{config.text}: {len(searched.windows)} windows of {config.window} tokens to search on")
     progress.fact("held out", split.reason)
@@ -337,7 +339,8 @@ def _materials(split: Split, scorers: Scorers, config: LaserConfig) -> tuple[Spl
     parts = split_windows(scorers.windows(), config.held_out_fraction, config.seed)
     if config.unit == "windows":
         unseen = Material((), parts.held_out) if parts.held_out else None
-        return replace(split, reason=parts.reason), Material(split.search, parts.search), unseen
+        split = replace(split, reason=parts.reason, warning=split.pairs.warning)
+        return split, Material(split.search, parts.search), unseen
     return split, Material(split.search, parts.search), Material(split.held_out, parts.held_out)
 
 

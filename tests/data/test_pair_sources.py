@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splaser_plugin.data import sources as pair_sources
-from splaser_plugin.data.pairs import load_pairs
+from splaser_plugin.data.pairs import MAX_CHARS, load_pairs
 from splaser_plugin.data.sources import PUBLISHED
 from splaser_plugin.errors import PairsError
 from tests.builders import run_python, save_rows
@@ -60,7 +60,7 @@ def test_a_long_file_is_streamed(kind: str, tmp_path: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     script = (
         "import sys, tracemalloc, pyarrow.parquet\n"
-        "from splaser_plugin.data.pairs import load_pairs\n"
+        "from splaser_plugin.data.pairs import MAX_CHARS, load_pairs\n"
         "tracemalloc.start()\n"
         "rows_read = load_pairs(sys.argv[1]).rows_read\n"
         "print(rows_read, tracemalloc.get_traced_memory()[1] + pyarrow.default_memory_pool().max_memory())"
@@ -168,7 +168,7 @@ def test_a_path_that_the_system_refuses_is_an_error(tmp_path: Path) -> None:
 def test_a_hub_that_is_out_of_reach_is_an_error_with_the_next_step() -> None:
     script = (
         "from splaser_plugin.errors import PairsError\n"
-        "from splaser_plugin.data.pairs import load_pairs\n"
+        "from splaser_plugin.data.pairs import MAX_CHARS, load_pairs\n"
         "try:\n    load_pairs('orca_dpo')\n"
         "except PairsError as error:\n    print(error)\n"
     )
@@ -193,6 +193,6 @@ def test_any_bytes_in_a_file_give_clean_pairs_or_a_pairs_error(
 ) -> None:
     file = tmp_path_factory.getbasetemp() / f"fuzzed{suffix}"
     try:
-        check_pair_set(load_pairs(write_bytes(file, b"".join(parts))), 512)
+        check_pair_set(load_pairs(write_bytes(file, b"".join(parts))), MAX_CHARS)
     except PairsError as error:
         assert str(file) in str(error)

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.data.formats import FORMATS, OPTIONAL_COLUMNS
-from splaser_plugin.data.pairs import load_pairs, pairs_from_rows, pairs_sha256
+from splaser_plugin.data.pairs import MAX_CHARS, load_pairs, pairs_from_rows, pairs_sha256
 from splaser_plugin.errors import ConfigError, PairsError
 from tests.builders import run_python
 from tests.data.rows import (
@@ -36,8 +37,8 @@ from tests.data.rows import (
         ({"prompt": []}, "empty prompt"),
         ({"chosen": ""}, "empty answer"),
         ({"rejected": None}, "empty answer"),
-        ({"prompt": "x" * 513}, "over-long prompt"),
-        ({"chosen": "x" * 513}, "over-long answer"),
+        ({"prompt": "x" * 4097}, "over-long prompt"),
+        ({"chosen": "x" * 4097}, "over-long answer"),
         ({"rejected": "x" * 10_000_000}, "over-long answer"),
         ({"prompt": 5}, "wrong type"),
         ({"prompt": {"role": "user", "content": "Hi"}}, "wrong type"),
@@ -91,12 +92,12 @@ def test_control_and_formula_like_text_is_kept_as_it_is() -> None:
 
 
 def test_no_usable_pair_is_refused_with_counts_and_the_next_step() -> None:
-    long, equal = {**GOOD, "chosen": "x" * 600}, {**GOOD, "rejected": GOOD["chosen"]}
+    long, equal = {**GOOD, "chosen": "x" * 5000}, {**GOOD, "rejected": GOOD["chosen"]}
     with pytest.raises(PairsError) as refusal:
         pairs_from_rows([equal, long, long], source="mine.jsonl")
     assert str(refusal.value) == (
         "mine.jsonl: no usable pair in 3 rows: over-long answer 2, chosen equals rejected 1. "
-        "Raise max_prompt_chars (now 512) or max_answer_chars (now 512), or give shorter pairs."
+        "Raise max_prompt_chars (now 4096) or max_answer_chars (now 4096), or give shorter pairs."
     )
     with pytest.raises(PairsError, match=r"equals rejected 1\. Each row needs a prompt that ends with a user"):
         pairs_from_rows([equal])
@@ -108,6 +109,24 @@ def test_a_summary_says_what_was_read_and_dropped() -> None:
     pair_set = pairs_from_rows([GOOD, {**GOOD, "chosen": ""}, 3, 4], source="mine.jsonl")
     expected = "mine.jsonl: 1 pairs from 4 rows; dropped: not an object 2, empty answer 1"
     assert pair_set.summary == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "mend"),
+    [
+        ({"chosen": "x" * 5000}, "(over-long answer 3). Raise --max-answer-chars."),
+        ({"prompt": "x" * 5000}, "(over-long prompt 3). Raise --max-prompt-chars."),
+        ({"chosen": ""}, "(empty answer 3). Each row needs a prompt that ends with a user turn, a chosen answer"),
+    ],
+)
+def test_more_than_a_fifth_dropped_is_a_warning_with_the_mend(change: dict[str, Any], mend: str) -> None:
+    dropped = [{**GOOD, **change}] * 3
+    assert f"rows: 3 of 14 rows were dropped {mend}" in pairs_from_rows([GOOD] * 11 + dropped).warning
+    assert pairs_from_rows([GOOD] * 12 + dropped).warning == ""
+
+
+def test_the_limits_are_those_of_the_configuration() -> None:
+    assert {LaserConfig().max_prompt_chars, LaserConfig().max_answer_chars} == {MAX_CHARS}
 
 
 @pytest.mark.parametrize("option", ["samples", "max_prompt_chars", "max_answer_chars"])

@@ -72,6 +72,24 @@ def test_without_enough_pairs_or_a_fraction_all_are_searched_on_and_the_reason_i
     assert "none, as asked for" in split.reason
 
 
+def with_long_answers(pairs: int, dropped: int) -> PairSet:
+    rows = [{"prompt": f"Question {n}?", "chosen": "Yes.", "rejected": "No."} for n in range(pairs + dropped)]
+    return pairs_from_rows([{**row, "chosen": "y" * 5000} if n >= pairs else row for n, row in enumerate(rows)])
+
+
+def test_a_verdict_that_dropped_rows_cost_is_a_warning():
+    lost = "rows: 4 of 21 rows were dropped (over-long answer 4). Raise --max-answer-chars."
+    assert split_by_prompt(with_long_answers(17, 4), 0.3).warning == f"too few pairs are left for a verdict. {lost}"
+    assert split_by_prompt(with_long_answers(17, 4), 0.4).warning == ""
+    assert split_by_prompt(with_long_answers(17, 0), 0.3).warning == ""
+    assert split_by_prompt(with_long_answers(9, 4), 0.3).warning.startswith("rows: 4 of 13 rows were dropped")
+
+
+def test_rows_dropped_from_the_held_out_file_are_a_warning():
+    split = split_by_set(pair_set("Same?"), with_long_answers(7, 4))
+    assert split.warning.startswith("rows: 4 of 11 rows were dropped")
+
+
 def test_a_held_out_file_loses_the_prompts_that_are_searched_on():
     searched = pair_set("Same?", "Other?")
     held_out = pair_set(" same? ", *(f"Question {number}?" for number in range(9)))
@@ -201,6 +219,17 @@ def test_without_held_out_pairs_there_is_no_verdict_but_the_reason(tokenizer, pa
     assert (stored["pairs"], stored["verdict"]) == (0, None)
     assert stored["split"].startswith("none, so no verdict: 4 pairs would be split")
     assert ("held out", stored["split"]) in progress.facts
+    assert "warning" not in dict(progress.facts)
+
+
+def test_a_run_warns_of_the_rows_it_lost(tokenizer):
+    progress = Facts()
+    few = with_long_answers(4, 20)
+    laser(tiny_llama(), few, config=LaserConfig(**QUICK), tokenizer=tokenizer, progress=progress)
+    assert dict(progress.facts)["warning"] == (
+        "too few pairs are left for a verdict. rows: 20 of 24 rows were dropped (over-long answer 20). "
+        "Raise --max-answer-chars."
+    )
 
 
 def test_the_confident_rule_keeps_a_part_of_what_has_a_higher_mean(tokenizer):
