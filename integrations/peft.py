@@ -28,14 +28,19 @@ def lora_config(
     twice the rank by default. rank_pattern: give each matrix a rank in proportion to its rank above the
     edge instead, see `rank_patterns`. options: other arguments of `LoraConfig`.
 
-    Raises MatrixError when a chosen matrix can't have an adapter, RankError when a rank is out of range.
+    Raises MatrixError when a chosen matrix can't have an adapter, or PEFT would adapt others than the chosen ones of
+    the scanned model (checked where that is on this machine), and RankError when a rank is out of range.
     """
     from peft import LoraConfig
+
+    from splaser_plugin.integrations.check import check_adapters
 
     values = adapter_config(selection, rank=rank, alpha=alpha, dropout=dropout, rank_pattern=rank_pattern)
     # known by the class, and set by PEFT from the model itself
     del values["peft_type"], values["base_model_name_or_path"]
-    return LoraConfig(**{**values, **options})
+    values.update(options)
+    check_adapters(selection, selection.model, **values)
+    return LoraConfig(**values)
 
 
 def adapted_modules(model: nn.Module) -> list[str]:

@@ -42,6 +42,8 @@ def test_targets_that_peft_turns_into_all_experts_are_refused(splaser, tmp_path)
     folder = saved(build("deepseek_v3", CAUSAL["deepseek_v3"]), tmp_path / "model")
     with pytest.raises(MatrixError, match=r"PEFT would train model\.layers\.1\.mlp\.experts, as 1 in all"):
         check(chosen(folder, "mlp.shared_experts.down_proj"), folder)
+    with pytest.raises(MatrixError, match=r"PEFT would train model\.layers\.1\.mlp\.experts, as 1 in all"):
+        lora_config(chosen(folder, "mlp.shared_experts.down_proj"), rank=2)
     with pytest.raises(MatrixError, match=r"PEFT can't adapt .*up_proj without also targeting gate_proj"):
         check(chosen(folder, "mlp.shared_experts.up_proj"), folder)
     assert splaser("scan", folder, "-o", tmp_path / "scan.json")[0] == 0
