@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
-from splaser_plugin.checkpoints.folder import INDEX_NAME, find_shards, read_config, resolve_model
+from splaser_plugin.checkpoints.folder import INDEX_NAME, ModelFolder, find_shards, inspect, resolve_model
 from splaser_plugin.checkpoints.header import StoredTensor, read_header
 from splaser_plugin.checkpoints.identity import identity_of, sampled_places
 from splaser_plugin.errors import CheckpointError, nearest
@@ -85,15 +85,13 @@ class Checkpoint:
         )
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Find and check the safetensors weights in `folder`, reading only headers, the index and the config.
+def open_checkpoint(model: str | Path | ModelFolder) -> Checkpoint:
+    """Find and check the safetensors weights in a folder, reading only headers, the index and the config.
 
     They are `model.safetensors`, or the shards that `model.safetensors.index.json` names.
     Raises CheckpointError, naming the file and the tensor, when anything is missing, damaged or at odds.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder. Give a folder with config.json and safetensors weights.")
+    folder = inspect(model)
     tensors: dict[str, StoredTensor] = {}
     shard_bytes: dict[Path, int] = {}
     for shard, indexed_names in find_shards(folder).items():
@@ -109,8 +107,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             _check_against_index(shard, stored_tensors.keys(), indexed_names)
         tensors.update(stored_tensors)
     if not tensors:
-        raise CheckpointError(f"{folder}: its safetensors files hold no tensors.")
-    return Checkpoint(folder, read_config(folder), tensors, shard_bytes)
+        raise CheckpointError(f"{folder.path}: its safetensors files hold no tensors.")
+    return Checkpoint(folder.path, folder.config, tensors, shard_bytes)
 
 
 def read_tensors(checkpoint: Checkpoint, wanted: Iterable[TensorPart]) -> Iterator[tuple[TensorPart, torch.Tensor]]:

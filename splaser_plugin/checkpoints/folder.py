@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from splaser_plugin.files.text import shown
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_GLOB = "model-*-of-*.safetensors"
+PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PLAIN_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 # The tokenizer comes along, so that transformers can load the folder. Subfolders hold other formats.
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -33,6 +37,66 @@ OTHER_WEIGHTS = (
         "--allow-pickle.",
     ),
 )
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What is in a model's folder, listed once by `inspect`; no file but config.json and the index is opened."""
+
+    path: Path
+    names: tuple[str, ...]
+    """Of all that is in it, sorted: files, folders and broken links."""
+    sizes: Mapping[str, int]
+    """Of the files, in bytes; a link has its target's, and a broken one isn't there."""
+
+    def matching(self, pattern: str) -> list[str]:
+        """Those of the names that match a pattern of the shell's."""
+        return [name for name in self.names if fnmatchcase(name, pattern)]
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """config.json, {} without one. Raises CheckpointError when it is damaged."""
+        return read_config(self.path)
+
+    @cached_property
+    def names_by_shard(self) -> Mapping[str, set[str]]:
+        """The index: shard to its tensors' names; {} without one. Raises CheckpointError when it is damaged."""
+        index = self.path / INDEX_NAME
+        return parse_index(read_bytes(index, CheckpointError), index) if INDEX_NAME in self.names else {}
+
+    @property
+    def has_only_pickles(self) -> bool:
+        """Whether the weights are pickled by torch and not there as safetensors."""
+        has = {name for name in (SINGLE_NAME, INDEX_NAME, *PICKLED_WEIGHTS) if name in self.sizes}
+        return bool(has) and has <= set(PICKLED_WEIGHTS)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weights that transformers loads; the folder may hold others. 0 where there are none.
+
+        Raises CheckpointError when the index is damaged.
+        """
+        single = [SINGLE_NAME] if SINGLE_NAME in self.sizes else []
+        names = single or self.names_by_shard or self.matching("pytorch_model*.bin")
+        return sum(self.sizes.get(name, 0) for name in names)
+
+
+def inspect(folder: str | Path | ModelFolder) -> ModelFolder:
+    """List a model's folder; what is listed already stays as it is.
+
+    Raises CheckpointError when there is no such folder, or it can't be read.
+    """
+    if isinstance(folder, ModelFolder):
+        return folder
+    path = Path(folder)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder. Give a folder with config.json and safetensors weights.")
+    try:
+        entries = sorted(path.iterdir())
+        sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read ({error.strerror or error}).") from error
+    return ModelFolder(path, tuple(entry.name for entry in entries), sizes)
 
 
 def resolve_model(model: str, *, allow_pickle: bool = False) -> Path:
@@ -77,53 +141,34 @@ def reaching_hub(name: str, kind: type[SplaserError], advice: str) -> Iterator[N
         ) from error
 
 
-def find_shards(folder: Path) -> dict[Path, set[str] | None]:
-    """The files in `folder` that hold the weights, sorted by name, each with its tensors' names in the index.
+def find_shards(model: str | Path | ModelFolder) -> dict[Path, set[str] | None]:
+    """The files in a folder that hold the weights, sorted by name, each with its tensors' names in the index.
 
     The names are None for `model.safetensors` without an index.
     Raises CheckpointError when there are no weights, when the shards there are not those the index names, or
     when one is a link that leads out of the folder; into the hub cache's `blobs` it may.
     """
-    present = {path.name for pattern in (SINGLE_NAME, SHARD_GLOB) for path in folder.glob(pattern)}
-    index = folder / INDEX_NAME
-    if not index.exists():
+    folder = inspect(model)
+    present = {name for pattern in (SINGLE_NAME, SHARD_GLOB) for name in folder.matching(pattern)}
+    if INDEX_NAME not in folder.names:
         if present != {SINGLE_NAME}:
             raise CheckpointError(_why_not_readable(folder, present))
-        _check_links(folder, present)
-        return {folder / SINGLE_NAME: None}
-    names_by_shard = parse_index(read_bytes(index, CheckpointError), index)
-    missing = sorted(name for name in names_by_shard if not (folder / name).exists())
+        _check_links(folder.path, present)
+        return {folder.path / SINGLE_NAME: None}
+    names_by_shard = folder.names_by_shard
+    missing = sorted(name for name in names_by_shard if name not in folder.sizes)
     if missing:
         raise CheckpointError(
-            f"{folder / missing[0]}: missing or a broken link, as are {len(missing)} of "
+            f"{folder.path / missing[0]}: missing or a broken link, as are {len(missing)} of "
             f"{len(names_by_shard)} shards in {INDEX_NAME}. Download the model again."
         )
     unknown = sorted(present - names_by_shard.keys())
     if unknown:
         raise CheckpointError(
-            f"{folder}: {shown(unknown[0])} is there, but not in {INDEX_NAME}. Remove what doesn't belong."
+            f"{folder.path}: {shown(unknown[0])} is there, but not in {INDEX_NAME}. Remove what doesn't belong."
         )
-    _check_links(folder, names_by_shard)
-    return {folder / name: names_by_shard[name] for name in sorted(names_by_shard)}
-
-
-def stored_bytes(model: Path) -> int:
-    """Size of a model's weights on disk: of a .gguf file, or of those files in a folder that transformers loads.
-
-    The folder may hold others. 0 where there are none. Raises CheckpointError when the index is damaged.
-    """
-    if model.is_file():
-        return model.stat().st_size
-    return sum(file.stat().st_size for file in _weight_files(model) if file.exists())
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / SINGLE_NAME).exists():
-        return [folder / SINGLE_NAME]
-    index = folder / INDEX_NAME
-    if index.exists():
-        return [folder / name for name in parse_index(read_bytes(index, CheckpointError), index)]
-    return list(folder.glob("pytorch_model*.bin"))
+    _check_links(folder.path, names_by_shard)
+    return {folder.path / name: names_by_shard[name] for name in sorted(names_by_shard)}
 
 
 def parse_index(text: bytes, index: Path) -> dict[str, set[str]]:
@@ -168,21 +213,17 @@ def _check_links(folder: Path, names: Iterable[str]) -> None:
             )
 
 
-def _why_not_readable(folder: Path, present: set[str]) -> str:
+def _why_not_readable(folder: ModelFolder, present: set[str]) -> str:
     if present:
-        return f"{folder}: {shown(min(present))} is a shard, but {INDEX_NAME} is missing. Download that too."
-    try:
-        names = sorted(path.name for path in folder.iterdir())
-    except OSError as error:
-        return f"{folder}: can't be read ({error.strerror or error})."
+        return f"{folder.path}: {shown(min(present))} is a shard, but {INDEX_NAME} is missing. Download that too."
     for suffixes, advice in OTHER_WEIGHTS:
-        found = [name for name in names if name.endswith(suffixes)]
+        found = [name for name in folder.names if name.endswith(suffixes)]
         if found:
-            return f"{folder}: no safetensors weights, only {shown(found[0])}. {advice}"
-    if "snapshots" in names:
-        return f"{folder}: this is a repository of the hub's cache. Give the folder snapshots/HASH in it."
-    listed = ", ".join(shown(name) for name in names[:5]) or "nothing"
-    return f"{folder}: no weights. Expected {SINGLE_NAME} or {INDEX_NAME}, found {listed}."
+            return f"{folder.path}: no safetensors weights, only {shown(found[0])}. {advice}"
+    if "snapshots" in folder.names:
+        return f"{folder.path}: this is a repository of the hub's cache. Give the folder snapshots/HASH in it."
+    listed = ", ".join(shown(name) for name in folder.names[:5]) or "nothing"
+    return f"{folder.path}: no weights. Expected {SINGLE_NAME} or {INDEX_NAME}, found {listed}."
 
 
 def _from_hub(model: str, allow_pickle: bool) -> Path:

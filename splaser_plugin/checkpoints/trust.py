@@ -11,51 +11,49 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from splaser_plugin.checkpoints.checkpoint import open_checkpoint
-from splaser_plugin.checkpoints.folder import INDEX_NAME, SINGLE_NAME, read_object
+from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from splaser_plugin.checkpoints.folder import PICKLED_WEIGHTS, SINGLE_NAME, ModelFolder, read_object
 from splaser_plugin.checkpoints.header import StoredTensor, read_header
 from splaser_plugin.errors import CheckpointError, EmbedderError, SplaserError
 from splaser_plugin.files.reading import open_file
 from splaser_plugin.files.text import shown
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER_CONFIG, ADAPTER, PICKLED_ADAPTER = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 READ_BY_TRANSFORMERS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def has_only_pickles(folder: Path) -> bool:
-    """Whether the weights of the model in `folder` are pickled by torch and not there as safetensors."""
-    has = {name for name in (SINGLE_NAME, INDEX_NAME, *PICKLED_WEIGHTS) if (folder / name).exists()}
-    return bool(has) and has <= set(PICKLED_WEIGHTS)
+def check_model_folder(folder: ModelFolder, *, allow_pickle: bool = False) -> Checkpoint | None:
+    """The weights of the model in `folder`; None where they are pickled and `allow_pickle`.
 
-
-def check_model_folder(folder: Path, *, allow_pickle: bool = False) -> None:
-    """Raises CheckpointError, naming the file and the tensor, when the model in `folder` isn't to be loaded.
-
-    That is: weights that are missing, damaged, at odds with their index, or pickled (unless `allow_pickle`); a
-    configuration that names other files or more layers than there are tensors; an adapter beside the model.
+    Raises CheckpointError, naming the file and the tensor, when it isn't to be loaded: weights that are missing,
+    damaged, at odds with their index, or pickled; a configuration that names other files or more layers than there
+    are tensors; an adapter beside the model.
     """
-    pickled = has_only_pickles(folder)
+    pickled = folder.has_only_pickles
     if pickled and not allow_pickle:
         raise CheckpointError(
-            _refused_pickle(next(folder / name for name in PICKLED_WEIGHTS if (folder / name).exists()))
+            _refused_pickle(next(folder.path / name for name in PICKLED_WEIGHTS if name in folder.sizes))
         )
-    config = read_object(folder / "config.json")
+    config = folder.config or read_object(folder.path / "config.json")
     for name in READ_BY_TRANSFORMERS:
-        if (folder / name).exists():
-            read_object(folder / name)
+        if name in folder.sizes:
+            read_object(folder.path / name)
     if config.get("transformers_weights") is not None:
         raise CheckpointError(
-            f"{folder / 'config.json'}: transformers_weights names another file "
+            f"{folder.path / 'config.json'}: transformers_weights names another file "
             f"({shown(config['transformers_weights'])}). Take that key out."
         )
-    if (folder / ADAPTER_CONFIG).exists():
+    if ADAPTER_CONFIG in folder.sizes:
         raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG}: an adapter beside the model. Put it in a folder of its own, for --adapter."
+            f"{folder.path / ADAPTER_CONFIG}: an adapter beside the model. Put it in a folder of its own, for "
+            "--adapter."
         )
-    if not pickled:
-        _check_layers(config, len(open_checkpoint(folder).tensors), folder)
+    if pickled:
+        return None
+    checkpoint = open_checkpoint(folder)
+    _check_layers(config, len(checkpoint.tensors), folder.path)
+    return checkpoint
 
 
 def check_adapter_folder(folder: Path, *, allow_pickle: bool = False) -> list[StoredTensor] | None:

@@ -16,7 +16,7 @@ from splaser_plugin.files.output import check_output, check_space, held, whole_f
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.weights.factored_folder import save_model
 from splaser_plugin.weights.in_memory import Weights
-from splaser_plugin.weights.loading import load_model
+from splaser_plugin.weights.loading import find_model, load_model
 from splaser_plugin.weights.rest import rest_of
 
 
@@ -102,16 +102,17 @@ def _apply(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     tokenizer = None
     loaded: Any = model
-    if not isinstance(model, nn.Module):
+    source = None if isinstance(model, nn.Module) else find_model(model, allow_pickle=config.allow_pickle)
+    if source is not None:
         loaded, tokenizer = load_model(
-            model,
+            source,
             device=config.device,
             dtype=recipe.dtype,
             adapter=recipe.config.adapter,
             allow_pickle=config.allow_pickle,
         )
     weights = Weights(loaded)
-    if not isinstance(model, nn.Module):
-        weights.rest = rest_of(model, loaded)
+    if source is not None:
+        weights.rest = rest_of(source.checkpoint, loaded)
     carry_out(recipe, weights, progress=progress)
     return ApplyResult(recipe, weights, tokenizer)

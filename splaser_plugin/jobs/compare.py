@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from splaser_plugin.checkpoints.folder import resolve_model, stored_bytes
 from splaser_plugin.config.stages import CompareConfig
 from splaser_plugin.data.pairs import PairSet, PairSource, read_pairs_from
 from splaser_plugin.data.split import LEAST
@@ -19,7 +18,6 @@ from splaser_plugin.data.windows import open_text
 from splaser_plugin.errors import ConfigError, PairsError
 from splaser_plugin.files.json import write_json
 from splaser_plugin.files.output import check_file
-from splaser_plugin.files.sources import path_of
 from splaser_plugin.progress import SILENT, Progress, counting
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.perplexity import exp, perplexity
@@ -28,7 +26,7 @@ from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.statistics import RISK, can_reach, paired_bootstrap
 from splaser_plugin.tables import Table
-from splaser_plugin.weights.loading import check_source, load_model
+from splaser_plugin.weights.loading import ModelSource, find_model, load_model
 
 SCHEMA = "splaser.comparison/1"
 OTHER_TOKENS = "its tokenizer cuts texts otherwise than the first model's, so figures a token can't be compared"
@@ -202,8 +200,7 @@ def compare(
         check_file(output, replaceable=SCHEMA)
     if not models:
         raise ConfigError("no model was given. Name at least one, the one to compare the others with first.")
-    for model in models:
-        check_source(model, allow_pickle=config.allow_pickle)
+    sources = [find_model(model, allow_pickle=config.allow_pickle) for model in models]
     if config.text:
         next(open_text(config.text), None)
     pair_set = read_pairs_from(pairs, **config.pair_limits)
@@ -213,8 +210,8 @@ def compare(
     if pair_set.warning:
         progress.result("warning", pair_set.warning)
     measured: list[Measured] = []
-    for model in models:
-        measured.append(_measure(str(model), pair_set, config, measured[0] if measured else None, progress))
+    for source in sources:
+        measured.append(_measure(source, pair_set, config, measured[0] if measured else None, progress))
         gc.collect()
     found = Comparison(tuple(measured), pair_set, config)
     if output is not None:
@@ -222,10 +219,12 @@ def compare(
     return found
 
 
-def _measure(name: str, pairs: PairSet, config: CompareConfig, first: Measured | None, progress: Progress) -> Measured:
-    progress.fact("model", name)
+def _measure(
+    source: ModelSource, pairs: PairSet, config: CompareConfig, first: Measured | None, progress: Progress
+) -> Measured:
+    progress.fact("model", source.name)
     with progress.phase("loading", 1):
-        model, tokenizer = load_model(name, device=config.device, dtype=config.dtype, allow_pickle=config.allow_pickle)
+        model, tokenizer = load_model(source, device=config.device, dtype=config.dtype)
         scorers = Scorers(model, tokenizer, config)
         windows = scorers.windows() if config.text else []
         margins = MarginScorer(model, scorers.prompter, pairs.pairs, batch_size=scorers.batch_size)
@@ -241,21 +240,16 @@ def _measure(name: str, pairs: PairSet, config: CompareConfig, first: Measured |
         text = scorers.make("perplexity", Material((), windows)).score(range(len(windows))) if windows else None
     both = [item for item, pair in enumerate(pairs) if pair.rejected is not None]
     return Measured(
-        model=name,
+        model=source.name,
         semantic=semantic,
         margin=margin,
         likelier=Scores(tuple(both), tuple(float(margin.values[item] > 0) for item in both)),
         text=text,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        file_bytes=_file_bytes(name, config.allow_pickle),
+        file_bytes=source.weight_bytes,
         generation_s=generation_s,
         tokens=(margins.answers, windows),
     )
-
-
-def _file_bytes(model: str, allow_pickle: bool) -> int:
-    path = path_of(model)
-    return stored_bytes(path if path.is_file() else resolve_model(model, allow_pickle=allow_pickle))
 
 
 def _plain(name: str, figure: Figure) -> dict[str, Any]:

@@ -8,14 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from splaser_plugin.checkpoints.folder import stored_bytes
 from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.data.pairs import PairSet, PairSource, read_pairs_from
 from splaser_plugin.data.split import Split, split_by_prompt, split_by_set
 from splaser_plugin.distributed import in_main, meet
 from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.files.output import check_output, check_space
-from splaser_plugin.files.sources import path_of
 from splaser_plugin.jobs.result import NO_PAIRS, LaserResult
 from splaser_plugin.jobs.stages import (
     begin,
@@ -29,7 +27,7 @@ from splaser_plugin.scoring.scorers import check_scorers
 from splaser_plugin.search.journal import Journal, LaserJournal
 from splaser_plugin.weights.adapted import weights_of
 from splaser_plugin.weights.in_memory import Weights, model_name
-from splaser_plugin.weights.loading import load_model
+from splaser_plugin.weights.loading import find_model, load_model
 from splaser_plugin.weights.rest import rest_of
 
 __all__ = ["LaserResult", "laser", "laser_weights", "read_pairs"]
@@ -81,25 +79,27 @@ def _laser(
 ) -> LaserResult:
     split = read_pairs(pairs, config)
     check_scorers(config)
-    name, given = str(model), model
+    name, source = str(model), None
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise ModelError("a loaded model was given without its tokenizer. Pass tokenizer=...")
         name = model_name(model)
     else:
+        source = find_model(model, allow_pickle=config.allow_pickle)
+        stored = source.weight_bytes
         if output is not None and config.dtype == "auto":
-            in_main(lambda: check_space(output, stored_bytes(path_of(name))))
+            in_main(lambda: check_space(output, stored))
         with progress.phase("loading", 1):
             model, tokenizer = load_model(
-                model,
+                source,
                 device=config.device,
                 dtype=config.dtype,
                 adapter=config.adapter,
                 allow_pickle=config.allow_pickle,
             )
     weights = weights_of(model)
-    if given is not model:
-        weights.rest = rest_of(given, model)
+    if source is not None:
+        weights.rest = rest_of(source.checkpoint, model)
         if weights.rest is not None and weights.rest.note:
             progress.fact("kept as they are", weights.rest.note)
     if output is not None:

@@ -70,31 +70,27 @@ def scan(
         from splaser_plugin.weights.in_memory import Weights, model_name
 
         return scan_source(Weights(model), config=config, name=model_name(model), output=output, progress=progress)
-    from splaser_plugin.checkpoints.checkpoint import open_checkpoint, resolve_model
+    from splaser_plugin.checkpoints.checkpoint import open_checkpoint
+    from splaser_plugin.checkpoints.folder import inspect, resolve_model
     from splaser_plugin.weights.factored_format import stored_layers
     from splaser_plugin.weights.stored import StoredWeights
 
     allow_pickle = config is not None and config.allow_pickle
-    if str(model).endswith(".gguf") or (allow_pickle and _is_pickled(str(model))):
+    is_gguf = str(model).endswith(".gguf")
+    folder = None if is_gguf else inspect(resolve_model(str(model), allow_pickle=allow_pickle))
+    if folder is None or (allow_pickle and folder.has_only_pickles):
         from splaser_plugin.weights.in_memory import Weights
         from splaser_plugin.weights.loading import load_model
 
         loaded, _ = load_model(model, allow_pickle=allow_pickle)
         return scan_source(Weights(loaded), config=config, name=str(model), output=output, progress=progress)
-    checkpoint = open_checkpoint(resolve_model(str(model)))
+    checkpoint = open_checkpoint(folder)
     if stored_layers(checkpoint.config, checkpoint.folder):
         raise CheckpointError(
             f"{model}: has matrices stored as factors, which are not scanned. Scan the dense model: "
             f"splaser expand {model} -o DENSE."
         )
     return scan_source(StoredWeights(checkpoint), config=config, name=str(model), output=output, progress=progress)
-
-
-def _is_pickled(model: str) -> bool:
-    from splaser_plugin.checkpoints.checkpoint import resolve_model
-    from splaser_plugin.checkpoints.trust import has_only_pickles
-
-    return has_only_pickles(resolve_model(model, allow_pickle=True))
 
 
 def scan_source(

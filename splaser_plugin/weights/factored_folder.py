@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from splaser_plugin.checkpoints.folder import read_config, resolve_model
+from splaser_plugin.checkpoints.checkpoint import Checkpoint
+from splaser_plugin.checkpoints.folder import inspect, resolve_model
 from splaser_plugin.checkpoints.skeleton import answering_class, library_errors
 from splaser_plugin.checkpoints.trust import check_model_folder
 from splaser_plugin.errors import CheckpointError
@@ -117,11 +117,16 @@ def load(model: str | Path, **arguments: Any) -> Any:
     Raises:
         CheckpointError: Something is missing, damaged or at odds; the message has the file and the tensor.
     """
+    checkpoint = check_model_folder(inspect(resolve_model(str(model))))
+    assert checkpoint is not None, "pickles aren't allowed here"
+    return load_factored(checkpoint, **arguments)
+
+
+def load_factored(checkpoint: Checkpoint, **arguments: Any) -> Any:
+    """As `load`, of weights that were checked."""
     from transformers import AutoConfig
 
-    folder = resolve_model(str(model))
-    check_model_folder(folder)
-    config = read_config(folder)
+    folder, config = checkpoint.folder, checkpoint.config
     layers = stored_layers(config, folder)
     if not layers:
         return answering_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, **arguments)
@@ -134,7 +139,7 @@ def load(model: str | Path, **arguments: Any) -> Any:
         folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
     )
     loaded, report = found
-    _check_report(report, open_checkpoint(folder))
+    _check_report(report, checkpoint)
     return loaded
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -11,21 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from splaser_plugin.checkpoints.checkpoint import open_checkpoint
-from splaser_plugin.checkpoints.folder import resolve_model
+from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from splaser_plugin.checkpoints.folder import ModelFolder, inspect, resolve_model
 from splaser_plugin.checkpoints.skeleton import answering_class, check_holds_weights, skeleton_of
 from splaser_plugin.checkpoints.trust import (
     ADAPTER,
     ADAPTER_CONFIG,
     check_adapter_folder,
     check_model_folder,
-    has_only_pickles,
 )
 from splaser_plugin.distributed import best_device
 from splaser_plugin.errors import CheckpointError, ConfigError, ModelError
 from splaser_plugin.files.sources import looks_like_path, path_of
 from splaser_plugin.files.text import first_line_of, shown
-from splaser_plugin.weights.factored_folder import load as load_factored
+from splaser_plugin.weights.factored_folder import load_factored
 from splaser_plugin.weights.factored_format import stored_layers
 
 
@@ -41,8 +41,65 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """What `load_model` loads, found and checked by `find_model` in one visit."""
+
+    name: str
+    """As it was given."""
+    folder: Path
+    gguf: str = ""
+    """Name of the .gguf file in the folder; empty where it isn't that."""
+    checkpoint: Checkpoint | None = None
+    """The weights; None where they are in a .gguf file or pickled."""
+    weight_bytes: int = 0
+    """Their size on disk."""
+
+
+def find_model(name: str | Path, *, allow_pickle: bool = False) -> ModelSource:
+    """Where a model is to be loaded from, once what is there was checked.
+
+    Raises CheckpointError when there is nothing there that `load_model` loads.
+    """
+    path = path_of(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"{name}: there is no such file. Check the path.")
+        return ModelSource(str(name), path.parent, path.name, weight_bytes=path.stat().st_size)
+    if path.is_dir():
+        folder = inspect(path)
+        _check_is_model(name, folder)
+    elif path.exists() or looks_like_path(name):
+        raise CheckpointError(f"{name}: there is no such model folder. Check the path.")
+    else:
+        folder = inspect(resolve_model(str(name), allow_pickle=allow_pickle))
+    if "modules.json" in folder.sizes:
+        raise CheckpointError(
+            f"{name}: this is a sentence-transformers model, which gives no answers. Give a causal language model."
+        )
+    checkpoint = check_model_folder(folder, allow_pickle=allow_pickle)
+    if checkpoint is not None:
+        check_holds_weights(checkpoint)
+    return ModelSource(str(name), folder.path, checkpoint=checkpoint, weight_bytes=folder.weight_bytes)
+
+
+def _check_is_model(name: str | Path, folder: ModelFolder) -> None:
+    if "config.json" not in folder.sizes:
+        if ADAPTER_CONFIG in folder.sizes:
+            raise CheckpointError(
+                f"{name}: this folder has an adapter and no model. Give the base model, and this as --adapter."
+            )
+        if "snapshots" in folder.names:
+            raise CheckpointError(
+                f"{name}: this is a repository of the hub's cache. Give the folder snapshots/HASH in it."
+            )
+        raise CheckpointError(f"{name}: this folder has no config.json. Give a folder saved by save_pretrained.")
+    if not folder.matching("*.safetensors") and not folder.matching("pytorch_model*.bin"):
+        raise CheckpointError(f"{name}: this folder has no weights (*.safetensors). Save the model there first.")
+
+
 def load_model(
-    name: str | Path,
+    model: str | Path | ModelSource,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -51,52 +108,47 @@ def load_model(
 ) -> tuple[Any, Any]:
     """A model in evaluation mode on its device, and its tokenizer.
 
-    name: a folder that transformers can load, a .gguf file, or a hub id. dtype: `auto` keeps the checkpoint's.
-    adapter: folder of a PEFT adapter to merge into it; empty for none. allow_pickle: load weights that torch has
-    pickled, if there are no others; they are unpickled as weights only. Code that comes with a model never runs.
+    model: a folder that transformers can load, a .gguf file, a hub id, or what `find_model` found. dtype: `auto` keeps
+    the checkpoint's. adapter: folder of a PEFT adapter to merge into it; empty for none. allow_pickle: load weights
+    that torch has pickled, if there are no others; they are unpickled as weights only. Code that comes with a model
+    never runs.
     Raises CheckpointError when there is nothing to load there or it is damaged, ModelError when it is no causal
     language model.
     """
     place = pick_device(device)
-    source, options = _source(name, allow_pickle)
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    model, tokenizer = _load(name, source, wanted, options)
-    if "gguf_file" in options:
-        _forget_gguf(model)
+    source = model if isinstance(model, ModelSource) else find_model(model, allow_pickle=allow_pickle)
+    loaded, tokenizer = _load(source, dtype if dtype == "auto" else getattr(torch, dtype))
+    if source.gguf:
+        _forget_gguf(loaded)
     if adapter:
-        model = _merge(model, path_of(adapter), allow_pickle)
-    return model.to(place).eval(), tokenizer
+        loaded = _merge(loaded, path_of(adapter), allow_pickle)
+    return loaded.to(place).eval(), tokenizer
 
 
-def check_source(name: str | Path, *, allow_pickle: bool = False) -> None:
-    """Raise CheckpointError when there is nothing there that `load_model` loads."""
-    _source(name, allow_pickle)
-
-
-def _load(name: str | Path, source: str, dtype: str | torch.dtype, options: dict[str, Any]) -> tuple[Any, Any]:
+def _load(source: ModelSource, dtype: str | torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    is_gguf = "gguf_file" in options
-    files: dict[str, Any] = {"trust_remote_code": False, **({"gguf_file": options["gguf_file"]} if is_gguf else {})}
+    name, folder = source.name, source.folder
+    files: dict[str, Any] = {"trust_remote_code": False, **({"gguf_file": source.gguf} if source.gguf else {})}
     try:
-        config = AutoConfig.from_pretrained(source, **files)
+        config = AutoConfig.from_pretrained(folder, **files)
         if getattr(config, "is_encoder_decoder", False):
             raise ModelError(f"{name} is an encoder-decoder model; only causal language models can be lasered.")
-        is_factored = bool(stored_layers(config.to_dict(), Path(source)))
-        if getattr(config, "quantization_config", None) and not is_gguf and not is_factored:
+        is_factored = bool(stored_layers(config.to_dict(), folder))
+        if getattr(config, "quantization_config", None) and not source.gguf and not is_factored:
             raise ModelError(
                 f"{name} has quantised weights, which can't be reduced. Give the model in bfloat16 or float32."
             )
-        tokenizer = _tokenizer(name, source, files)
+        tokenizer = _tokenizer(source, files)
         if is_factored:
-            return load_factored(source, dtype=dtype), tokenizer
-        kind = AutoModelForCausalLM if is_gguf else answering_class(config)
-        loaded: Any = kind.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
-        )
+            return load_factored(source.checkpoint or open_checkpoint(folder), dtype=dtype), tokenizer
+        kind = AutoModelForCausalLM if source.gguf else answering_class(config)
+        if not source.gguf:
+            files |= {"use_safetensors": source.checkpoint is not None, "weights_only": True}
+        loaded: Any = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **files)
     except _library_errors() as error:
         raise CheckpointError(
-            f"{name}: can't be loaded as a causal language model ({_reason(error, source, is_gguf)}) "
+            f"{name}: can't be loaded as a causal language model ({_reason(error, source)}) "
             "Give a folder saved by save_pretrained, a .gguf file, or a hub id that can be reached."
         ) from error
     model, found = loaded
@@ -108,59 +160,25 @@ def _load(name: str | Path, source: str, dtype: str | torch.dtype, options: dict
     return model, tokenizer
 
 
-def _reason(error: Exception, source: str, is_gguf: bool) -> str:
+def _reason(error: Exception, source: ModelSource) -> str:
     """What an error of the loader means; where it points to a report that is not shown, what stands there."""
     if "above report" not in str(error):
         return first_line_of(error)
-    if is_gguf:
+    if source.gguf:
         return "its tensors have other shapes than its metadata says, or than transformers makes of that."
-    return f"{skeleton_of(open_checkpoint(source)).problem or 'shapes differ'}."
+    return f"{skeleton_of(source.checkpoint or open_checkpoint(source.folder)).problem or 'shapes differ'}."
 
 
-def _tokenizer(name: str | Path, source: str, files: dict[str, Any]) -> Any:
+def _tokenizer(source: ModelSource, files: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, **files)
+        return AutoTokenizer.from_pretrained(source.folder, **files)
     except Exception as error:  # tokenizers raises nothing more special for a damaged file
         raise CheckpointError(
-            f"{name}: its tokenizer can't be loaded ({type(error).__name__}: {first_line_of(error)}). Give a model "
-            "with the tokenizer that its save_pretrained wrote."
+            f"{source.name}: its tokenizer can't be loaded ({type(error).__name__}: {first_line_of(error)}). Give a "
+            "model with the tokenizer that its save_pretrained wrote."
         ) from error
-
-
-def _source(name: str | Path, allow_pickle: bool) -> tuple[str, dict[str, Any]]:
-    """Where transformers is to load from, and how, once what is there was checked."""
-    path = path_of(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise CheckpointError(f"{name}: there is no such file. Check the path.")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            if (path / ADAPTER_CONFIG).is_file():
-                raise CheckpointError(
-                    f"{name}: this folder has an adapter and no model. Give the base model, and this as --adapter."
-                )
-            if (path / "snapshots").is_dir():
-                raise CheckpointError(
-                    f"{name}: this is a repository of the hub's cache. Give the folder snapshots/HASH in it."
-                )
-            raise CheckpointError(f"{name}: this folder has no config.json. Give a folder saved by save_pretrained.")
-        if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-            raise CheckpointError(f"{name}: this folder has no weights (*.safetensors). Save the model there first.")
-    elif path.exists() or looks_like_path(name):
-        raise CheckpointError(f"{name}: there is no such model folder. Check the path.")
-    else:
-        path = resolve_model(str(name), allow_pickle=allow_pickle)
-    if (path / "modules.json").is_file():
-        raise CheckpointError(
-            f"{name}: this is a sentence-transformers model, which gives no answers. Give a causal language model."
-        )
-    check_model_folder(path, allow_pickle=allow_pickle)
-    if not has_only_pickles(path):
-        check_holds_weights(open_checkpoint(path))
-    return str(path), {"use_safetensors": not has_only_pickles(path), "weights_only": True}
 
 
 def _merge(model: Any, folder: Path, allow_pickle: bool) -> Any:

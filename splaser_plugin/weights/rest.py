@@ -10,8 +10,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from splaser_plugin.checkpoints.checkpoint import open_checkpoint, read_tensors
-from splaser_plugin.checkpoints.folder import INDEX_NAME, SINGLE_NAME, resolve_model
+from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_tensors
+from splaser_plugin.checkpoints.folder import INDEX_NAME, SINGLE_NAME
 from splaser_plugin.checkpoints.skeleton import unplaced
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".index.json")
@@ -27,7 +27,7 @@ SHARD = "model-{:05}-of-{:05}.safetensors"
 class Rest:
     """Tensors and files of a model's folder that the loaded model doesn't hold."""
 
-    folder: Path
+    checkpoint: Checkpoint
     tensors: tuple[str, ...]
     """Names of tensors that the loader leaves out, as it does layers for multi-token prediction."""
 
@@ -40,7 +40,7 @@ class Rest:
 
     def write(self, folder: Path) -> None:
         """Add the rest to a folder that `save_pretrained` has written the model to."""
-        for file in sorted(self.folder.iterdir()):
+        for file in sorted(self.checkpoint.folder.iterdir()):
             is_other = file.is_file() and not file.name.endswith(WEIGHTS) and file.name not in OWN_FILES
             if is_other and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
@@ -50,8 +50,8 @@ class Rest:
     def _write_tensors(self, folder: Path) -> None:
         checkpoint = open_checkpoint(folder)
         kept = [name for name in self.tensors if name not in checkpoint.tensors]
-        source = open_checkpoint(self.folder)
-        tensors = {name: tensor for (name, _), tensor in read_tensors(source, [(name, None) for name in kept])}
+        wanted = [(name, None) for name in kept]
+        tensors = {name: tensor for (name, _), tensor in read_tensors(self.checkpoint, wanted)}
         shards = list(checkpoint.shard_bytes)
         names = {shard: SHARD.format(place, len(shards) + 1) for place, shard in enumerate(shards, 1)}
         where = {name: names[stored.shard] for name, stored in checkpoint.tensors.items()}
@@ -65,15 +65,8 @@ class Rest:
         (folder / SINGLE_NAME).unlink(missing_ok=True)
 
 
-def rest_of(name: str | Path, model: Any) -> Rest | None:
-    """The rest of the folder that `model` was loaded from; None where its weights aren't safetensors.
-
-    name: of the folder, or the hub id, as for `load_model`. Raises CheckpointError as `open_checkpoint` does.
-    """
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
+def rest_of(checkpoint: Checkpoint | None, model: Any) -> Rest | None:
+    """What `model`, loaded from these weights, left of their folder; None where there is no such folder."""
+    if checkpoint is None:
         return None
-    folder = path if path.is_dir() else resolve_model(str(name), allow_pickle=True)
-    if not folder.is_dir() or not any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
-        return None
-    return Rest(folder, unplaced(model, open_checkpoint(folder)))
+    return Rest(checkpoint, unplaced(model, checkpoint))

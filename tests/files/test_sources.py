@@ -11,7 +11,7 @@ from splaser_plugin.data.windows import open_text
 from splaser_plugin.errors import CheckpointError, EmbedderError, PairsError, TextError
 from splaser_plugin.files.sources import is_hub_id, looks_like_path, path_of
 from splaser_plugin.scoring.embedding import SentenceEmbedder
-from splaser_plugin.weights.loading import check_source
+from splaser_plugin.weights.loading import find_model
 
 PAIR = '{"prompt": "Hi", "chosen": "Hello.", "rejected": "Go away."}\n'
 
@@ -61,7 +61,7 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(home, name):
     for load, error in (
         (load_pairs, PairsError),
         (open_text, TextError),
-        (check_source, CheckpointError),
+        (find_model, CheckpointError),
         (lambda each: SentenceEmbedder(each, "cpu"), EmbedderError),
     ):
         with pytest.raises(error, match="no such"):

@@ -14,7 +14,7 @@ from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.checkpoints.checkpoint import open_checkpoint, read_tensors
 from splaser_plugin.errors import CheckpointError, ModelError
 from splaser_plugin.jobs.apply import apply
-from splaser_plugin.weights.loading import check_source, load_model
+from splaser_plugin.weights.loading import find_model, load_model
 from tests.tiny_models import CAUSAL, CLIP, TEXT, build, change, configure, saved
 
 QUICK = LaserConfig(embedder="self", max_new_tokens=4, candidates=2, device="cpu", ranks="0.5", accept="improve")
@@ -97,10 +97,10 @@ def test_what_is_no_language_model_is_refused_with_the_next_step(tokenizer, tmp_
             saved(build("llama", TEXT), folder)
         (folder / file).write_text("{}")
         with pytest.raises(CheckpointError, match=message):
-            check_source(folder)
+            find_model(folder)
     (tmp_path / "models--a--b" / "snapshots").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"repository of the hub's cache. Give the folder snapshots/HASH in it"):
-        check_source(tmp_path / "models--a--b")
+        find_model(tmp_path / "models--a--b")
     folder = spoken(build("llama", large(TEXT)), tokenizer, tmp_path / "shapes")
     configure(folder, intermediate_size=32)
     with pytest.raises(CheckpointError, match=r"down_proj.weight' has shape \(16, 24\), expected \(16, 32\) by config"):
