@@ -38,16 +38,9 @@ NOT_WITH_UNFROZEN = (
 SPECTRUM, SPLASER = "SpectrumPlugin", "SPLaserPlugin"
 PLUGIN = f"splaser_plugin.integrations.axolotl.{SPLASER}"
 LASER = ("before", "after")
-
-STAND_INS: dict[str, dict[str, Any]] = {
-    "sft": {"datasets": [{"path": "mhenrichsen/alpaca_2k_test", "type": "alpaca"}]},
-    "dpo": {
-        "rl": "dpo",
-        "chat_template": "tokenizer_default",
-        "datasets": [{"path": "Intel/orca_dpo_pairs", "split": "train", "type": "chatml.intel"}],
-    },
-}
-"""Public data sets of Axolotl's own documentation, for a configuration without one of the user's."""
+DATASET = "datasets"
+"""The key that names the data, left out where the user named none."""
+PREFERENCES = {"rl": "dpo", "chat_template": "tokenizer_default"}
 
 
 def axolotl_yaml(
@@ -66,8 +59,7 @@ def axolotl_yaml(
     """
     if laser is not None and (laser not in LASER or not plugin or plan.dataset is None):
         raise ConfigError(f"--laser: got '{laser}', expected {' or '.join(LASER)}, with --plugin and --dataset.")
-    stand_in = "" if base or plan.dataset else STAND_INS[plan.stage]["datasets"][0]["path"]
-    lines = header(plan, run, stand_in)
+    lines = header(plan, run, "" if base or plan.dataset else DATASET)
     if plugin:
         lines.append("The plugin makes this choice itself, and logs 'splaser: training ... matrices'.")
         lines.append("Where that line is missing from the log it isn't installed, and everything is trained.")
@@ -103,7 +95,7 @@ def axolotl_config(plan: Plan, what: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "base_model": plan.base_model,
         **what,
-        **(_data(plan.dataset, plan.stage) if plan.dataset else STAND_INS[plan.stage]),
+        **(_data(plan.dataset, plan.stage) if plan.dataset else PREFERENCES if plan.stage == "dpo" else {}),
         "val_set_size": 0.0,
         "sequence_len": 2048,
         "micro_batch_size": 2,
@@ -210,7 +202,7 @@ def _data(dataset: Path, stage: str) -> dict[str, Any]:
     """The data set's part of the configuration, read off its first row."""
     row = first_row(dataset)
     if stage == "dpo":
-        return {"rl": "dpo", "chat_template": "tokenizer_default", "datasets": [_dpo_dataset(dataset, row)]}
+        return {**PREFERENCES, "datasets": [_dpo_dataset(dataset, row)]}
     if stage != "sft":
         raise ConfigError(f"--dataset: rl is '{stage}' in the file given with --base. Name its data set there.")
     return {"datasets": [_sft_dataset(dataset, row)]}

@@ -56,8 +56,8 @@ if __name__ == "__main__":
     run_exp(OmegaConf.to_container(options), callbacks=[FreezeCallback(TRAINED)])
 '''
 
-STAND_INS = {"sft": "alpaca_en_demo", "dpo": "dpo_en_demo"}
-"""Data sets that come with LLaMA-Factory, for a configuration without one of the user's."""
+DATASET = "dataset"
+"""The key that names the data, left out where the user named none."""
 
 
 def llamafactory_yaml(
@@ -74,7 +74,7 @@ def llamafactory_yaml(
     """
     if plan.mode == "unfrozen":
         raise ConfigError("--mode unfrozen: LLaMA-Factory's YAML can freeze whole blocks only. Write a runner script.")
-    lines = header(plan, run, _stand_in(plan, base))
+    lines = header(plan, run, _lacks(plan, base))
     if base is None:
         return new_yaml(llamafactory_config(plan, dataset_dir), lines)
     values, without = _base_changes(plan, base, dataset_dir)
@@ -93,7 +93,7 @@ def runner_script(
         values = {key: value for key, value in values.items() if key not in without} | changes
     trained = [name.removesuffix(".weight") for name in trained_parameters(plan.selection)]
     body = RUNNER.format(trained=_literal(trained), options=_literal(values))
-    return comment(header(plan, run, _stand_in(plan, base))) + body
+    return comment(header(plan, run, _lacks(plan, base))) + body
 
 
 def llamafactory_config(plan: Plan, dataset_dir: Path = Path()) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def llamafactory_config(plan: Plan, dataset_dir: Path = Path()) -> dict[str, Any
         "do_train": True,
         **targets(plan, {}),
         **preference,
-        **(_data(plan.dataset, plan.stage, dataset_dir) if plan.dataset else {"dataset": STAND_INS[plan.stage]}),
+        **(_data(plan.dataset, plan.stage, dataset_dir) if plan.dataset else {}),
         "cutoff_len": 2048,
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 8,
@@ -121,8 +121,8 @@ def llamafactory_config(plan: Plan, dataset_dir: Path = Path()) -> dict[str, Any
     }
 
 
-def _stand_in(plan: Plan, base: Path | None) -> str:
-    return "" if base or plan.dataset else STAND_INS[plan.stage]
+def _lacks(plan: Plan, base: Path | None) -> str:
+    return "" if base or plan.dataset else DATASET
 
 
 def targets(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:

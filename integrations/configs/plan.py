@@ -73,10 +73,10 @@ def choose_rank(selection: Selection, lora_rank: str | None, match_rank: int) ->
     return rank, reason
 
 
-def header(plan: Plan, run: str, stand_in: str = "") -> list[str]:
+def header(plan: Plan, run: str, lacks: str = "") -> list[str]:
     """Comment lines for the top of what is generated.
 
-    run: the command that uses it. stand_in: the public data set in it, where the user named none.
+    run: the command that uses it. lacks: the key that names the data set, where there is none.
     """
     selection = plan.selection
     what = {"unfrozen": "Trains", "lora": "Trains LoRA adapters on", "qlora": "Trains QLoRA adapters on"}[plan.mode]
@@ -86,8 +86,8 @@ def header(plan: Plan, run: str, stand_in: str = "") -> list[str]:
     ]
     if plan.rank_reason:
         lines.append(f"LoRA: {plan.rank_reason}.")
-    if stand_in:
-        lines.append(f"Data: no --dataset was given, so {stand_in} stands in for yours.")
+    if lacks:
+        lines.append(f"Data: no --dataset was given, so nothing trains before you add `{lacks}`.")
     return [*lines, f"Run: {run}"]
 
 

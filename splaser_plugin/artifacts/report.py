@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
@@ -43,7 +45,11 @@ EXCHANGES = 12
 
 SCRIPT = ("page.js", "heat_map.js", "spectrum.js", "verdict.js", "lists.js", "controls.js")
 """Parts of the page's own script, in the order in which they need each other."""
-TARGETS = (("Axolotl", "axolotl", axolotl_yaml), ("LLaMA-Factory", "llamafactory", llamafactory_yaml))
+TARGETS = (
+    ("Axolotl", "axolotl", "--rl", axolotl_yaml),
+    ("LLaMA-Factory", "llamafactory", "--stage", llamafactory_yaml),
+)
+"""A tool, its command, the option that asks for DPO, and what writes its YAML."""
 
 
 def report(source: str | Path, output: str | Path = "report.html") -> Path:
@@ -89,7 +95,7 @@ def render(scan: Scan, run: Results | None = None, *, scan_name: str = "scan.jso
         exchanges=run.exchanges[:EXCHANGES] if run else (),
         attempts_axis=_axis([attempt.interval for attempt in run.attempts if attempt.interval]) if run else None,
         trained=TRAINED_PER_TYPE,
-        targets=_targets(scan, scan_name),
+        targets=_targets(scan, run, scan_name),
         chart_data=_chart_data(scan, run),
         style=Markup(_template_file("report.css")),
         scripts=scripts,
@@ -125,19 +131,33 @@ def _sha256(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _targets(scan: Scan, scan_name: str) -> list[dict[str, str]]:
-    """For each tool its name, the command, and the YAML or why there is none."""
+def _targets(scan: Scan, run: Results | None, scan_name: str) -> list[dict[str, str]]:
+    """For each tool its name, the command, and the YAML or why there is none.
+
+    They train on the run's own pairs, where these are a file that is still there, and DPO where pairs were rejected.
+    """
+    dataset = _file(run.pairs.source) if run else None
+    is_dpo = run is not None and any(pair.rejected is not None for pair in (*run.texts.search, *run.texts.held_out))
     found = []
-    for tool, command, write in TARGETS:
-        output = f"{command}.yml"
-        target = {"tool": tool, "command": f"splaser emit {command} {scan_name} -o {output}", "yaml": "", "error": ""}
+    for tool, command, dpo, write in TARGETS:
+        words = ["splaser", "emit", command, scan_name, *([dpo, "dpo"] if is_dpo else [])]
+        words += [*(["--dataset", str(dataset)] if dataset else []), "-o", f"{command}.yml"]
+        target = {"tool": tool, "command": shlex.join(words), "yaml": "", "error": ""}
         try:
             selection = choose(scan, top=TRAINED_PER_TYPE, source=scan_name)
-            target["yaml"] = write(Plan(selection=selection, mode="lora"))
+            plan = Plan(selection=selection, mode="lora", stage="dpo" if is_dpo else "sft", dataset=dataset)
+            target["yaml"] = write(plan)
         except SplaserError as error:
             target["error"] = str(error)
         found.append(target)
     return found
+
+
+def _file(name: str) -> Path | None:
+    """The file of that name, if there is one."""
+    with suppress(OSError):  # a name that no file can have
+        return Path(name) if Path(name).is_file() else None
+    return None
 
 
 def _axis(intervals: Sequence[tuple[float, float]]) -> dict[str, float] | None:

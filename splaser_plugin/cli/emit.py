@@ -81,7 +81,7 @@ def axolotl(
 ) -> None:
     """A configuration for `axolotl train`."""
     from splaser_plugin.integrations.check import check_plan
-    from splaser_plugin.integrations.configs.axolotl import axolotl_yaml
+    from splaser_plugin.integrations.configs.axolotl import DATASET, axolotl_yaml
 
     if rl not in (None, "dpo"):
         raise ConfigError(f"--rl: got '{rl}', expected dpo.")
@@ -91,7 +91,7 @@ def axolotl(
     text = axolotl_yaml(plan, base=training.base, run=run, plugin=plugin, laser=laser)
     check_plan(plan)
     _write(output, text, overwrite=overwrite)
-    _tell(selection, output, run)
+    _tell(selection, output, run, lacks="" if training.base or training.dataset else DATASET)
 
 
 @app.command()
@@ -129,7 +129,7 @@ def llamafactory(
         _check_file(output, text, overwrite=overwrite)
         _write(info, entries, overwrite=True)
     _write(output, text, overwrite=overwrite)
-    _tell(selection, output, run)
+    _tell(selection, output, run, lacks="" if training.base or training.dataset else tool.DATASET)
 
 
 @app.command()
@@ -202,7 +202,11 @@ def _check_file(path: Path, text: str, *, overwrite: bool) -> None:
         raise OutputError(f"{path}: exists. Choose another --output, or pass --overwrite.")
 
 
-def _tell(selection: Selection, output: Path, run: str) -> None:
+def _tell(selection: Selection, output: Path, run: str, lacks: str = "") -> None:
+    """lacks: the key that names the data set, where there is none."""
     for kind, names in selection.by_type.items():
         print(f"{printable(kind)}: {len(names)}", file=sys.stderr)
-    print(f"written: {printable(str(output))}\nnext: {printable(run)}", file=sys.stderr)
+    print(f"written: {printable(str(output))}", file=sys.stderr)
+    if lacks:
+        print(f"NO DATA SET: nothing trains before you add {lacks} to it, or pass --dataset FILE", file=sys.stderr)
+    print(f"next: {printable(run)}", file=sys.stderr)

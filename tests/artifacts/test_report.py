@@ -162,6 +162,30 @@ def test_the_training_targets_are_those_of_emit():
     assert "splaser emit llamafactory scan.json -o llamafactory.yml" in page.text
 
 
+def run_on(source, rejected="No."):
+    texts = {part: [{**each, "rejected": rejected} for each in asked] for part, asked in RESULTS["texts"].items()}
+    return Results.from_dict({**RESULTS, "pairs": {**RESULTS["pairs"], "source": str(source)}, "texts": texts})
+
+
+def test_the_training_targets_train_on_the_runs_own_pairs(tmp_path):
+    pairs = tmp_path / "my pairs.jsonl"
+    pairs.write_text('{"prompt": "Hot?", "chosen": "Yes.", "rejected": "No."}\n')
+    page = Page(render(SCAN, run_on(pairs), scan_name="scan.json"))
+    plan = Plan(selection=choose(SCAN, top=16, source="scan.json"), mode="lora", stage="dpo", dataset=pairs)
+    assert axolotl_yaml(plan) in page.text
+    assert f"splaser emit axolotl scan.json --rl dpo --dataset '{pairs}' -o axolotl.yml" in page.text
+    assert f"splaser emit llamafactory scan.json --stage dpo --dataset '{pairs}' -o llamafactory.yml" in page.text
+    page = Page(render(SCAN, run_on(pairs, rejected=None), scan_name="scan.json"))
+    assert f"splaser emit axolotl scan.json --dataset '{pairs}' -o axolotl.yml" in page.text
+
+
+@pytest.mark.parametrize("source", ["Intel/orca_dpo_pairs", "gone.jsonl", "x" * 5000], ids=["hub", "gone", "long"])
+def test_pairs_that_are_no_file_are_left_out_of_the_training_targets(source):
+    page = Page(render(SCAN, run_on(source), scan_name="scan.json"))
+    assert "no --dataset was given, so nothing trains before you add `datasets`." in page.text
+    assert "splaser emit axolotl scan.json --rl dpo -o axolotl.yml" in page.text
+
+
 def test_a_model_without_a_configuration_gets_the_reason_instead():
     matrix = Matrix("layers.0.experts.up_proj[0]", "layers.0.experts.up_proj", "experts.up_proj", 0, (3, 2), expert=0)
     scan = Scan("m", "0", "mp", (matrix_scan(matrix, np.array([2.0, 1.0])),), ())

@@ -152,13 +152,15 @@ def test_data_the_tool_has_no_format_for_is_refused(command, row, folder):
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_without_a_data_set_a_public_one_stands_in_and_the_file_says_so(stage, folder):
-    emit(f"axolotl {'--rl dpo' if stage == 'dpo' else ''} -o axolotl.yml")
-    emit(f"llamafactory --stage {stage} -o llamafactory.yml")
+def test_without_a_data_set_none_is_made_up_and_that_is_said_aloud(stage, folder):
+    printed = emit(f"axolotl {'--rl dpo' if stage == 'dpo' else ''} -o axolotl.yml")
+    assert "NO DATA SET: nothing trains before you add datasets to it, or pass --dataset FILE" in printed
+    printed = emit(f"llamafactory --stage {stage} -o llamafactory.yml")
+    assert "NO DATA SET: nothing trains before you add dataset to it, or pass --dataset FILE" in printed
     axolotl, llamafactory = Path("axolotl.yml").read_text(), Path("llamafactory.yml").read_text()
-    stand_in = yaml.safe_load(axolotl)["datasets"][0]["path"]
-    assert f"no --dataset was given, so {stand_in} stands in for yours" in axolotl
+    assert "no --dataset was given, so nothing trains before you add `datasets`." in axolotl
+    assert "datasets" not in yaml.safe_load(axolotl)
     assert yaml.safe_load(axolotl).get("rl", "sft") == stage
-    stand_in = yaml.safe_load(llamafactory)["dataset"]
-    assert f"no --dataset was given, so {stand_in} stands in for yours" in llamafactory
+    assert "no --dataset was given, so nothing trains before you add `dataset`." in llamafactory
+    assert "dataset" not in yaml.safe_load(llamafactory)
     assert yaml.safe_load(llamafactory)["stage"] == stage
