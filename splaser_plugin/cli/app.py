@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 STOPPED = 130
 """Exit code after Ctrl-C or SIGTERM."""
+SHOWN = 5
+"""Matrices at either end of a scan that are shown."""
 RESUMED = ("scan", "laser")
 """Commands that go on where they were stopped."""
 
@@ -299,10 +301,12 @@ def _show_scan(found: Scan, output: Path, progress: Progress) -> None:
     for left_out in found.skipped:
         progress.detail("left out", f"{left_out.name}: {left_out.reason}")
     progress.result("scanned", f"{len(found.matrices)} matrices; {len(found.skipped)} parameters were left out")
-    for matrix in found.ranked("snr")[:5]:
-        fit = matrix.edges[found.edge]
-        snr = "no noise" if fit.snr is None else f"snr {fit.snr:.3f}"
-        progress.fact("noisiest", f"{matrix.name}  {snr}  rank {fit.rank} of {min(matrix.shape)}")
+    ranked = found.ranked("snr")
+    for label, matrices in (("noisiest", ranked[:SHOWN]), ("best", ranked[SHOWN:][::-1][:SHOWN])):
+        for matrix in matrices:
+            fit = matrix.edges[found.edge]
+            snr = "no noise" if fit.snr is None else f"snr {fit.snr:.3f}"
+            progress.fact(label, f"{matrix.name}  {snr}  rank {fit.rank} of {min(matrix.shape)}")
     progress.result("scan", str(output))
     progress.command("look at it", ["splaser", "report", str(output), "-o", "report.html"])
 

@@ -3,14 +3,18 @@ from __future__ import annotations
 import io
 import re
 import shlex
+from pathlib import Path
 
+import numpy as np
 import pyte
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from splaser_plugin.cli.app import _show_scan
 from splaser_plugin.cli.terminal import Level, TerminalProgress
 from splaser_plugin.cli.trial_table import shortened
+from splaser_plugin.scanning.records import Scan, matrix_scan
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.candidates import Candidate
 from splaser_plugin.search.judge import Judgement
@@ -90,6 +94,24 @@ def test_the_time_left_is_shown_from_the_first_step_on(steps):
             advance(step)
         progress.fact("drawn", "with what was shown so far")
     assert re.search(rf"{sum(steps)}/24 .*0:00:0\d left", printed.getvalue())
+
+
+@pytest.mark.parametrize("count", [1, 7, 12])
+def test_a_scan_shows_both_ends_with_whole_names(count):
+    kind = "block_sparse_moe.shared_experts.down_proj"
+    names = [f"model.layers.{number}.{kind}" for number in range(count)]
+    values = np.linspace(1.0, 2.0, 32) ** 2
+    matrices = [
+        matrix_scan(Matrix(name, name + ".weight", kind, number, (32, 64)), values) for number, name in enumerate(names)
+    ]
+    found = Scan("a-model", "0", "mp", tuple(matrices), ())
+    progress, printed = drawn(80)
+    _show_scan(found, Path("scan.json"), progress)
+    lines = printed.getvalue().splitlines()
+    ranked = [matrix.name for matrix in found.ranked("snr")]
+    shown = {label: [line.split()[1] for line in lines if line.split()[0] == label] for label in ("noisiest", "best")}
+    assert shown == {"noisiest": ranked[:5], "best": ranked[5:][::-1][:5]}
+    assert max(map(len, lines)) <= 80
 
 
 def test_a_command_that_is_wrapped_can_still_be_copied():
