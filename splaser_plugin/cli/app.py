@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -342,6 +343,14 @@ def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:
     progress.command("rebuild", ["splaser", "apply", recipe, result.recipe.model, "-o", "ANOTHER_FOLDER"])
 
 
+def _fitted(line: str) -> str:
+    """In lines that a terminal doesn't break inside a word; elsewhere as it is. Paths stay whole, to be copied."""
+    if not sys.stderr.isatty():
+        return line
+    columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    return textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False)
+
+
 def main() -> None:
     """Entry point: one line for each error on purpose, exit 2 for wrong usage and 1 for the rest."""
     from splaser_plugin.cli.emit import app as emit
@@ -351,5 +360,5 @@ def main() -> None:
         try:
             app(prog_name="splaser")
         except SplaserError as error:
-            print(f"{type(error).__name__}: {printable(str(error))}", file=sys.stderr)
+            print(_fitted(f"{type(error).__name__}: {printable(str(error))}"), file=sys.stderr)
             sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import struct
 import subprocess
 import sys
 
@@ -38,3 +40,30 @@ def test_a_shell_completes_commands_and_options(words, expected):
     position = str(len(words.split(" ")) - 1)
     completed = output(_SPLASER_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=position)
     assert sorted(completed.split()) == expected
+
+
+def on_terminal(columns, *arguments):
+    """What a command prints to stderr, which is a terminal of that width, and its exit code."""
+    fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    run = subprocess.run([*SPLASER, *arguments], stdout=subprocess.PIPE, stderr=terminal, check=False)
+    os.close(terminal)
+    printed = b""
+    with contextlib.suppress(OSError):  # Linux's end of file
+        while part := os.read(main, 65536):
+            printed += part
+    os.close(main)
+    return run.returncode, printed.decode()
+
+
+@pytest.mark.parametrize("columns", [0, 40, 80, 120])
+def test_no_error_is_wrapped_inside_a_word(columns):
+    path = "/a/rather-long/path" * 6
+    given = f"some words-with-hyphens and {path} and then a few more of them, and a few more again"
+    code, printed = on_terminal(columns, "emit", "axolotl", "scan.json", "-o", "c.yml", "--rl", given)
+    assert code == 2
+    lines = printed.splitlines()
+    assert len(lines) > 2
+    assert all(len(line) <= (columns or 80) for line in lines if path not in line)
+    assert " ".join(lines) == f"ConfigError: --rl: got '{given}', expected dpo."
