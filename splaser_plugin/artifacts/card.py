@@ -126,7 +126,7 @@ def _recipe_table(recipe: Recipe) -> str:
     for step in recipe.steps:
         shape = " x ".join(map(str, step.shape))
         threshold = "" if step.threshold is None else f"{step.threshold:.4g}"
-        rows.append(f"| {code(step.name)} | {shape} | {step.rank} | {code(step.edge)} | {threshold} |")
+        rows.append(f"| {code(step.name)} | {shape} | {step.rank} | {code(str(step.edge))} | {threshold} |")
     return "\n".join(rows)
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from splaser_plugin.artifacts.rank_source import RankSource
 from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.errors import ConfigError, RecipeError
 from splaser_plugin.files.json import read_json, write_json
@@ -38,8 +39,8 @@ class Step:
 
     name: str
     rank: Annotated[Whole, Field(ge=1)]
-    edge: str
-    """Where the rank comes from: an edge, the fraction of components that stayed, or `budget` and its share."""
+    edge: RankSource
+    """Where the rank comes from."""
     threshold: Number | None
     """Of the edge; None for a fraction."""
     shape: tuple[Whole, Whole]

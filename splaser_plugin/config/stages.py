@@ -317,15 +317,15 @@ class LaserConfig(ScanConfig, MeasureConfig):
         return _guard(self.guard)[1]
 
 
-def parse_ranks(text: str) -> tuple[str | float, ...]:
+def parse_ranks(text: str) -> tuple[Edge | float, ...]:
     """What `--ranks` asks for: names of edges, and fractions of a matrix's components to keep.
 
     Raises ConfigError for a part that is neither, and for one that is given twice.
     """
-    ranks: list[str | float] = []
+    ranks: list[Edge | float] = []
     for part in text.split(",") if text.strip() else ():
         name = part.strip()
-        value = name if name in EDGES else _fraction(name)
+        value = edge_or_fraction(name)
         if value is None:
             raise ConfigError(
                 f"--ranks: '{name}' in '{text}' is neither an edge ({', '.join(EDGES)}) nor a fraction between 0 and 1."
@@ -336,7 +336,11 @@ def parse_ranks(text: str) -> tuple[str | float, ...]:
     return tuple(ranks)
 
 
-def _fraction(text: str) -> float | None:
+def edge_or_fraction(text: str) -> Edge | float | None:
+    """The edge of that name, or a number between 0 and 1; None for anything else."""
+    for edge in EDGES:
+        if text == edge:
+            return edge
     try:
         value = float(text)
     except ValueError:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from splaser_plugin.artifacts.rank_source import BudgetShare
 from splaser_plugin.artifacts.recipe import Recipe, Step, versions
 from splaser_plugin.config.stages import SCORERS, LaserConfig, parse_ranks
 from splaser_plugin.data.pairs import pairs_sha256
@@ -314,7 +315,7 @@ def make_recipe(run: Run, scan: Scan, found: SearchResult) -> Recipe:
 def _steps(found: SearchResult) -> tuple[Step, ...]:
     budget = next((trial.budget for trial in reversed(found.budgets) if trial.kept), None)
     if budget is not None:
-        edge = f"budget {budget.share:g}"
+        edge = BudgetShare(budget.share)
         return tuple(Step(matrix.name, rank, edge, None, matrix.shape) for matrix, rank in budget.ranks.items())
     return tuple(
         Step(candidate.matrix.name, candidate.rank, candidate.edge, candidate.threshold, candidate.matrix.shape)

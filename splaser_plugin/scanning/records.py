@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, Field, PlainValidator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 
+from splaser_plugin.config.stages import Edge
 from splaser_plugin.errors import RecipeError
 from splaser_plugin.files.json import read_json, write_json
 from splaser_plugin.files.validation import NO_OTHER_KEYS, InvalidRecordError, Number, Whole, validated
@@ -49,7 +50,7 @@ def _of_every_edge(fits: dict[str, EdgeFit]) -> dict[str, EdgeFit]:
     return {edge: fits[edge] for edge in EDGES}
 
 
-def _known_edge(edge: str) -> str:
+def _known_edge(edge: Any) -> Any:
     if edge not in EDGES:
         raise ValueError(f"one of {', '.join(EDGES)}")
     return edge
@@ -101,7 +102,7 @@ class Scan(Table):
     """Folder or hub id."""
     weights_identity: Annotated[str, Field(alias="weights")]
     """Of the weights that were scanned (sha256)."""
-    edge: Annotated[str, AfterValidator(_known_edge)]
+    edge: Annotated[Edge, BeforeValidator(_known_edge)]
     """The edge that ranking and reducing go by, unless another is asked for."""
     matrices: Annotated[tuple[MatrixScan, ...], Field(min_length=1)]
     skipped: tuple[Annotated[Skipped, AfterValidator(_with_tie)], ...]

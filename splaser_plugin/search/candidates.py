@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from splaser_plugin.config.stages import Edge
 from splaser_plugin.errors import MatrixError
 from splaser_plugin.scanning.records import MatrixScan, Scan
 from splaser_plugin.weights.matrices import Matrix, by_name
@@ -16,7 +17,7 @@ class Candidate:
 
     matrix: Matrix
     rank: int
-    edge: str
+    edge: Edge | float
     """Where the rank comes from: an edge, or the fraction of components that stays."""
     threshold: float | None
     """Of the edge; None for a fraction."""
@@ -37,7 +38,7 @@ class Candidate:
         return (rows - self.rank) * (columns - self.rank) if self.is_factorable else 0
 
 
-def choose_candidates(scan: Scan, matrices: Sequence[Matrix], rungs: Sequence[str | float] = ()) -> list[Candidate]:
+def choose_candidates(scan: Scan, matrices: Sequence[Matrix], rungs: Sequence[Edge | float] = ()) -> list[Candidate]:
     """The published order: lowest snr first, each matrix at its edge's rank, or at several from gentle to hard.
 
     rungs: edges, and fractions of the components to keep (rounded, at least 1); the scan's edge if there are none.
@@ -92,12 +93,12 @@ def by_size(candidates: Sequence[Candidate]) -> list[Candidate]:
     return sorted(smaller, key=lambda each: (loss(each), -each.parameters_removed))
 
 
-def _ladder(found: MatrixScan, matrix: Matrix, edge: str, rungs: Sequence[str | float]) -> list[Candidate]:
+def _ladder(found: MatrixScan, matrix: Matrix, edge: Edge, rungs: Sequence[Edge | float]) -> list[Candidate]:
     """This matrix at every rung that removes something, the gentlest first."""
     by_rank: dict[int, Candidate] = {}
     for rung in rungs:
         fit = found.edges[rung] if isinstance(rung, str) else None
         rank = max(1, fit.rank if fit else round(float(rung) * min(matrix.shape)))
         threshold = fit.threshold if fit else None
-        by_rank.setdefault(rank, Candidate(matrix, rank, str(rung), threshold, found.edges[edge].snr))
+        by_rank.setdefault(rank, Candidate(matrix, rank, rung, threshold, found.edges[edge].snr))
     return [by_rank[rank] for rank in sorted(by_rank, reverse=True) if rank < min(matrix.shape)]

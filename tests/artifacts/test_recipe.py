@@ -6,15 +6,17 @@ import json
 
 import pytest
 
+from splaser_plugin.artifacts.rank_source import BudgetShare
 from splaser_plugin.artifacts.recipe import Recipe, Step
 from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.errors import RecipeError
+from splaser_plugin.files.validation import InvalidRecordError, plain, validated
 
 RECIPE = Recipe(
     model="somebody/model",
     weights_identity="0123456789abcdef" * 4,
     dtype="float32",
-    steps=(Step("model.layers.0.mlp.up_proj", 3, "mp", 1.5, (64, 32)), Step("lm_head", 2, "0.5", None, (9, 8))),
+    steps=(Step("model.layers.0.mlp.up_proj", 3, "mp", 1.5, (64, 32)), Step("lm_head", 2, 0.5, None, (9, 8))),
     scores={"baseline": 0.25, "final": 0.5},
     config=LaserConfig(include=("mlp", "lm_head"), ranks="mp,0.5", race=False),
     versions={"python": "3.11.2"},
@@ -73,3 +75,19 @@ def test_a_rank_is_at_least_1(file, rank):
     file.write_text(json.dumps(stored))
     with pytest.raises(RecipeError, match=rf"steps\.0\.rank is {rank}, expected greater than or equal to 1"):
         Recipe.load(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "source"), [("mp", "mp"), ("0.5", 0.5), ("1e-05", 1e-05), ("budget 0.06", BudgetShare(0.06))]
+)
+def test_where_a_rank_comes_from_is_a_text_in_files_only(text, source):
+    stored = {"name": "lm_head", "rank": 2, "edge": text, "threshold": None, "shape": [9, 8]}
+    step = validated(Step, stored)
+    assert (step.edge, type(step.edge), plain(step)["edge"]) == (source, type(source), text)
+
+
+@pytest.mark.parametrize("text", ["", "iqrr", "1.5", "budget", "budget mp", 0.5, None])
+def test_an_unknown_source_of_a_rank_is_refused(text):
+    stored = {"name": "lm_head", "rank": 2, "edge": text, "threshold": None, "shape": [9, 8]}
+    with pytest.raises(InvalidRecordError, match=r"edge is .*, expected one of iqr, mp, gavish-donoho, a fraction"):
+        validated(Step, stored)

@@ -78,7 +78,7 @@ def test_only_the_recipes_matrices_differ_from_the_base_and_have_its_rank(compre
     result, _, _ = compressed
     base, reduced = states(AutoModelForCausalLM.from_pretrained(tiny_folder)), states(result.model)
     ranks = {step.name + ".weight": step.rank for step in result.recipe.steps}
-    assert changed(base, reduced) == set(ranks) and {step.edge for step in result.recipe.steps} == {"budget 0.1"}
+    assert changed(base, reduced) == set(ranks) and {str(step.edge) for step in result.recipe.steps} == {"budget 0.1"}
     for name, rank in ranks.items():
         assert torch.linalg.matrix_rank(reduced[name].double(), rtol=1e-5) == rank
 
