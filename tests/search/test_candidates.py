@@ -141,7 +141,8 @@ def tried(candidates, wanted, limit=None):
     weights = Weights(model)
     matrices = weights.matrices()[0]
     chosen = [
-        Candidate(matrices[place], rank, str(rank), None, None, predicted) for place, rank, predicted in candidates
+        Candidate(matrices[place], rank, rank / min(matrices[place].shape), None, None, predicted)
+        for place, rank, predicted in candidates
     ]
     scorer = Wanted(weights, {(matrices[place].name, rank) for place, rank in wanted})
     found = search(weights, chosen, Judge(scorer), limit=limit)
