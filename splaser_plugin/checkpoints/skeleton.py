@@ -20,16 +20,12 @@ import torch
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint
 from splaser_plugin.errors import CheckpointError
-from splaser_plugin.files.text import first_line_of, printable, shown
+from splaser_plugin.files.text import first_line_of, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
-
-
-SCALE = re.compile(r"scale|absmax|SCB", re.IGNORECASE)
-"""In the last segment of what stands beside quantised weights."""
 
 
 @dataclass(frozen=True)
@@ -123,30 +119,6 @@ def skeleton_of(checkpoint: Checkpoint) -> Skeleton:
 def unplaced(model: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Names of the stored tensors that a loaded model of these files doesn't take."""
     return _placed(model, _empty(checkpoint)).unexpected
-
-
-def check_holds_weights(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError at the first tensor that holds codes with scales beside them instead of weights."""
-    tensors = checkpoint.tensors
-    scaled = {name.rpartition(".")[0] for name in tensors if SCALE.search(name.rpartition(".")[2])}
-    for name, stored in tensors.items():
-        is_code = not stored.dtype.is_floating_point or stored.dtype.itemsize == 1
-        if len(stored.shape) >= 2 and is_code and scaled & {name, name.rpartition(".")[0]}:
-            method = quantisation(checkpoint.config)
-            raise CheckpointError(
-                f"{stored.shard}: tensor {shown(name)} is {str(stored.dtype).removeprefix('torch.')} with scales "
-                f"beside it: quantised weights{f' ({method})' if method else ''}, which can't be scanned or reduced. "
-                "Give the model in bfloat16 or float32, as it was before it was quantised."
-            )
-
-
-def quantisation(config: Mapping[str, Any]) -> str:
-    """The method by which config.json says the weights are quantised; empty for none."""
-    for part in (config, config.get("text_config"), config.get("llm_config")):
-        stored = part.get("quantization_config") if isinstance(part, dict) else None
-        if isinstance(stored, dict):
-            return printable(str(stored.get("quant_method") or "unknown method"), 40)
-    return ""
 
 
 def _empty(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -109,6 +109,8 @@ class Scan(Table):
     precision: str = "auto"
     version: str = ""
     """Of the program that made it; empty when it was put together otherwise."""
+    stored_as: str = ""
+    """How the files hold the weights, where it is by codes and scales; else empty."""
 
     def __repr__(self) -> str:
         left_out = f", {len(self.skipped)} parameters left out" if self.skipped else ""
@@ -155,6 +157,7 @@ class Scan(Table):
             "skipped": [asdict(left_out) for left_out in self.skipped],
             "precision": self.precision,
             "version": self.version,
+            "stored_as": self.stored_as,
         }
 
     @classmethod

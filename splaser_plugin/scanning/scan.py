@@ -127,7 +127,9 @@ def scan_source(
         identity = source.identity()
     if source.note:
         progress.fact("names", source.note)
-    empty = Scan(name, identity, config.edge, (), tuple(skipped), config.precision, __version__)
+    if source.stored_as:
+        progress.fact("weights", f"{source.stored_as}; scanned as the float32 weights that they stand for")
+    empty = Scan(name, identity, config.edge, (), tuple(skipped), config.precision, __version__, source.stored_as)
     return _scan(empty, matrices, source.stream, output, progress)
 
 

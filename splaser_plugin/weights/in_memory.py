@@ -45,6 +45,7 @@ class Weights:
         """What the model's folder has beside it, to be written with it; None where it came from no folder."""
 
     note = ""
+    stored_as = ""
 
     def matrices(
         self, include: Sequence[str] = (), exclude: Sequence[str] = (), towers: bool = False

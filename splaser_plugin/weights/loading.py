@@ -14,7 +14,8 @@ from torch import nn
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from splaser_plugin.checkpoints.folder import ModelFolder, inspect, resolve_model
-from splaser_plugin.checkpoints.skeleton import answering_class, check_holds_weights, skeleton_of
+from splaser_plugin.checkpoints.quantised import check_holds_weights
+from splaser_plugin.checkpoints.skeleton import answering_class, skeleton_of
 from splaser_plugin.checkpoints.trust import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -79,7 +80,7 @@ def find_model(name: str | Path, *, allow_pickle: bool = False) -> ModelSource:
         )
     checkpoint = check_model_folder(folder, allow_pickle=allow_pickle)
     if checkpoint is not None:
-        check_holds_weights(checkpoint)
+        check_holds_weights(checkpoint, "reduced")
     return ModelSource(str(name), folder.path, checkpoint=checkpoint, weight_bytes=folder.weight_bytes)
 
 

@@ -54,6 +54,8 @@ class MatrixSource(Protocol):
 
     note: str
     """What is to be said of the names; empty for nothing."""
+    stored_as: str
+    """How files hold the weights, where it is by codes and scales; else empty."""
 
     def matrices(
         self, include: Sequence[str] = (), exclude: Sequence[str] = (), towers: bool = False

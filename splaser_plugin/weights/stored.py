@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,12 +12,11 @@ import torch
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, read_groups
 from splaser_plugin.checkpoints.header import StoredTensor
 from splaser_plugin.checkpoints.identity import identity_of, sampled_places
+from splaser_plugin.checkpoints.quantised import quantised_weights, stored_as, with_weights
 from splaser_plugin.checkpoints.roles import Role
 from splaser_plugin.checkpoints.skeleton import (
     Skeleton,
     Source,
-    check_holds_weights,
-    quantisation,
     skeleton_of,
 )
 from splaser_plugin.errors import CheckpointError
@@ -43,17 +43,15 @@ class StoredWeights:
     """The weights of a folder, known by its config.json as the loaded model knows them.
 
     Without a config.json, or with one that transformers makes no such model of, names and shapes on disk decide.
-    Raises CheckpointError when the weights are quantised.
+    Quantised weights are dequantised as they are read, in float32. Raises CheckpointError when they are quantised in a
+    way that isn't understood.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        check_holds_weights(checkpoint)
-        if method := quantisation(checkpoint.config):
-            raise CheckpointError(
-                f"{checkpoint.folder}: config.json says that its weights are quantised ({method}), which can't be "
-                "scanned. Give the model in bfloat16 or float32, as it was before it was quantised."
-            )
         self.checkpoint = checkpoint
+        self._quantised = quantised_weights(checkpoint)
+        self.stored_as = stored_as(self._quantised.values())
+        self._weights = with_weights(checkpoint, self._quantised)
         self.skeleton: Skeleton | None = None
         self.note = ""
         """Why names are those on disk; empty where they are the loaded model's."""
@@ -61,7 +59,7 @@ class StoredWeights:
             self.note = "those on disk, as there is no config.json"
         else:
             try:
-                skeleton = skeleton_of(checkpoint)
+                skeleton = skeleton_of(self._weights)
             except CheckpointError as error:
                 self.note = f"those on disk: {error}"
             else:
@@ -79,14 +77,15 @@ class StoredWeights:
         They come in the files' order, which is the one to read them in. What is on disk and not in the model is
         among those left out.
         """
-        candidates = _by_name(self.checkpoint) if self.skeleton is None else self._candidates(self.skeleton)
+        candidates = _by_name(self._weights) if self.skeleton is None else self._candidates(self.skeleton)
+        candidates = [replace(each, stored=self._on_disk(each.stored)) for each in candidates]
         matrices, skipped = choose_matrices(candidates, include=include, exclude=exclude, towers=towers)
         if self.skeleton is not None:
             skipped += [Skipped(name, NOT_IN_MODEL) for name in self.skeleton.unexpected]
         else:
             skipped += [
                 Skipped(name, f"{str(stored.dtype).removeprefix('torch.')}, so it holds no weights")
-                for name, stored in self.checkpoint.tensors.items()
+                for name, stored in self._weights.tensors.items()
                 if not stored.dtype.is_floating_point
             ]
         places = {name: place for place, name in enumerate(self.checkpoint.tensors)}
@@ -97,8 +96,11 @@ class StoredWeights:
         return matrices, skipped
 
     def identity(self) -> str:
-        """Which weights these are: as `in_memory.Weights.identity` of the model that they are loaded into."""
-        if self.skeleton is None:
+        """Which weights these are: as `in_memory.Weights.identity` of the model that they are loaded into.
+
+        Quantised weights have one of their own, of the codes and scales on disk.
+        """
+        if self.skeleton is None or self._quantised:
             return self.checkpoint.identity()
         parameters = named_parameters(self.skeleton.model)
         shared: dict[int, list[str]] = {}
@@ -165,32 +167,52 @@ class StoredWeights:
 
     def _tied(self, names: Sequence[str]) -> Sequence[str]:
         """Those of the names that share one weight once they are loaded: none where the files have different ones."""
-        there = [self._sources[name].stored[0] for name in names if name in self._sources]
-        return names if len(there) < 2 or self.checkpoint.are_equal(there) else ()
+        there = [self._on_disk(self._sources[name].stored[:1]) for name in names if name in self._sources]
+        if len({len(parts) for parts in there}) > 1:
+            return ()
+        return names if len(there) < 2 or all(map(self.checkpoint.are_equal, zip(*there, strict=True))) else ()
 
     def _parts(self, matrix: Matrix) -> list[StoredTensor]:
         """What is to be read for one matrix."""
         tensors = self.checkpoint.tensors
         source = self._source(matrix)
         if source.conversion is None:
+            if quantised := self._quantised.get(source.stored[0]):
+                return quantised.parts(matrix.expert)
             stored = tensors[source.stored[0]]
             if matrix.expert is None:
                 return [stored]
             if len(stored.shape) == 3:
                 return [stored.expert(matrix.expert)]
             return [stored.rows(matrix.expert * matrix.shape[0], (matrix.expert + 1) * matrix.shape[0])]
-        return [tensors[name] for name in self._taken(matrix, source)]
+        return [tensors[name] for name in self._on_disk(self._taken(matrix, source))]
 
     def _made(self, matrix: Matrix, tensors: list[Tensor]) -> Tensor:
         source = self._source(matrix)
         if source.conversion is None or self.skeleton is None:
-            return tensors[0].view(matrix.shape)
+            (weights,) = self._dequantised(source.stored, tensors)
+            return weights.view(matrix.shape)
         names = self._taken(matrix, source)
-        named = dict(zip(names, tensors, strict=True))
+        named = dict(zip(names, self._dequantised(names, tensors), strict=True))
         made = source.conversion.of(named, self.skeleton.model)[matrix.parameter]
         if len(names) < len(source.stored):
             return made[0]
         return matrix.view(made)
+
+    def _on_disk(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Names of the stored tensors that weights of these names are made of."""
+        quantised = self._quantised
+        return tuple(
+            stored
+            for name in names
+            for stored in ([part.name for part in quantised[name].parts(None)] if name in quantised else [name])
+        )
+
+    def _dequantised(self, names: Sequence[str], tensors: list[Tensor]) -> list[Tensor]:
+        """The weights of these names. tensors: what was read for them."""
+        left = iter(tensors)
+        quantised = self._quantised
+        return [quantised[name].weights(next(left), next(left)) if name in quantised else next(left) for name in names]
 
     def _taken(self, matrix: Matrix, source: Source) -> tuple[str, ...]:
         """Of the tensors that a conversion takes, those that this matrix is made of."""

@@ -1,0 +1,193 @@
+"""Weights that are stored as codes with scales: which layouts are understood, and the weights that they stand for.
+
+Understood are 8-bit floats with a scale for each block, row or tensor, and MXFP4 experts as of gpt-oss. All else is
+refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from splaser_plugin.checkpoints.checkpoint import Checkpoint
+from splaser_plugin.checkpoints.header import StoredTensor
+from splaser_plugin.errors import CheckpointError
+from splaser_plugin.files.text import printable, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCALE = re.compile(r"scale|absmax|SCB", re.IGNORECASE)
+"""In the last segment of what stands beside quantised weights."""
+FP8 = torch.float8_e4m3fn
+FP8_METHODS = frozenset({"fp8", "fbgemm_fp8"})
+SCALE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+NEXT_STEP = "Give the model in bfloat16 or float32, as it was before it was quantised."
+
+
+@dataclass(frozen=True)
+class QuantisedWeight:
+    """A matrix of 8-bit floats, each of which is to be multiplied by the scale of its block."""
+
+    codes: StoredTensor
+    """(rows, columns)."""
+    scales: StoredTensor
+    block: tuple[int, int]
+    """Rows and columns that share a scale; the last blocks may be cut off."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weights."""
+        return self.codes.shape
+
+    def parts(self, expert: int | None) -> list[StoredTensor]:
+        """What is to be read. Raises CheckpointError where only an expert's rows are asked for."""
+        if expert is not None:
+            raise CheckpointError(
+                f"{self.codes.shard}: tensor {shown(self.codes.name)} holds several experts as "
+                f"{_dtype(self.codes)} with scales, which can't be scanned. {NEXT_STEP}"
+            )
+        return [self.codes, self.scales]
+
+    def weights(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """The weights, (rows, columns), in float32."""
+        weights = codes.float()
+        height, width = self.block
+        grid = scales.float().view(_grid(self.shape, self.block))
+        of_rows = grid.repeat_interleave(height, dim=0)[: len(weights)]
+        for column in range(grid.shape[1]):
+            weights[:, column * width : (column + 1) * width] *= of_rows[:, column : column + 1]
+        return weights
+
+
+def quantised_weights(checkpoint: Checkpoint) -> dict[str, QuantisedWeight]:
+    """What is quantised, by the name of the weight; empty for plain weights.
+
+    Raises CheckpointError when the weights are quantised in a way that isn't understood.
+    """
+    settings = _settings(checkpoint.config)
+    method = quantisation(checkpoint.config)
+    found = _fp8(checkpoint, settings) if method in FP8_METHODS else {}
+    if method and not found:
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json says that its weights are quantised ({method}), which can't be "
+            f"scanned. {NEXT_STEP}"
+        )
+    check_holds_weights(with_weights(checkpoint, found), "scanned")
+    return found
+
+
+def with_weights(checkpoint: Checkpoint, quantised: Mapping[str, QuantisedWeight]) -> Checkpoint:
+    """The checkpoint as if it had the weights in float32 in the place of codes and scales; not to be read from."""
+    stored = {part.name for each in quantised.values() for part in each.parts(None)}
+    weights = {
+        name: replace(each.codes, name=name, dtype=torch.float32, shape=each.shape) for name, each in quantised.items()
+    }
+    return replace(
+        checkpoint, tensors={name: each for name, each in checkpoint.tensors.items() if name not in stored} | weights
+    )
+
+
+def stored_as(quantised: Iterable[QuantisedWeight]) -> str:
+    """How these weights are stored, for people; empty for none."""
+    counts = Counter(_dtype(each.codes) for each in quantised)
+    return ", ".join(f"{count:,} tensors in {dtype} with scales" for dtype, count in counts.items())
+
+
+def check_holds_weights(checkpoint: Checkpoint, purpose: str) -> None:
+    """Raises CheckpointError at the first tensor that holds codes with scales beside them instead of weights.
+
+    purpose: What can't be done with those, as in "reduced".
+    """
+    tensors = checkpoint.tensors
+    scaled = {name.rpartition(".")[0] for name in tensors if SCALE.search(name.rpartition(".")[2])}
+    for name, stored in tensors.items():
+        is_code = not stored.dtype.is_floating_point or stored.dtype.itemsize == 1
+        if len(stored.shape) >= 2 and is_code and scaled & {name, name.rpartition(".")[0]}:
+            method = quantisation(checkpoint.config)
+            raise CheckpointError(
+                f"{stored.shard}: tensor {shown(name)} is {_dtype(stored)} with scales "
+                f"beside it: quantised weights{f' ({method})' if method else ''}, which can't be {purpose}. {NEXT_STEP}"
+            )
+
+
+def quantisation(config: Mapping[str, Any]) -> str:
+    """The method by which config.json says the weights are quantised; empty for none."""
+    settings = _settings(config)
+    return "" if settings is None else printable(str(settings.get("quant_method") or "unknown method"), 40)
+
+
+def _settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What config.json says of the quantisation; None for nothing."""
+    for part in (config, config.get("text_config"), config.get("llm_config")):
+        stored = part.get("quantization_config") if isinstance(part, dict) else None
+        if isinstance(stored, dict):
+            return stored
+    return None
+
+
+def _fp8(checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> dict[str, QuantisedWeight]:
+    """transformers' layout: `weight` with `weight_scale_inv` for each block of `weight_block_size`, or for the tensor
+    where there is no such size; or `weight_scale` for each row or for the tensor."""
+    block = _block(checkpoint, settings or {})
+    tensors = checkpoint.tensors
+    found = {}
+    for name, codes in tensors.items():
+        if codes.dtype.itemsize > 1 or not codes.dtype.is_floating_point:
+            continue
+        beside = [tensors[each] for each in (f"{name}_scale_inv", f"{name}_scale") if each in tensors]
+        if codes.dtype != FP8 or len(codes.shape) != 2 or 0 in codes.shape or len(beside) != 1:
+            raise _not_understood(codes, f"of shape {codes.shape} with {len(beside)} scale tensors beside it", "one")
+        (scales,) = beside
+        rows, columns = codes.shape
+        whole, row = (rows, columns), (1, columns)
+        shapes: dict[tuple[int, ...], tuple[int, int]] = {(): whole, (1,): whole, (1, 1): whole}
+        if scales.name.endswith("_scale"):
+            shapes = {(rows,): row, (rows, 1): row, **shapes}
+        elif block is not None:
+            shapes = {_grid(codes.shape, block): block}
+        if scales.dtype not in SCALE_DTYPES or scales.shape not in shapes:
+            raise _not_understood(
+                codes,
+                f"of shape {codes.shape} with scales of shape {scales.shape} in {_dtype(scales)}",
+                f"float scales of shape {next(iter(shapes))}",
+            )
+        found[name] = QuantisedWeight(codes, scales, shapes[scales.shape])
+    used = {each.scales.name for each in found.values()}
+    for name, stored in tensors.items():
+        if name.endswith((".weight_scale_inv", ".weight_scale")) and name not in used:
+            raise _not_understood(stored, "a scale without a weight in 8-bit floats", "both")
+    return found
+
+
+def _block(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    block = settings.get("weight_block_size")
+    if block is None:
+        return None
+    if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: weight_block_size is {shown(block)}, expected two positive "
+            f"integers. {NEXT_STEP}"
+        )
+    return block[0], block[1]
+
+
+def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
+    return math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
+
+
+def _dtype(stored: StoredTensor) -> str:
+    return str(stored.dtype).removeprefix("torch.")
+
+
+def _not_understood(stored: StoredTensor, what: str, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{stored.shard}: tensor {shown(stored.name)} ({_dtype(stored)}) is {what}, expected {expected}: "
+        f"quantised weights that can't be scanned. {NEXT_STEP}"
+    )

@@ -1,0 +1,175 @@
+"""Quantised checkpoints are scanned as the weights that they stand for, and refused where those aren't known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+from splaser_plugin import scan
+from splaser_plugin.checkpoints.checkpoint import open_checkpoint
+from splaser_plugin.errors import CheckpointError, ModelError
+from splaser_plugin.scanning.records import Scan
+from splaser_plugin.weights.loading import load_model
+from splaser_plugin.weights.stored import StoredWeights
+from tests.tiny_models import CAUSAL, TEXT, build, change, configure, saved
+
+BLOCK = (8, 16)
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+DOWN_PROJ = "model.layers.0.mlp.down_proj.weight"
+
+
+def block_scales(weight, block=BLOCK):
+    rows, columns = weight.shape
+    found = torch.empty(-(-rows // block[0]), -(-columns // block[1]))
+    for i in range(found.shape[0]):
+        for j in range(found.shape[1]):
+            part = weight[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
+            found[i, j] = part.abs().max() / 448
+    return found
+
+
+def spread(scales, shape, block=BLOCK):
+    """The scale of each entry, one by one."""
+    return torch.tensor(
+        [[scales[i // block[0], j // block[1]].item() for j in range(shape[1])] for i in range(shape[0])]
+    )
+
+
+LAYOUTS = {
+    "blocks": ("weight_scale_inv", block_scales, spread, {"weight_block_size": list(BLOCK)}),
+    "rows": ("weight_scale", lambda w: w.abs().amax(1, keepdim=True) / 448, lambda s, shape: s.expand(shape), {}),
+    "flat rows": ("weight_scale", lambda w: w.abs().amax(1) / 448, lambda s, shape: s[:, None].expand(shape), {}),
+    "rows, fbgemm": (
+        "weight_scale",
+        lambda w: w.abs().amax(1, keepdim=True) / 448,
+        lambda s, shape: s.expand(shape),
+        {"quant_method": "fbgemm_fp8"},
+    ),
+    "tensors": ("weight_scale", lambda w: w.abs().max() / 448, lambda s, shape: s.expand(shape), {}),
+    "tensors, inv": ("weight_scale_inv", lambda w: w.abs().max()[None] / 448, lambda s, shape: s.expand(shape), {}),
+}
+
+
+def is_quantised(name):
+    return name.endswith("proj.weight") or (".experts." in name and name.endswith("weight"))
+
+
+def quantised(folder, layout, model):
+    """The folder with codes and scales; the weights that they stand for, by name on disk, computed the slow way."""
+    last, scale_of, spread_of, settings = LAYOUTS[layout]
+    meant = {}
+
+    def quantise(tensors):
+        for name in [name for name in tensors if is_quantised(name)]:
+            scales = scale_of(tensors[name])
+            of_each = spread_of(scales, tensors[name].shape)
+            codes = (tensors[name] / of_each).to(torch.float8_e4m3fn)
+            meant[name] = codes.float() * of_each
+            tensors |= {name: codes, f"{name.removesuffix('weight')}{last}": scales}
+        return tensors
+
+    saved(model, folder)
+    change(folder, quantise)
+    configure(folder, quantization_config={"quant_method": "fp8", **settings})
+    return meant
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eight_bit_floats_are_read_as_the_weights_they_stand_for(layout, tmp_path):
+    """24 columns in blocks of 16: the last block is cut off."""
+    meant = quantised(tmp_path, layout, build("llama", TEXT))
+    stored = StoredWeights(open_checkpoint(tmp_path))
+    assert stored.note == ""
+    matrices, skipped = stored.matrices()
+    assert {matrix.parameter for matrix in matrices} == set(meant)
+    assert not any("scale" in each.name for each in [*matrices, *skipped])
+    for matrix, weight in stored.stream(matrices, matrices):
+        assert weight.dtype == torch.float32
+        torch.testing.assert_close(weight, meant[matrix.parameter], rtol=1e-6, atol=0)
+        assert set(matrix.stored) == {
+            matrix.parameter,
+            f"{matrix.parameter.removesuffix('weight')}{LAYOUTS[layout][0]}",
+        }
+
+
+def test_blocks_are_dequantised_as_by_transformers(tmp_path):
+    quantised(tmp_path, "blocks", build("llama", TEXT | {"intermediate_size": 32}))
+    tensors = load_file(tmp_path / "model.safetensors")
+    stored = StoredWeights(open_checkpoint(tmp_path))
+    matrices, _ = stored.matrices()
+    for matrix, weight in stored.stream(matrices, matrices):
+        codes, scales = (tensors[name] for name in matrix.stored)
+        assert torch.equal(weight, Fp8Dequantize(None)._dequantize_one(codes, scales, torch.float32))
+
+
+def test_a_scan_is_that_of_the_weights_and_says_how_they_are_stored(tmp_path):
+    model = build("llama", TEXT)
+    meant = quantised(tmp_path / "codes", "blocks", model)
+    saved(model, tmp_path / "plain")
+    change(tmp_path / "plain", lambda tensors: tensors | meant)
+    found, plain = scan(tmp_path / "codes"), scan(tmp_path / "plain")
+    assert {each.name: each.edges for each in found.matrices} == {each.name: each.edges for each in plain.matrices}
+    assert found.stored_as == "14 tensors in float8_e4m3fn with scales"
+    assert plain.stored_as == ""
+    found.save(tmp_path / "scan.json")
+    assert Scan.load(tmp_path / "scan.json").stored_as == found.stored_as
+    assert found.weights_identity != plain.weights_identity
+
+
+def test_experts_in_eight_bit_floats_are_put_together_from_their_own_scales(tmp_path):
+    meant = quantised(tmp_path, "blocks", build("mixtral", CAUSAL["mixtral"]))
+    stored = StoredWeights(open_checkpoint(tmp_path))
+    matrices, skipped = stored.matrices()
+    assert not any("scale" in each.name for each in [*matrices, *skipped])
+    weights = {matrix.name: weight for matrix, weight in stored.stream(matrices, matrices)}
+    assert len(weights) == 2 * (4 + 2 * 4)
+    disk = "model.layers.1.block_sparse_moe.experts.3"
+    runtime = "model.layers.1.mlp.experts"
+    gate_up = torch.cat([meant[f"{disk}.w1.weight"], meant[f"{disk}.w3.weight"]])
+    torch.testing.assert_close(weights[f"{runtime}.gate_up_proj[3]"], gate_up, rtol=1e-6, atol=0)
+    torch.testing.assert_close(weights[f"{runtime}.down_proj[3]"], meant[f"{disk}.w2.weight"], rtol=1e-6, atol=0)
+
+
+def without(name):
+    return lambda tensors: {key: each for key, each in tensors.items() if key != name}
+
+
+def with_one(name, made):
+    return lambda tensors: tensors | {name: made(tensors)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (without(f"{Q_PROJ}_scale_inv"), "with 0 scale tensors beside it, expected one"),
+        (without(Q_PROJ), "a scale without a weight in 8-bit floats"),
+        (with_one(Q_PROJ, lambda t: t[Q_PROJ].to(torch.bfloat16)), "a scale without a weight in 8-bit floats"),
+        (with_one(f"{Q_PROJ}_scale", lambda _: torch.ones(1)), "with 2 scale tensors beside it"),
+        (with_one(Q_PROJ, lambda t: t[Q_PROJ].float().to(torch.float8_e5m2)), "float8_e5m2.*with 1 scale"),
+        (with_one(f"{Q_PROJ}_scale_inv", lambda _: torch.ones(1)), r"scales of shape \(1,\).*expected.*\(2, 1\)"),
+        (with_one(f"{Q_PROJ}_scale_inv", lambda t: t[f"{Q_PROJ}_scale_inv"].byte()), r"\(2, 1\) in uint8"),
+        (with_one(DOWN_PROJ, lambda _: torch.ones(16, 24, dtype=torch.int8)), "a scale without a weight in 8-bit"),
+    ],
+)
+def test_what_is_not_understood_is_refused_in_one_line_with_the_next_step(changed, message, tmp_path):
+    quantised(tmp_path, "blocks", build("llama", TEXT))
+    change(tmp_path, changed)
+    with pytest.raises(CheckpointError, match=message + ".*Give the model in bfloat16 or float32") as refusal:
+        scan(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("block", [[128], [0, 16], "16", [8.0, 16.0]])
+def test_a_block_size_that_is_none_is_refused(block, tmp_path):
+    quantised(tmp_path, "blocks", build("llama", TEXT))
+    configure(tmp_path, quantization_config={"quant_method": "fp8", "weight_block_size": block})
+    with pytest.raises(CheckpointError, match=r"weight_block_size is .*expected two positive integers"):
+        scan(tmp_path)
+
+
+def test_eight_bit_floats_are_not_lasered(tmp_path):
+    quantised(tmp_path, "blocks", build("llama", TEXT))
+    with pytest.raises((CheckpointError, ModelError), match=r"quantised weights \(fp8\), which can't be reduced"):
+        load_model(tmp_path, device="cpu")
