@@ -7,6 +7,7 @@ from typing import Any
 
 from splaser_plugin.data.pairs import Message
 from splaser_plugin.errors import ModelError, PairsError
+from splaser_plugin.files.text import first_line_of
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -20,6 +21,7 @@ INSTRUCT = (
     "{% if add_generation_prompt %}### Response:\n{% endif %}"
 )
 _NAMED = {"chatml": CHATML, "instruct": INSTRUCT}
+_ANSWER = "an answer to look for"
 _STOPS = {"chatml": "<|im_end|>", "instruct": "### Instruction:"}
 
 
@@ -28,7 +30,8 @@ class Prompter:
 
     template: `auto` for the tokenizer's own chat template, or `chatml` or `instruct`.
     context: the model's longest input in tokens, or None when it has no limit.
-    Raises ModelError when `auto` is asked for and the tokenizer has no template.
+    Raises ModelError when `auto` is asked for and the tokenizer has no template, or one that doesn't begin the
+    assistant's turn.
     """
 
     def __init__(self, tokenizer: Any, template: str = "auto", context: int | None = None) -> None:
@@ -41,19 +44,28 @@ class Prompter:
         self.context = context
         self.stop_text = _STOPS.get(template)
         self._template = _NAMED.get(template)
+        self._refuse_missing_header()
 
     def text(self, messages: Sequence[Message]) -> str:
-        """The prompt as the model reads it, ready for the assistant's turn."""
-        from jinja2 import TemplateError
+        """The prompt as the model reads it, ready for the assistant's turn.
 
+        Where the template has no system turn, its content comes first in the next one.
+        Raises ModelError when the template fails.
+        """
         turns = [{"role": message["role"], "content": message["content"]} for message in messages]
-        try:
-            return self._render(turns)
-        except TemplateError:
-            if turns[0]["role"] != "system" or len(turns) < 2:
-                raise
-        first = {**turns[1], "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}
-        return self._render([first, *turns[2:]])
+        ways = [turns]
+        if turns[0]["role"] == "system" and len(turns) > 1:
+            ways.append([{**turns[1], "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}, *turns[2:]])
+        for way in ways:
+            try:
+                return self._render(way)
+            except Exception as error:  # a template is a program, and may fail in any way
+                failed = error
+        raise ModelError(
+            f"the chat template fails at the prompt {turns[-1]['content'][:40]!r}: {type(failed).__name__}: "
+            f"{first_line_of(failed).rstrip('.')}. Mend the template, leave such prompts out, or name another with "
+            "--template chatml."
+        ) from failed
 
     def tokens(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the prompt. Raises PairsError when the model's context has no room for an answer."""
@@ -65,7 +77,22 @@ class Prompter:
             )
         return ids
 
-    def _render(self, turns: list[dict[str, str]]) -> str:
+    def _refuse_missing_header(self) -> None:
+        """Raise ModelError when a prompt ends before what the template writes between it and the answer."""
+        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            prompt, unfinished = self._render(turns[:1]), self._render(turns[:1], add_generation_prompt=False)
+            whole = self._render(turns, add_generation_prompt=False)
+        except Exception:  # what it says of real prompts counts
+            return
+        header, found, _ = whole.removeprefix(prompt).partition(_ANSWER)
+        if prompt == unfinished and whole.startswith(prompt) and found and header.strip():
+            raise ModelError(
+                f"the chat template ignores add_generation_prompt, so that the model would write {header!r} itself "
+                "before each answer. Mend the template, or name another with --template chatml."
+            )
+
+    def _render(self, turns: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self.tokenizer.apply_chat_template(
-            turns, chat_template=self._template, tokenize=False, add_generation_prompt=True
+            turns, chat_template=self._template, tokenize=False, add_generation_prompt=add_generation_prompt
         )

@@ -237,10 +237,41 @@ def test_named_templates_serve_tokenizers_without_one(tokenizer, monkeypatch):
 def test_a_template_without_system_turns_gets_the_system_text_in_the_first_turn(tokenizer, monkeypatch):
     picky = (
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-        "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     monkeypatch.setattr(tokenizer, "chat_template", picky)
-    assert Prompter(tokenizer).text(TURNS) == "<user>Be brief.\n\nHi<assistant>Hello.<user>Bye"
+    assert Prompter(tokenizer).text(TURNS) == "<user>Be brief.\n\nHi<assistant>Hello.<user>Bye<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% if %}", r"TemplateSyntaxError: Expected an expression"),
+        ("{{ raise_exception('no') }}", r"the prompt 'Bye': TemplateError: no\. Mend the template"),
+        ("{{ messages[0].tool_calls[0] }}", r"UndefinedError"),
+        ("{{ messages[0].content + 1 }}", r"TypeError"),
+        ({"rag": "{{ messages[0].content }}"}, r"ValueError"),
+    ],
+)
+def test_a_template_that_fails_is_one_line(template, says, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(ModelError, match=rf"the chat template fails at .*{says}") as raised:
+        Prompter(tokenizer).text(TURNS)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_template_that_never_begins_the_assistants_turn_is_refused(tokenizer, monkeypatch):
+    header = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", header)
+    with pytest.raises(ModelError, match=r"ignores add_generation_prompt, .* would write '<assistant>' itself"):
+        Prompter(tokenizer)
+    assert Prompter(tokenizer, "instruct").text(TURNS[1:2]).endswith("### Response:\n")
+    no_header = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", no_header)
+    assert Prompter(tokenizer).text(TURNS[1:2]) == "[INST] Hi [/INST]"
 
 
 @pytest.mark.parametrize("kind", ["rwkv", "openai-gpt", "mamba"])
