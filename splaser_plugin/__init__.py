@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from splaser_plugin.jobs.apply import apply as apply
     from splaser_plugin.jobs.compare import Comparison as Comparison
     from splaser_plugin.jobs.compare import compare as compare
+    from splaser_plugin.jobs.expand import expand as expand
     from splaser_plugin.jobs.laser import laser as laser
     from splaser_plugin.jobs.result import LaserResult as LaserResult
     from splaser_plugin.progress import Progress as Progress
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from splaser_plugin.scanning.selection import Selection as Selection
     from splaser_plugin.scanning.selection import choose as choose
     from splaser_plugin.scanning.spectrum_format import load_scan as load_scan
-    from splaser_plugin.weights.factored import expand as expand
     from splaser_plugin.weights.factored_folder import load as load
 
 from splaser_plugin.weights.registration import register_with_transformers
@@ -57,7 +57,7 @@ _HOMES = {
     "apply": "jobs.apply",
     "choose": "scanning.selection",
     "compare": "jobs.compare",
-    "expand": "weights.factored",
+    "expand": "jobs.expand",
     "laser": "jobs.laser",
     "load": "weights.factored_folder",
     "load_pairs": "data.pairs",

@@ -240,7 +240,7 @@ def expand(
     from splaser_plugin.jobs.expand import expand_folder
 
     with held(path):
-        layers = expand_folder(model, path)
+        _, layers = expand_folder(model, path)
     progress.result("expanded", f"{layers} layers")
     progress.result("model", str(output))
 

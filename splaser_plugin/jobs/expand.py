@@ -5,28 +5,59 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from splaser_plugin.artifacts.card import model_card
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.artifacts.results import Results
 from splaser_plugin.checkpoints.folder import INDEX_NAME, read_config, resolve_model
-from splaser_plugin.files.output import check_space, whole_folder
-from splaser_plugin.weights.factored import expand
+from splaser_plugin.errors import ModelError
+from splaser_plugin.files.output import check_output, check_space, held, whole_folder
+from splaser_plugin.weights.factored import expand as expand_layers
 from splaser_plugin.weights.factored_folder import load
 from splaser_plugin.weights.factored_format import stored_layers
 from splaser_plugin.weights.in_memory import Weights
 
 
-def expand_folder(model: str, out: Path) -> int:
+def expand(model: Any, *, output: str | Path | None = None, overwrite: bool = False) -> Any:
+    """Turn every factored layer of a model into a plain one.
+
+    Args:
+        model: A folder or hub id, or a loaded model, which is changed in place, under PEFT too. Experts that have
+            adapters are put back into their stacks only once those are merged: call it again then.
+        output: Folder to write the plain model to, with the tokenizer and what else the model's folder has.
+        overwrite: Replace the output of an earlier run.
+
+    Returns:
+        The plain model.
+
+    Raises:
+        ModelError: An output is asked for of a loaded model, which has no tokenizer to write.
+        CheckpointError: The model is missing, damaged or at odds; the message has the file and the tensor.
+        RecipeError: The recipe or the results in the folder are damaged.
+        OutputError: The output exists and isn't empty, or can't be written.
+    """
+    if not isinstance(model, (str, Path)):
+        if output is not None:
+            raise ModelError("a loaded model has no tokenizer to write. Save both with their save_pretrained.")
+        return expand_layers(model)
+    if output is None:
+        return expand_layers(load(model, dtype="auto"))
+    path = check_output(output, overwrite=overwrite, inputs=(model,))
+    with held(path):
+        return expand_folder(str(model), path)[0]
+
+
+def expand_folder(model: str, out: Path) -> tuple[Any, int]:
     """Write the dense model of a factored one to the folder `out`, with what else there is: tokenizer, recipe.
 
-    Only for the process that holds `out`. Returns how many layers were factored: 0 for a run that kept nothing.
+    Only for the process that holds `out`. Returns it, and how many layers were factored: 0 for a run that kept nothing.
     Raises CheckpointError as `load` does, RecipeError when the recipe or the results that are copied are damaged, and
     OutputError when there is no room for the dense model.
     """
     source = resolve_model(model)
     layers = stored_layers(read_config(source), source)
-    dense = expand(load(source, dtype="auto"))
+    dense = expand_layers(load(source, dtype="auto"))
     needed = Weights(dense).size
     check_space(out, needed)
     with whole_folder(out, needed=needed) as folder:
@@ -36,7 +67,7 @@ def expand_folder(model: str, out: Path) -> int:
             if file.is_file() and not is_weights and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
         _rewrite_card(folder)
-    return len(layers)
+    return dense, len(layers)
 
 
 def _rewrite_card(folder: Path) -> None:

@@ -123,8 +123,20 @@ def test_a_factored_model_is_loaded_for_comparison_and_refused_for_another_reduc
         run_scan(str(out))
 
 
+def test_a_folder_is_expanded_from_python_as_by_the_command(run, tmp_path):
+    result, out = run
+    expanded = expand(out, output=tmp_path / "dense")
+    assert same_state(expanded, result.model) and same_state(expand(out), result.model)
+    assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), result.model)
+    assert (tmp_path / "dense" / "recipe.json").read_bytes() == (out / "recipe.json").read_bytes()
+    with pytest.raises(OutputError, match="isn't empty"):
+        expand(out, output=tmp_path / "dense")
+    with pytest.raises(ModelError, match="a loaded model has no tokenizer to write"):
+        expand(expanded, output=tmp_path / "other")
+
+
 def test_expanding_a_run_that_kept_nothing_copies_it(tiny_folder, tmp_path):
-    assert expand_folder(str(tiny_folder), tmp_path / "expanded") == 0
+    assert expand_folder(str(tiny_folder), tmp_path / "expanded")[1] == 0
     assert (tmp_path / "expanded" / "model.safetensors").read_bytes() == (
         tiny_folder / "model.safetensors"
     ).read_bytes()
