@@ -66,14 +66,43 @@ class QuantisedWeight:
         return weights
 
 
-def quantised_weights(checkpoint: Checkpoint) -> dict[str, QuantisedWeight]:
+@dataclass(frozen=True)
+class PackedExperts(QuantisedWeight):
+    """A stack of experts in MXFP4, as of gpt-oss.
+
+    codes: (experts, columns, groups, 16), two in a byte. scales: (experts, columns, groups). A group is 32 rows.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(experts, rows, columns) of the weights."""
+        experts, columns, groups, width = self.codes.shape
+        return experts, groups * width * 2, columns
+
+    def parts(self, expert: int | None) -> list[StoredTensor]:
+        """Codes and scales, of one expert alone where it is given."""
+        both = [self.codes, self.scales]
+        return both if expert is None else [each.rows(expert, expert + 1) for each in both]
+
+    def weights(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """The weights, (experts, rows, columns), in float32: by transformers' own conversion."""
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+        return convert_moe_packed_tensors(codes, scales, dtype=torch.float32)
+
+
+def quantised_weights(checkpoint: Checkpoint) -> Mapping[str, QuantisedWeight]:
     """What is quantised, by the name of the weight; empty for plain weights.
 
     Raises CheckpointError when the weights are quantised in a way that isn't understood.
     """
     settings = _settings(checkpoint.config)
     method = quantisation(checkpoint.config)
-    found = _fp8(checkpoint, settings) if method in FP8_METHODS else {}
+    found: Mapping[str, QuantisedWeight] = {}
+    if method in FP8_METHODS:
+        found = _fp8(checkpoint, settings)
+    elif method == "mxfp4":
+        found = _mxfp4(checkpoint)
     if method and not found:
         raise CheckpointError(
             f"{checkpoint.folder}: config.json says that its weights are quantised ({method}), which can't be "
@@ -163,6 +192,23 @@ def _fp8(checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> dict[str
     for name, stored in tensors.items():
         if name.endswith((".weight_scale_inv", ".weight_scale")) and name not in used:
             raise _not_understood(stored, "a scale without a weight in 8-bit floats", "both")
+    return found
+
+
+def _mxfp4(checkpoint: Checkpoint) -> dict[str, PackedExperts]:
+    """gpt-oss' layout: `gate_up_proj_blocks` with `gate_up_proj_scales`, and so for `down_proj`."""
+    found = {}
+    for name, codes in checkpoint.tensors.items():
+        if name.endswith("_blocks"):
+            scales = checkpoint.tensors.get(f"{name.removesuffix('_blocks')}_scales")
+            is_known = len(codes.shape) == 4 and codes.shape[3] == 16 and codes.dtype == torch.uint8
+            if scales is None or not is_known or scales.dtype != torch.uint8 or scales.shape != codes.shape[:3]:
+                beside = "no scales" if scales is None else f"scales of shape {scales.shape} in {_dtype(scales)}"
+                raise _not_understood(codes, f"of shape {codes.shape} with {beside}", "MXFP4 as of gpt-oss")
+            found[name.removesuffix("_blocks")] = PackedExperts(codes, scales, (32, 1))
+    for name, stored in checkpoint.tensors.items():
+        if name.endswith("_scales") and name.removesuffix("_scales") not in found:
+            raise _not_understood(stored, "scales without blocks", "both")
     return found
 
 

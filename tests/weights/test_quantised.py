@@ -173,3 +173,56 @@ def test_eight_bit_floats_are_not_lasered(tmp_path):
     quantised(tmp_path, "blocks", build("llama", TEXT))
     with pytest.raises((CheckpointError, ModelError), match=r"quantised weights \(fp8\), which can't be reduced"):
         load_model(tmp_path, device="cpu")
+
+
+GPT_OSS = TEXT | {
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "layer_types": ["full_attention", "full_attention"],
+}
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def packed(folder):
+    def pack(tensors):
+        for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            experts, rows, columns = tensors.pop(name).shape
+            tensors[f"{name}_blocks"] = torch.randint(0, 256, (experts, columns, rows // 32, 16), dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.randint(110, 130, (experts, columns, rows // 32), dtype=torch.uint8)
+        return tensors
+
+    saved(build("gpt_oss", GPT_OSS), folder)
+    change(folder, pack)
+    configure(folder, quantization_config={"quant_method": "mxfp4"})
+
+
+def test_mxfp4_experts_are_read_as_the_weights_they_stand_for(tmp_path):
+    packed(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    stored = StoredWeights(open_checkpoint(tmp_path))
+    assert stored.note == ""
+    matrices, skipped = stored.matrices()
+    assert not any("scales" in each.name or "blocks" in each.name for each in [*matrices, *skipped])
+    experts = [matrix for matrix in matrices if matrix.expert is not None]
+    assert len(experts) == 2 * 2 * 3
+    for matrix, weight in stored.stream(experts, experts):
+        codes, scales = (tensors[f"{matrix.parameter}_{last}"][matrix.expert] for last in ("blocks", "scales"))
+        assert weight.shape == (codes.shape[1] * 32, codes.shape[0])
+        for column in range(weight.shape[1]):
+            for row in range(0, weight.shape[0], 5):
+                group, place = divmod(row, 32)
+                byte = codes[column, group, place // 2].item()
+                code = byte >> 4 if place % 2 else byte & 15
+                value = E2M1[code & 7] * (-1 if code & 8 else 1) * 2.0 ** (scales[column, group].item() - 127)
+                assert weight[row, column].item() == value
+    assert "uint8 with scales" in scan(tmp_path).stored_as
+
+
+@pytest.mark.parametrize(("last", "message"), [("blocks", "scales without blocks"), ("scales", "with no scales")])
+def test_half_of_mxfp4_is_refused(last, message, tmp_path):
+    packed(tmp_path)
+    change(tmp_path, without(f"model.layers.0.mlp.experts.down_proj_{last}"))
+    with pytest.raises(CheckpointError, match=message):
+        scan(tmp_path)
