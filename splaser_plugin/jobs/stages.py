@@ -317,10 +317,7 @@ def _steps(found: SearchResult) -> tuple[Step, ...]:
     if budget is not None:
         edge = BudgetShare(budget.share)
         return tuple(Step(matrix.name, rank, edge, None, matrix.shape) for matrix, rank in budget.ranks.items())
-    return tuple(
-        Step(candidate.matrix.name, candidate.rank, candidate.edge, candidate.threshold, candidate.matrix.shape)
-        for candidate in found.kept
-    )
+    return tuple(Step(kept.matrix.name, kept.rank, kept.edge, kept.threshold, kept.matrix.shape) for kept in found.kept)
 
 
 def _calibration(run: Run, scorers: Scorers, searched: Material) -> list[Row]:
