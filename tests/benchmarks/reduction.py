@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 
 from splaser_plugin.cli.demo import prepare_model
 from splaser_plugin.data.windows import open_text
@@ -217,6 +218,17 @@ def table(rows: dict[tuple[str, float], Row]) -> str:
     return "\n".join(lines)
 
 
+def predictions(rows: dict[tuple[str, float], Row]) -> str:
+    """Predicted cost against measured loss, with their rank correlation, where the cost is in nats."""
+    found = [row for row in rows.values() if row.predicted is not None]
+    if len(found) < 3:
+        return f"predicted against measured: {len(found)} rows in nats so far, too few for a rank correlation"
+    predicted, measured = [row.predicted for row in found], [row.loss for row in found]
+    correlation = spearmanr(predicted, measured).statistic
+    lines = [f"{row.method}, {row.budget:.0%}: {row.predicted:.4f} predicted, {row.loss:.4f} measured" for row in found]
+    return "\n".join([*lines, f"rank correlation over {len(found)} rows: {correlation:.2f}"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Ways to reduce SmolLM2 at several budgets, as a table.")
     parser.add_argument("--text", required=True, help="UTF-8 file: one half to calibrate on, the other to judge on")
@@ -239,6 +251,7 @@ def main() -> None:
         with arguments.measured.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
     print(table(measured))
+    print(predictions(measured))
 
 
 if __name__ == "__main__":
