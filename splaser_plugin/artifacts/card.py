@@ -26,7 +26,7 @@ def model_card(recipe: Recipe, run: Results | None = None) -> ModelCard:
     """
     base = public_name(recipe.model)
     data = ModelCardData(
-        base_model=base if _is_repo_id(base) else None,
+        base_model=base if _is_on_hub(recipe.model) and _is_repo_id(base) else None,
         datasets=[run.pairs.source] if run and _is_on_hub(run.pairs.source) else None,
         library_name="transformers",
         pipeline_tag="text-generation",

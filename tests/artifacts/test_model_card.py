@@ -106,12 +106,11 @@ def test_nothing_of_the_machine_is_on_the_card():
     stored = replaced(made_up_results(SCAN), "Intel/orca_dpo_pairs", "/home/alice/private/pairs.jsonl")
     card = model_card(replace(RECIPE, model="/home/alice/models/mine"), Results.from_dict(stored))
     assert "alice" not in str(card) and "/home" not in str(card)
-    assert metadata(card)["base_model"] == "mine"
+    assert "base_model" not in metadata(card)
     assert "datasets" not in metadata(card)
     assert "That is the last part of its name where it was made: a folder, a file or a model in memory." in card.text
     assert "`BASE_MODEL` is your copy of `mine`." in card.text
-    unnamable = model_card(replace(RECIPE, model="/home/alice/my model (2)"))
-    assert "base_model" not in metadata(unnamable)
+    assert "base_model" not in metadata(model_card(replace(RECIPE, model="alice/some--model")))
 
 
 @pytest.mark.parametrize(

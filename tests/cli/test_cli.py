@@ -107,7 +107,7 @@ def test_a_run_comes_with_its_report_and_card(splaser, tiny_folder, pairs_file, 
     assert page == (out / "report.html").read_bytes()
     assert b"What is the capital of France?" in page
     card = ModelCard.load(out / "README.md")
-    assert card.data.base_model == tiny_folder.name
+    assert card.data.base_model is None
     assert str(tiny_folder) not in str(card) and str(tmp_path) not in str(card)
     recipe = json.loads((out / "recipe.json").read_text())
     assert all(step["name"] in card.text for step in recipe["steps"])
