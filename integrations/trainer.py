@@ -217,7 +217,7 @@ class LaserCallback(TrainerCallback):
             scorers, used = Scorers(model, training.tokenizer, self.config), self.config.scorers
             if "perplexity" in used or self.config.judges_text:
                 scorers.windows()
-            for pair in self._split.pairs if used & {"semantic", "margin"} else ():
+            for pair in (*self._split.search, *self._split.held_out) if used & {"semantic", "margin"} else ():
                 scorers.prompter.tokens(pair.messages)
             if "semantic" in used and self.config.embedder != "self":
                 SentenceEmbedder(self.config.embedder, torch.device("cpu"), allow_pickle=self.config.allow_pickle)

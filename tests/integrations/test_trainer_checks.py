@@ -18,7 +18,7 @@ from splaser_plugin import LaserCallback, LaserConfig
 from splaser_plugin.errors import ConfigError, EmbedderError, ModelError, OutputError, PairsError, TextError
 from splaser_plugin.weights.adapted import MergedWeights
 from splaser_plugin.weights.in_memory import Weights
-from tests.builders import tiny_llama
+from tests.builders import save_rows, tiny_llama
 from tests.integrations.trainings import CONFIG
 
 
@@ -108,7 +108,7 @@ def test_before_training_nothing_is_asked_for_that_the_scorers_do_not_use(traine
 
 
 @pytest.mark.slow
-def test_what_would_stop_the_laser_after_training_stops_it_before(trainer_of, pairs, tmp_path):
+def test_what_would_stop_the_laser_after_training_stops_it_before(trainer_of, pairs, tmp_path, tokenizer):
     class Trains(TrainerCallback):
         def on_step_begin(self, args, state, control, **rest):
             raise AssertionError("training began")
@@ -126,6 +126,16 @@ def test_what_would_stop_the_laser_after_training_stops_it_before(trainer_of, pa
     with pytest.raises(PairsError, match=r"leaves no room for an answer in the model's context of 8"):
         short = tiny_llama(max_position_embeddings=8)
         trainer_of(short, LaserCallback(pairs=pairs, config=CONFIG), Trains()).train()
+    failing = "{% if messages[-1].content == 'Question 7?' %}{{ raise_exception('no 7') }}{% endif %}"
+    rows = [{"prompt": f"Question {n}?", "chosen": "Yes.", "rejected": "No."} for n in range(8)]
+    with pytest.raises(ModelError, match=r"the chat template fails at the prompt 'Question 7.*no 7"):
+        held_out = LaserConfig.from_dict(
+            {**CONFIG.to_dict(), "held_out": str(save_rows(tmp_path / "rows.jsonl", rows))}
+        )
+        trainer = trainer_of(tiny_llama(), LaserCallback(pairs=pairs, config=held_out), Trains())
+        trainer.processing_class = trainer.callback_handler.processing_class = copy.deepcopy(tokenizer)
+        trainer.processing_class.chat_template = failing + tokenizer.chat_template
+        trainer.train()
     (tmp_path / "run" / "lasered").mkdir(parents=True)
     (tmp_path / "run" / "lasered" / "mine.txt").write_text("x")
     with pytest.raises(OutputError, match=r"no recipe\.json"):
