@@ -37,6 +37,18 @@ class UsedPairs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UsedReferences:
+    """What the embedder sees of the chosen and rejected answers, held-out ones among them."""
+
+    texts: Whole
+    half_read: Whole
+    """How many are longer than what it reads."""
+    pairs: Whole
+    alike: Whole
+    """Pairs that score 0 whatever the model says: their two answers have the same vector."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Asked:
     """One pair, as far as a reader needs it."""
 
@@ -65,6 +77,8 @@ class Measured:
     """Empty where nothing was generated."""
     empty_answers: Whole = 0
     cut_answers: Whole = 0
+    half_read_answers: Whole = 0
+    """Longer than what the embedder reads."""
     generated_tokens: Whole = 0
 
 
@@ -234,6 +248,8 @@ class Results:
     held_out_text: Verdict | None = None
     """Of held-out windows of text, beside that of the pairs."""
     texts: Texts = Texts()
+    references: UsedReferences | None = None
+    """None where no answers are embedded."""
 
     @property
     def searched(self) -> int:

@@ -49,6 +49,8 @@ class Answer:
     """Generated token ids, with the end token if the model generated one."""
     is_cut: bool = False
     """Whether it was cut off at the longest length before the model ended it."""
+    is_half_read: bool = False
+    """Whether it is longer than what the embedder reads."""
 
 
 class BatchSize:

@@ -120,6 +120,7 @@ class Comparison(Table):
                     "per_window": list(model.text.values) if model.text else [],
                     "answers": [answer.text for answer in model.semantic.answers],
                     "generated_tokens": model.semantic.generated_tokens,
+                    "half_read_answers": model.semantic.half_read_answers,
                 }
                 for model, figures in zip(self.models, self.figures(), strict=True)
             ],
@@ -230,6 +231,8 @@ def _measure(
         margins = MarginScorer(model, scorers.prompter, pairs.pairs, batch_size=scorers.batch_size)
         scorer = SemanticScorer(scorers.generator, scorers.embedder, pairs.pairs)
         scorer.answers([0])  # what is slow only the first time isn't timed
+    if first is None and scorer.references.warning:
+        progress.result("warning", scorer.references.warning)
     items = range(len(pairs))
     with progress.phase("measuring", 2 * len(pairs) + len(windows)) as advance, counting(advance):
         started = time.perf_counter()
@@ -238,6 +241,8 @@ def _measure(
         semantic = scorer.scored(items, answers, first.semantic if first else None)
         margin = margins.score(items)
         text = scorers.make("perplexity", Material((), windows)).score(range(len(windows))) if windows else None
+    if semantic.half_read_answers:
+        progress.result("warning", semantic.half_read_warning)
     both = [item for item, pair in enumerate(pairs) if pair.rejected is not None]
     return Measured(
         model=source.name,

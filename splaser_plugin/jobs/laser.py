@@ -16,6 +16,7 @@ from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.files.output import check_output, check_space
 from splaser_plugin.jobs.result import NO_PAIRS, LaserResult
 from splaser_plugin.jobs.stages import (
+    Measures,
     begin,
     make_recipe,
     prepare_measures,
@@ -24,7 +25,8 @@ from splaser_plugin.jobs.stages import (
 )
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.scoring.scorers import check_scorers
-from splaser_plugin.search.journal import Journal, LaserJournal
+from splaser_plugin.scoring.semantic import References, SemanticScorer
+from splaser_plugin.search.journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.weights.adapted import weights_of
 from splaser_plugin.weights.in_memory import Weights, model_name
 from splaser_plugin.weights.loading import find_model, load_model
@@ -120,10 +122,25 @@ def laser_weights(
     """The job of `laser` on weights that are loaded already, wherever they live. name: how the model is called."""
     run = begin(weights, tokenizer, name=name, config=config, journal=journal, progress=progress)
     measures = prepare_measures(run, split)
+    references = _references(measures)
+    if references is not None and references.warning:
+        progress.result("warning", references.warning)
     scan = scan_weights(run, measures)
     found, verdicts = search_and_compare(run, measures, scan)
     recipe = make_recipe(run, scan, found)
-    return LaserResult(weights, tokenizer, scan, recipe, found, measures.split, verdicts.scored, verdicts.text)
+    return LaserResult(
+        weights, tokenizer, scan, recipe, found, measures.split, verdicts.scored, verdicts.text, references
+    )
+
+
+def _references(measures: Measures) -> References | None:
+    """What the embedder sees of all reference answers; None where none are embedded."""
+    scorers = [measures.scorer, measures.held_out]
+    if measures.guard is not None and measures.guard.name != measures.scorer.name:
+        scorers.append(measures.guard.scorer)
+    plain = [scorer.scorer for scorer in scorers if isinstance(scorer, RecordedScorer)]
+    seen = [scorer.references for scorer in plain if isinstance(scorer, SemanticScorer)]
+    return sum(seen[1:], seen[0]) if seen else None
 
 
 def read_pairs(pairs: PairSource | None, config: LaserConfig) -> Split:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from splaser_plugin.artifacts.results import (
     Tried,
     TriedBudget,
     UsedPairs,
+    UsedReferences,
     Verdict,
 )
 from splaser_plugin.config.run_file import run_file
@@ -31,6 +32,7 @@ from splaser_plugin.distributed import in_main
 from splaser_plugin.files.output import check_output, held, whole_folder
 from splaser_plugin.scanning.records import Scan
 from splaser_plugin.scoring.scores import Scores
+from splaser_plugin.scoring.semantic import References
 from splaser_plugin.search.budgets import BudgetTrial
 from splaser_plugin.search.search import SearchResult, Trial
 from splaser_plugin.search.verdict import HeldOut
@@ -62,6 +64,8 @@ class LaserResult:
     """The verdict; None where no pairs are held out."""
     held_out_text: HeldOut | None = None
     """The verdict of held-out windows of text, where they are judged beside the pairs."""
+    references: References | None = None
+    """What the embedder sees of the reference answers; None where none are embedded."""
 
     def __repr__(self) -> str:
         score = f"{self.score_before:+.4f} -> {self.score_after:+.4f}"
@@ -136,6 +140,7 @@ class LaserResult:
             held_out=_verdict(self.held_out, self.split.reason) or NoVerdict(split=self.split.reason),
             held_out_text=_verdict(self.held_out_text, WINDOWS),
             texts=Texts(search=_asked(scored.search), held_out=_asked(scored.held_out)),
+            references=UsedReferences(**asdict(self.references)) if self.references else None,
         )
 
     def results(self) -> dict[str, Any]:
@@ -189,6 +194,7 @@ def _measured(scores: Scores) -> Measured:
         answers=tuple(answer.text for answer in scores.answers),
         empty_answers=scores.empty_answers,
         cut_answers=scores.cut_answers,
+        half_read_answers=scores.half_read_answers,
         generated_tokens=scores.generated_tokens,
     )
 

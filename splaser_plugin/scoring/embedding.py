@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from splaser_plugin.checkpoints.folder import HUB_FILES, reaching_hub
 from splaser_plugin.checkpoints.trust import PICKLES, check_embedder_folder
@@ -33,6 +34,9 @@ class Embedder(Protocol):
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """(texts, dimensions) float32 on the CPU, each row of length 1."""
+
+    def cut(self, texts: Sequence[str]) -> list[bool]:
+        """Of each text, whether it is longer than what is read of it."""
 
 
 class SentenceEmbedder:
@@ -67,6 +71,15 @@ class SentenceEmbedder:
         vectors = self._model.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
         return list(vectors.float().cpu())
 
+    def cut(self, texts: Sequence[str]) -> list[bool]:
+        limit, tokenizer = self._model.max_seq_length, self._model.tokenizer
+        if limit is None or not isinstance(tokenizer, PreTrainedTokenizerBase):
+            return [False] * len(texts)
+        name = self._model.default_prompt_name
+        prefix = (self._model.prompts[name] if name else None) or ""
+        ids = tokenizer([prefix + text for text in texts], truncation=False, verbose=False)["input_ids"]
+        return [len(tokens) > limit for tokens in ids]
+
 
 def _embedder_folder(model: str, allow_pickle: bool) -> Path:
     """The folder itself, or the one in the hub's cache, downloaded or completed where the hub can be reached."""
@@ -96,12 +109,15 @@ class SelfEmbedder:
         self._tokenizer = tokenizer
         self._batch_size = batch_size
 
+    def cut(self, texts: Sequence[str]) -> list[bool]:
+        limit = context_length(self._weights.model)
+        return [limit is not None and len(tokens) > limit for tokens in self._tokens(texts)]
+
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
         model: Any = self._weights.model
         device = next(model.parameters()).device
-        start = self._tokenizer.bos_token_id or self._tokenizer.eos_token_id or 0
-        tokens = [self._tokenizer(text, add_special_tokens=False)["input_ids"] or [start] for text in texts]
+        tokens = self._tokens(texts)
         limit = context_length(model)
         order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
         vectors: dict[int, Tensor] = {}
@@ -116,6 +132,10 @@ class SelfEmbedder:
                 mean = (hidden.float() * mask[..., None]).sum(1) / lengths[:, None]
                 vectors.update(zip(batch, torch.nn.functional.normalize(mean, dim=-1).cpu(), strict=True))
         return torch.stack([vectors[index] for index in range(len(tokens))])
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        start = self._tokenizer.bos_token_id or self._tokenizer.eos_token_id or 0
+        return [self._tokenizer(text, add_special_tokens=False)["input_ids"] or [start] for text in texts]
 
     def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The last hidden states, (texts, tokens, width). Raises EmbedderError when the model has none."""

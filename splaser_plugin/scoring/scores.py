@@ -46,6 +46,19 @@ class Scores:
         """How many answers were cut off at the longest length."""
         return sum(answer.is_cut for answer in self.answers)
 
+    @property
+    def half_read_answers(self) -> int:
+        """How many answers are longer than what the embedder reads."""
+        return sum(answer.is_half_read for answer in self.answers)
+
+    @property
+    def half_read_warning(self) -> str:
+        """One line for people about them."""
+        return (
+            f"{self.half_read_answers} of {len(self.answers)} answers are longer than the embedder reads, and their "
+            "ends aren't compared. Lower --max-new-tokens, or give --embedder a model that reads more."
+        )
+
     def on(self, items: Sequence[int]) -> Scores:
         """The same measurement, of these items only."""
         place = {item: index for index, item in enumerate(self.items)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,6 +12,38 @@ from splaser_plugin.distributed import from_main, share
 from splaser_plugin.generation.generator import Answer, Generator
 from splaser_plugin.scoring.embedding import Embedder
 from splaser_plugin.scoring.scores import Scores
+
+ALIKE = 1e-5
+"""Largest distance of two unit vectors that rounding makes of equal texts."""
+
+
+@dataclass(frozen=True)
+class References:
+    """What the embedder sees of the answers that the model's own are compared with."""
+
+    texts: int
+    """Chosen and rejected answers."""
+    half_read: int
+    """How many are longer than what the embedder reads."""
+    pairs: int
+    alike: int
+    """Pairs whose two answers have the same vector: they score 0 whatever the model says."""
+
+    def __add__(self, other: References) -> References:
+        return References(
+            self.texts + other.texts,
+            self.half_read + other.half_read,
+            self.pairs + other.pairs,
+            self.alike + other.alike,
+        )
+
+    @property
+    def warning(self) -> str:
+        """One line for people; empty when everything is seen."""
+        half_read = f"{self.half_read} of {self.texts} reference answers are longer than the embedder reads"
+        alike = f"{self.alike} of {self.pairs} pairs score 0 whatever the model says, as their answers embed the same"
+        found = [text for text, count in ((half_read, self.half_read), (alike, self.alike)) if count]
+        return f"{'; '.join(found)}. Give --embedder a model that reads more, or use --scorer margin." if found else ""
 
 
 class SemanticScorer:
@@ -36,6 +69,10 @@ class SemanticScorer:
                 for pair, chosen in zip(pairs, vectors, strict=False)
             ]
         )
+        distances = from_main(self._direction.norm(dim=-1).tolist())
+        self.references = References(
+            len(texts), sum(embedder.cut(texts)), len(pairs), sum(distance <= ALIKE for distance in distances)
+        )
 
     def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
         return self.scored(items, self.answers(items, like), like)
@@ -48,7 +85,9 @@ class SemanticScorer:
             vectors = self.embedder.embed([answers[place].text for place in new])
             products = (vectors * self._direction[[items[place] for place in new]]).sum(-1)
             values.update(zip(new, from_main(products.tolist()), strict=True))
-        return Scores(tuple(items), tuple(values[place] for place in range(len(items))), tuple(answers))
+        half_read = self.embedder.cut([answer.text for answer in answers])
+        read = (replace(answer, is_half_read=half) for answer, half in zip(answers, half_read, strict=True))
+        return Scores(tuple(items), tuple(values[place] for place in range(len(items))), tuple(read))
 
     def answers(self, items: Sequence[int], like: Scores | None = None) -> list[Answer]:
         """The model's answers to some of the prompts, in the order asked for."""

@@ -16,17 +16,17 @@ class Guard:
         self.name = scorer.name
         self.size = scorer.size
         self.limit = limit
-        self._scorer = scorer
+        self.scorer = scorer
         self._base = Scores((), ())
 
     def measure_baseline(self) -> None:
         """Take the model as the base."""
-        self._base = self._scorer.score(range(self._scorer.size))
+        self._base = self.scorer.score(range(self.scorer.size))
 
     def loss(self) -> float | None:
         """What the model lost since, in the limit's unit: a ratio of perplexities, or a fall of the mean.
 
         None for a ratio that is too large for a number: it is over any limit.
         """
-        fall = self._base.mean - self._scorer.score(range(self._scorer.size), like=self._base).mean
+        fall = self._base.mean - self.scorer.score(range(self.scorer.size), like=self._base).mean
         return exp(fall) if self.name == "perplexity" else fall

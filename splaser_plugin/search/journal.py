@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -209,9 +209,7 @@ class RecordedScorer:
 
 
 def _packed(scores: Scores) -> dict[str, Any]:
-    answers = [
-        {"text": answer.text, "tokens": list(answer.tokens), "is_cut": answer.is_cut} for answer in scores.answers
-    ]
+    answers = [{**asdict(answer), "tokens": list(answer.tokens)} for answer in scores.answers]
     return {"values": list(scores.values), "answers": answers}
 
 

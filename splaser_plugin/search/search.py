@@ -111,6 +111,8 @@ def measured_baseline(judge: Judge, progress: Progress, name: str = "baseline") 
             f"of {len(baseline.answers)} the model left {baseline.empty_answers} empty and did not end "
             f"{baseline.cut_answers}, which were cut at --max-new-tokens",
         )
+    if baseline.half_read_answers:
+        progress.result("warning", baseline.half_read_warning)
     return baseline
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import huggingface_hub
@@ -13,9 +14,9 @@ from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scoring.embedding import SelfEmbedder, SentenceEmbedder
 from splaser_plugin.scoring.scores import Scores
-from splaser_plugin.scoring.semantic import SemanticScorer
+from splaser_plugin.scoring.semantic import References, SemanticScorer
 from splaser_plugin.weights.in_memory import Weights
-from tests.builders import hub_snapshot
+from tests.builders import hub_snapshot, save_rows
 
 CPU = torch.device("cpu")
 
@@ -157,3 +158,48 @@ def test_an_embedder_from_the_hub_is_checked_like_a_folder(tmp_path, monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(EmbedderError, match="pickled weights can run code"):
         SentenceEmbedder("org/pickled", CPU)
+
+
+CHINESE = "把锅里的水烧开然后放两勺小苏打静置一小时再用软海绵轻轻擦掉烧焦的部分" * 14
+
+
+@pytest.mark.real
+def test_texts_longer_than_the_embedder_reads_are_counted(sentences, minilm):
+    from sentence_transformers import SentenceTransformer
+
+    texts = ["Short.", "word " * 253, "word " * 254, "word " * 255, CHINESE]
+    limit = SentenceTransformer(str(minilm), device="cpu").max_seq_length
+    assert limit == 256
+    assert sentences.cut(texts) == [False, False, False, True, True]  # two of the tokens are [CLS] and [SEP]
+    ends = sentences.embed(["word " * 254 + "one", "word " * 254 + "two"])
+    torch.testing.assert_close(ends[0], ends[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.real
+def test_pairs_that_differ_only_where_nothing_is_read_are_counted_and_it_is_said(
+    splaser, tiny_folder, minilm, tmp_path
+):
+    rows = [{"prompt": f"Question {n}?", "chosen": CHINESE + " yes", "rejected": CHINESE + " no"} for n in range(12)]
+    flags = ["--embedder", minilm, "--max-new-tokens", 4, "--candidates", 1, "--json"]
+    source = save_rows(tmp_path / "rows.jsonl", rows)
+    code, printed, stderr = splaser("laser", tiny_folder, "--pairs", source, "-o", tmp_path / "out", *flags)
+    assert code == 0, stderr
+    found = json.loads(printed)
+    assert found["references"] == {"texts": 24, "half_read": 24, "pairs": 12, "alike": 12}
+    assert found["baseline"]["per_pair"] == pytest.approx([0.0] * len(found["baseline"]["per_pair"]), abs=1e-5)
+    said = " ".join(stderr.split())
+    assert "24 of 24 reference answers are longer than the embedder reads; 12 of 12 pairs score 0 whatever" in said
+
+
+def test_answers_longer_than_the_embedder_reads_are_counted(tiny_model, tokenizer, pairs):
+    embedder = SelfEmbedder(Weights(tiny_model), tokenizer, batch_size=4)
+    scorer = scorer_of(tiny_model, tokenizer, embedder, pairs)
+    assert scorer.references == References(texts=8, half_read=0, pairs=4, alike=0)
+    assert scorer.references.warning == ""
+    assert scorer.score(range(4)).half_read_answers == 0
+    tiny_model.config.max_position_embeddings = 3
+    scores = scorer.score(range(4))
+    lengths = [len(tokenizer(answer.text)["input_ids"]) for answer in scores.answers]
+    assert max(lengths) > 3
+    assert [answer.is_half_read for answer in scores.answers] == [length > 3 for length in lengths]
+    assert scores.half_read_warning.startswith(f"{scores.half_read_answers} of 4 answers are longer")
