@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeGuard
 
 
 class Message(TypedDict):
@@ -53,12 +53,17 @@ FORMATS = (
     Format("Axolotl prompt", "prompt", "chosen_response", "rejected_response"),
     Format("Axolotl instruction", "instruction", "chosen_response", "rejected_response"),
     Format("Axolotl input", "input", "chosen_response", "rejected_response"),
+    Format("conversation in messages", "messages", "chosen", "rejected"),
     Format("Axolotl prompt without rejected", "prompt", "chosen_response", None),
     Format("Axolotl instruction without rejected", "instruction", "chosen_response", None),
     Format("Axolotl input without rejected", "input", "chosen_response", None),
     Format("openhermes", "instruction", "output", None),
     Format("TRL implicit prompt", None, "chosen", "rejected"),
 )
+
+TOOL_ROLES = frozenset({"tool", "function", "observation", "function_call", "ipython", "tool_call", "tool_response"})
+TOOLS = "tool calls"
+"""Cause of the rows in which a tool is called or answers: no template writes those without the tools' definitions."""
 
 OPTIONAL_COLUMNS = frozenset({"system", "input", "history"})
 
@@ -140,6 +145,8 @@ def _answer(value: object) -> tuple[list[Message], str]:
     """(turns before the answer, answer)."""
     if value is None or isinstance(value, str):
         return [], _text(value)
+    if _is_parts(value):
+        return [], _text(value)
     turns = _turns([value] if isinstance(value, Mapping) else value)
     for position in reversed(range(len(turns))):
         if turns[position]["role"] == "assistant":
@@ -162,8 +169,8 @@ def _join(prompt: list[Message], context: list[Message]) -> list[Message]:
 
 
 def _turns(value: object) -> list[Message]:
-    if isinstance(value, str):
-        return [Message(role="user", content=value)]
+    if isinstance(value, str) or _is_parts(value):
+        return [Message(role="user", content=_text(value))]
     turns = [_message(turn) for turn in _list(value)]
     if turns and turns[0]["role"] == "system" and not turns[0]["content"].strip():
         del turns[0]
@@ -174,7 +181,10 @@ def _message(turn: object) -> Message:
     if not isinstance(turn, Mapping):
         raise UnusableRowError("wrong type")
     role_key, content_key = ("role", "content") if turn.get("role") is not None else ("from", "value")
-    role = ROLES.get(_text(turn.get(role_key)))
+    name = _text(turn.get(role_key))
+    if name in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
+        raise UnusableRowError(TOOLS)
+    role = ROLES.get(name)
     if role is None:
         raise UnusableRowError("unknown role")
     return Message(role=role, content=_text(turn.get(content_key)))
@@ -188,10 +198,23 @@ def _list(value: object) -> list[Any] | tuple[Any, ...]:
     return value
 
 
+def _is_parts(value: object) -> TypeGuard[list[Mapping[str, Any]]]:
+    """Whether a text comes in parts, as multimodal templates take it: [{"type": "text", "text": ...}, ...]."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(
+        isinstance(part, Mapping) and "type" in part and part.keys().isdisjoint(("role", "from")) for part in value
+    )
+
+
 def _text(value: object) -> str:
-    """A missing value is empty text: data sets fill absent columns with nulls."""
+    """A text, or its parts joined. A missing value is empty text: data sets fill absent columns with nulls."""
     if value is None:
         return ""
+    if _is_parts(value):
+        if any(part["type"] != "text" for part in value):
+            raise UnusableRowError("content that is no text")
+        return "".join(_text(part.get("text")) for part in value)
     if not isinstance(value, str):
         raise UnusableRowError("wrong type")
     return value

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from splaser_plugin.data.formats import (
+    TOOLS,
     Message,
     UnusableRowError,
     describe_columns,
@@ -33,6 +34,7 @@ ROWS = "rows"
 MAX_CHARS = 4096
 """Of a prompt and of each answer, some 1000 tokens: longer ones are rare in published preference data."""
 COMPLETE = "Each row needs a prompt that ends with a user turn, a chosen answer and a different rejected one."
+WITHOUT_TOOLS = "Turns in which tools are called or answer aren't supported: give pairs without them."
 MANY = 0.2
 """Share of the rows: when more are dropped, that is said aloud."""
 
@@ -144,6 +146,7 @@ def pairs_from_rows(
     max_prompt_chars: Unicode characters of all turns of a prompt together, the system's included; role names
     and the chat template are not counted. max_answer_chars: of each answer. What is dropped is counted under
     "not an object", "unknown columns", "no known prompt column", "wrong type", "unknown role",
+    "tool calls" (a turn in which a tool is called or answers), "content that is no text" (an image, say),
     "no assistant turn", "turns out of order", "answers to different prompts", "empty prompt", "empty answer",
     "over-long prompt", "over-long answer", "invalid characters" (lone surrogates, NUL) and
     "chosen equals rejected" (spaces around them aside).
@@ -240,7 +243,7 @@ def _no_usable_pair(
 ) -> str:
     if rows_read == 0:
         return f"{source}: no rows. Give at least one pair."
-    next_step = COMPLETE
+    next_step = WITHOUT_TOOLS if TOOLS in dropped else COMPLETE
     if any(cause.startswith("over-long") for cause in dropped):
         next_step = (
             f"Raise --max-prompt-chars (now {max_prompt_chars}) or --max-answer-chars "
@@ -251,7 +254,9 @@ def _no_usable_pair(
 
 def _mend(dropped: Mapping[str, int]) -> str:
     options = [f"--max-{part}-chars" for part in ("prompt", "answer") if f"over-long {part}" in dropped]
-    return f"Raise {' and '.join(options)}." if options else COMPLETE
+    if options:
+        return f"Raise {' and '.join(options)}."
+    return WITHOUT_TOOLS if TOOLS in dropped else COMPLETE
 
 
 def _describe_counts(dropped: Mapping[str, int]) -> str:

@@ -169,3 +169,32 @@ def test_later_rows_of_unknown_columns_are_dropped_and_counted() -> None:
 def test_the_formats_listed_first_are_not_hidden_by_those_after_them() -> None:
     for position, form in enumerate(FORMATS):
         assert not any(earlier.columns <= form.columns for earlier in FORMATS[:position]), form.name
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [{"role": "user", "content": parts(GOOD["prompt"])}]},
+        {"prompt": parts("What is the boiling point", " of water?")},
+        {"chosen": parts(GOOD["chosen"]), "rejected": parts(GOOD["rejected"])},
+        {"chosen": [{"role": "assistant", "content": parts("100 degrees ", "Celsius.")}], "rejected": GOOD["rejected"]},
+    ],
+)
+def test_text_in_parts_is_joined(row: dict[str, Any]) -> None:
+    assert only_pair({**GOOD, **row}) == only_pair(GOOD)
+
+
+def test_the_prompt_of_messages_is_the_conversation_before_both_answers() -> None:
+    good, bad = assistant(GOOD["chosen"]), assistant(GOOD["rejected"])
+    turns = [system("Be brief."), user("Hi"), assistant("Hello."), user(GOOD["prompt"])]
+    expected = only_pair({**GOOD, "prompt": turns})
+    assert len(expected.messages) == 4
+    for chosen, rejected in ((GOOD["chosen"], GOOD["rejected"]), (good, bad), ([good], [bad])):
+        assert only_pair({"messages": turns, "chosen": chosen, "rejected": rejected}) == expected
+    whole = {"messages": [*turns, good], "chosen": [*turns, good], "rejected": [*turns, bad]}
+    assert only_pair(whole) == expected
+    assert only_pair({**GOOD, "messages": [user("Another question?"), good]}) == only_pair(GOOD)

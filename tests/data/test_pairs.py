@@ -27,6 +27,8 @@ from tests.data.rows import (
     user,
 )
 
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+
 
 @pytest.mark.parametrize(
     ("change", "cause"),
@@ -47,7 +49,13 @@ from tests.data.rows import (
         ({"system": ["Be brief."]}, "wrong type"),
         ({"chosen": float("nan")}, "wrong type"),
         ({"rejected": b"Cold."}, "wrong type"),
-        ({"prompt": [{"role": "tool", "content": "4"}]}, "unknown role"),
+        ({"prompt": [{"role": "critic", "content": "4"}]}, "unknown role"),
+        ({"prompt": [user("Hi"), CALL, {"role": "tool", "content": "4"}]}, "tool calls"),
+        ({"prompt": [user("Hi"), CALL, user("And?")]}, "tool calls"),
+        ({"prompt": [{"from": "observation", "value": "4"}]}, "tool calls"),
+        ({"chosen": [CALL]}, "tool calls"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "content that is no text"),
+        ({"chosen": [{"type": "text", "text": 4}]}, "wrong type"),
         ({"prompt": [{}]}, "unknown role"),
         ({"chosen": [user("Hi")]}, "no assistant turn"),
         ({"chosen": []}, "no assistant turn"),
@@ -63,6 +71,15 @@ from tests.data.rows import (
 )
 def test_unusable_rows_are_dropped_and_counted_by_cause(change: dict[str, Any], cause: str) -> None:
     assert dropped_cause({**GOOD, **change}) == cause
+
+
+def test_rows_with_tool_calls_alone_are_refused_with_the_reason() -> None:
+    with pytest.raises(
+        PairsError, match=r"in 3 rows: tool calls 3\. Turns in which tools are called .* without them\."
+    ):
+        pairs_from_rows([{**GOOD, "chosen": [CALL]}] * 3)
+    one_left = pairs_from_rows([GOOD, {**GOOD, "chosen": [CALL]}])
+    assert "tool calls 1" in one_left.warning and "without them" in one_left.warning
 
 
 @pytest.mark.parametrize("row", [None, 3, "text", ["a"], [GOOD]])

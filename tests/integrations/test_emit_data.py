@@ -52,6 +52,7 @@ AXOLOTL_DATA = [
     ("dpo", {"system": "s", "question": "a", "chosen": "b", "rejected": "c"}, {"type": "chatml.default"}),
     ("dpo", {"prompt": MESSAGES[:1], "chosen": MESSAGES[1:], "rejected": MESSAGES[1:]}, {"field_messages": "prompt"}),
     ("dpo", {"prompt": "a", "chosen_response": "b", "rejected_response": "c"}, {"field_chosen": "chosen_response"}),
+    ("dpo", {"messages": MESSAGES[:1], "chosen": MESSAGES[1], "rejected": MESSAGES[1]}, {"field_messages": "messages"}),
     ("sft", {"messages": MESSAGES}, {"type": "chat_template", "field_messages": "messages", "ds_type": "json"}),
     ("sft", {"conversations": TURNS}, {"message_property_mappings": {"role": "from", "content": "value"}}),
     ("sft", {"instruction": "a", "input": "", "output": "b"}, {"type": "alpaca"}),
