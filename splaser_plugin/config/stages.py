@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field
 
 from splaser_plugin.config.options import Options, stage
+from splaser_plugin.config.template_kwargs import parse_template_kwargs
 from splaser_plugin.errors import ConfigError
 
 Edge: TypeAlias = Literal["iqr", "mp", "gavish-donoho"]
@@ -128,6 +129,8 @@ class MeasureConfig(LoadConfig):
     """Sentence-transformers model (folder or id), or 'self'."""
     template: Literal["auto", "chatml", "instruct"] = "auto"
     """Prompt format; auto is the tokenizer's own chat template."""
+    template_kwargs: Patterns = ()
+    """A variable of the chat template, as KEY=VALUE (enable_thinking=false); repeatable."""
     batch_size: int = Field(default=32, ge=0)
     """Prompts generated for at once; 0 finds it by measurement."""
     device: str = "auto"
@@ -136,6 +139,9 @@ class MeasureConfig(LoadConfig):
     """Weights' dtype; auto is the checkpoint's own."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        parse_template_kwargs(self.template_kwargs)
 
     @property
     def pair_limits(self) -> dict[str, Any]:
@@ -152,6 +158,7 @@ class CompareConfig(MeasureConfig):
     """How models are compared with each other."""
 
     def __post_init__(self) -> None:
+        MeasureConfig.__post_init__(self)
         if self.embedder == "self":
             raise ConfigError(
                 "--embedder self: each model would measure itself. Give a sentence-transformers model (folder or id)."
@@ -207,6 +214,7 @@ class LaserConfig(ScanConfig, MeasureConfig):
     """Reduced matrices on disk: whole, or as factors, which are smaller at every rank."""
 
     def __post_init__(self) -> None:
+        MeasureConfig.__post_init__(self)
         parse_ranks(self.ranks)
         if self.scorer not in ("auto", *SCORERS) and not DOTTED_PATH.fullmatch(self.scorer):
             raise ConfigError(

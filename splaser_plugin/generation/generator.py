@@ -23,7 +23,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from splaser_plugin.distributed import is_sharded, process_count
 from splaser_plugin.errors import ModelError, ScoreError
 from splaser_plugin.generation.kv_cache import RoomyLayer, roomy_cache
-from splaser_plugin.generation.prompts import Prompter
+from splaser_plugin.generation.prompts import THOUGHT_BEGINS, Prompter, opens_thought, without_thought
 from splaser_plugin.progress import measured
 
 FIRST_BATCH = 8
@@ -32,6 +32,8 @@ PADDING_TOLERANCE = 0.1
 """Largest change of a logit by padding, in standard deviations of all logits, that rounding may make."""
 MODEL_ERRORS = (RuntimeError, ValueError, LookupError, ArithmeticError)
 """What a model's own code may raise over the numbers that it computes."""
+PROMPT_END = 16
+"""Tokens of a prompt in which the tag that opens a thought is looked for: more than any tokenizer makes of it."""
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 """What `generate` calls keys and values, taken and returned; renamed in transformers 5.24."""
 SELECTABLE = (RoomyLayer, DynamicLayer, DynamicSlidingWindowLayer)
@@ -45,6 +47,7 @@ class Answer:
     """The model's answer to one prompt."""
 
     text: str
+    """Without the thought, <think>...</think>, that it may begin with."""
     tokens: tuple[int, ...]
     """Generated token ids, with the end token if the model generated one."""
     is_cut: bool = False
@@ -161,7 +164,7 @@ class Generator:
                     waiting.append(index)
                 else:
                     measured(1)
-        return [self._answer(tokens) for tokens in said]
+        return [self._answer(prompt, tokens) for prompt, tokens in zip(prompts, said, strict=True)]
 
     def _room(self, prompt: Sequence[int], said: Sequence[int]) -> int:
         """How many tokens an answer that goes on may still get."""
@@ -236,12 +239,15 @@ class Generator:
         ends = [tokens.index(end) for end in self.end_tokens if end in tokens]
         return tokens[: min(ends) + 1] if ends else tokens
 
-    def _answer(self, tokens: list[int]) -> Answer:
+    def _answer(self, prompt: Sequence[int], tokens: list[int]) -> Answer:
         said = tokens[:-1] if self._has_ended(tokens) else tokens
         text = self.prompter.tokenizer.decode(said, skip_special_tokens=True)
         stopped = ""
         if self.prompter.stop_text:
             text, stopped, _ = text.partition(self.prompter.stop_text)
+        if opens_thought(self.prompter.tokenizer.decode(prompt[-PROMPT_END:])):
+            text = THOUGHT_BEGINS + text
+        text = without_thought(text)
         return Answer(text.strip(), tuple(tokens), is_cut=not self._has_ended(tokens) and not stopped)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from splaser_plugin.data.pairs import Message
@@ -22,6 +23,7 @@ INSTRUCT = (
 )
 _NAMED = {"chatml": CHATML, "instruct": INSTRUCT}
 _ANSWER = "an answer to look for"
+THOUGHT_BEGINS, THOUGHT_ENDS = "<think>", "</think>"
 _STOPS = {"chatml": "<|im_end|>", "instruct": "### Instruction:"}
 
 
@@ -30,11 +32,18 @@ class Prompter:
 
     template: `auto` for the tokenizer's own chat template, or `chatml` or `instruct`.
     context: the model's longest input in tokens, or None when it has no limit.
+    variables: of the template, name to value.
     Raises ModelError when `auto` is asked for and the tokenizer has no template, or one that doesn't begin the
-    assistant's turn.
+    assistant's turn or doesn't know one of the variables.
     """
 
-    def __init__(self, tokenizer: Any, template: str = "auto", context: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str = "auto",
+        context: int | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
         if template == "auto" and not tokenizer.chat_template:
             raise ModelError(
                 "the tokenizer has no chat template. Name the format the model was trained on: "
@@ -44,6 +53,8 @@ class Prompter:
         self.context = context
         self.stop_text = _STOPS.get(template)
         self._template = _NAMED.get(template)
+        self._variables = dict(variables or {})
+        self._refuse_unknown_variables()
         self._refuse_missing_header()
 
     def text(self, messages: Sequence[Message]) -> str:
@@ -67,15 +78,31 @@ class Prompter:
             "--template chatml."
         ) from failed
 
-    def tokens(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the prompt. Raises PairsError when the model's context has no room for an answer."""
-        ids = self.tokenizer(self.text(messages), add_special_tokens=self._template is not None)["input_ids"]
+    def tokens(self, messages: Sequence[Message], *, before_answer: bool = False) -> list[int]:
+        """Token ids of the prompt.
+
+        before_answer: an answer without a thought is to follow, so a thought that the template opens is closed.
+        Raises PairsError when the model's context has no room for an answer.
+        """
+        text = self.text(messages)
+        if before_answer and opens_thought(text):
+            text += f"\n{THOUGHT_ENDS}\n\n"
+        ids = self.tokenizer(text, add_special_tokens=self._template is not None)["input_ids"]
         if self.context is not None and len(ids) >= self.context:
             raise PairsError(
                 f"a prompt of {len(ids)} tokens ({messages[-1]['content'][:40]!r}...) leaves no room for an answer "
                 f"in the model's context of {self.context}. Lower --max-prompt-chars."
             )
         return ids
+
+    def _refuse_unknown_variables(self) -> None:
+        template = self._template or self.tokenizer.chat_template
+        for name in self._variables:
+            if isinstance(template, str) and not re.search(rf"\b{name}\b", template):
+                raise ModelError(
+                    f"--template-kwargs: the chat template has no '{name}', so that it would change nothing. Check the "
+                    "name, or leave it out."
+                )
 
     def _refuse_missing_header(self) -> None:
         """Raise ModelError when a prompt ends before what the template writes between it and the answer."""
@@ -94,5 +121,21 @@ class Prompter:
 
     def _render(self, turns: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self.tokenizer.apply_chat_template(
-            turns, chat_template=self._template, tokenize=False, add_generation_prompt=add_generation_prompt
+            turns,
+            chat_template=self._template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **self._variables,
         )
+
+
+def opens_thought(text: str) -> bool:
+    """Whether a text ends inside a thought that has just been opened."""
+    return text.rstrip().endswith(THOUGHT_BEGINS)
+
+
+def without_thought(text: str) -> str:
+    """An answer without the thought that it begins with; nothing is left where the thought doesn't end."""
+    if not text.lstrip().startswith(THOUGHT_BEGINS):
+        return text
+    return text.partition(THOUGHT_ENDS)[2]

@@ -26,7 +26,7 @@ class MarginScorer:
     def __init__(self, model: Any, prompter: Prompter, pairs: Sequence[Pair], *, batch_size: int) -> None:
         self.model = model
         self.size = len(pairs)
-        self.prompts = [prompter.tokens(pair.messages) for pair in pairs]
+        self.prompts = [prompter.tokens(pair.messages, before_answer=True) for pair in pairs]
         self.answers = [
             [_answer_tokens(prompter, prompt, text) for text in (pair.chosen, pair.rejected) if text is not None]
             for pair, prompt in zip(pairs, self.prompts, strict=True)

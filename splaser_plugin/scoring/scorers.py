@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from splaser_plugin.config.stages import SCORERS, LaserConfig, MeasureConfig
+from splaser_plugin.config.template_kwargs import parse_template_kwargs
 from splaser_plugin.data.pairs import Pair
 from splaser_plugin.data.windows import open_text, read_windows
 from splaser_plugin.generation.generator import Generator
@@ -65,7 +66,8 @@ class Scorers:
 
     @cached_property
     def prompter(self) -> Prompter:
-        return Prompter(self.tokenizer, self.config.template, context_length(self.model))
+        variables = parse_template_kwargs(self.config.template_kwargs)
+        return Prompter(self.tokenizer, self.config.template, context_length(self.model), variables)
 
     @cached_property
     def generator(self) -> Generator:

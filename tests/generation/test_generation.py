@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from splaser_plugin.data.pairs import pairs_from_rows
 from splaser_plugin.errors import ModelError, PairsError
 from splaser_plugin.generation.generator import CACHE, BatchSize, Generator, evaluating
 from splaser_plugin.generation.prompts import Prompter
+from splaser_plugin.scoring.margin import MarginScorer
 from tests.builders import tiny_llama
 from tests.tiny_models import build
 
@@ -294,3 +296,57 @@ def test_models_of_every_kind_answer_a_batch_as_each_prompt_alone(kind, tokenize
     said = together.answer(prompts)
     assert said == [alone.answer([prompt])[0] for prompt in prompts]
     assert any(answer.tokens for answer in said)
+
+
+HEADER = "{{ '<|im_start|>assistant\n' }}"
+OPENS = "{% if enable_thinking is not defined or enable_thinking %}{{ '<think>\n' }}{% endif %}"
+
+
+@pytest.fixture
+def thinking(tokenizer, monkeypatch):
+    """The tokenizer with a template that opens a thought unless it is told otherwise."""
+    template = tokenizer.chat_template.replace(HEADER, HEADER + OPENS)
+    assert template != tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    return tokenizer
+
+
+def test_variables_of_the_template_are_set(thinking):
+    hello = [{"role": "user", "content": "Hi"}]
+    assert Prompter(thinking).text(hello).endswith("assistant\n<think>\n")
+    assert Prompter(thinking, variables={"enable_thinking": True}).text(hello).endswith("<think>\n")
+    assert Prompter(thinking, variables={"enable_thinking": False}).text(hello).endswith("assistant\n")
+    for template, name in (("auto", "enable_thinkng"), ("auto", "enable"), ("chatml", "enable_thinking")):
+        with pytest.raises(ModelError, match=rf"the chat template has no '{name}', so that it would change nothing"):
+            Prompter(thinking, template, variables={name: False})
+
+
+def test_a_given_answer_stands_after_a_closed_thought(thinking, tiny_model, pairs):
+    hello = [{"role": "user", "content": "Hi"}]
+    closed = thinking.decode(Prompter(thinking).tokens(hello, before_answer=True))
+    assert closed.endswith("assistant\n<think>\n\n</think>\n\n")
+    plain = Prompter(thinking, variables={"enable_thinking": False})
+    assert plain.tokens(hello, before_answer=True) == plain.tokens(hello)
+    usable = pairs_from_rows(pairs).pairs
+    scorer = MarginScorer(tiny_model, Prompter(thinking), usable, batch_size=4)
+    assert all(thinking.decode(prompt).endswith("</think>\n\n") for prompt in scorer.prompts)
+
+
+@pytest.mark.parametrize(
+    ("opened", "said", "text"),
+    [
+        (True, "I must be polite.\n</think>\n\nHello!", "Hello!"),
+        (True, "I must be polite, and", ""),
+        (False, "<think>\nI must be polite.\n</think>\n\nHello!", "Hello!"),
+        (False, "<think>\nI must be polite, and", ""),
+        (False, "The tags are <think> and </think>.", "The tags are <think> and </think>."),
+        (False, "Hello!", "Hello!"),
+    ],
+)
+def test_the_thought_is_no_part_of_an_answer(opened, said, text, thinking, tiny_model, monkeypatch):
+    prompter = Prompter(thinking, variables={"enable_thinking": opened})
+    generator = Generator(tiny_model, prompter, max_new_tokens=64, batch_size=1)
+    tokens = thinking(said)["input_ids"]
+    monkeypatch.setattr(generator, "_continue", lambda ids, mask, steps: [[*tokens, thinking.eos_token_id]])
+    (answer,) = generator.answer([prompter.tokens([{"role": "user", "content": "Hi"}])])
+    assert (answer.text, len(answer.tokens)) == (text, len(tokens) + 1)

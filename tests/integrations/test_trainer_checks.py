@@ -108,6 +108,24 @@ def test_before_training_nothing_is_asked_for_that_the_scorers_do_not_use(traine
 
 
 @pytest.mark.slow
+def test_the_callback_sets_the_templates_variables(trainer_of, pairs, tokenizer):
+    trainer = trainer_of(tiny_llama(), LaserCallback(pairs=pairs, config=CONFIG))
+    failing = "{% if style != 'plain' %}{{ raise_exception('style') }}{% endif %}"
+    picky = copy.deepcopy(tokenizer)
+    picky.chat_template = failing + tokenizer.chat_template
+    trainer.processing_class = trainer.callback_handler.processing_class = picky
+    with pytest.raises(ModelError, match="the chat template fails at the prompt"):
+        trainer.train()
+    plain = LaserCallback(
+        pairs=pairs, config=LaserConfig.from_dict({**CONFIG.to_dict(), "template_kwargs": ["style=plain"]})
+    )
+    trainer = trainer_of(tiny_llama(), plain)
+    trainer.processing_class = trainer.callback_handler.processing_class = picky
+    trainer.train()
+    assert plain.result.recipe.config.template_kwargs == ("style=plain",)
+
+
+@pytest.mark.slow
 def test_what_would_stop_the_laser_after_training_stops_it_before(trainer_of, pairs, tmp_path, tokenizer):
     class Trains(TrainerCallback):
         def on_step_begin(self, args, state, control, **rest):
