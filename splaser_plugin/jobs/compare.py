@@ -14,14 +14,13 @@ import numpy as np
 from splaser_plugin.config.stages import CompareConfig
 from splaser_plugin.data.pairs import PairSet, PairSource, read_pairs_from
 from splaser_plugin.data.split import LEAST
-from splaser_plugin.data.windows import open_text
 from splaser_plugin.errors import ConfigError, PairsError
 from splaser_plugin.files.json import write_json
 from splaser_plugin.files.output import check_file
 from splaser_plugin.progress import SILENT, Progress, counting
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.perplexity import exp, perplexity
-from splaser_plugin.scoring.scorers import Material, Scorers
+from splaser_plugin.scoring.scorers import Material, Scorers, check_scorers
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.statistics import RISK, can_reach, paired_bootstrap
@@ -202,11 +201,10 @@ def compare(
     if not models:
         raise ConfigError("no model was given. Name at least one, the one to compare the others with first.")
     sources = [find_model(model, allow_pickle=config.allow_pickle) for model in models]
-    if config.text:
-        next(open_text(config.text), None)
     pair_set = read_pairs_from(pairs, **config.pair_limits)
     if len(pair_set) < 2:
         raise PairsError(f"{pair_set.source}: 1 pair, expected at least 2 for an interval. Give --pairs more of them.")
+    check_scorers(config)
     progress.fact("pairs", pair_set.summary)
     if pair_set.warning:
         progress.result("warning", pair_set.warning)

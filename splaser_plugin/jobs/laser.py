@@ -14,6 +14,7 @@ from splaser_plugin.data.split import Split, split_by_prompt, split_by_set
 from splaser_plugin.distributed import in_main, meet
 from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.files.output import check_output, check_space
+from splaser_plugin.files.sources import path_of
 from splaser_plugin.jobs.result import NO_PAIRS, LaserResult
 from splaser_plugin.jobs.stages import (
     Measures,
@@ -24,6 +25,7 @@ from splaser_plugin.jobs.stages import (
     search_and_compare,
 )
 from splaser_plugin.progress import SILENT, Progress
+from splaser_plugin.scanning.records import Scan
 from splaser_plugin.scoring.scorers import check_scorers
 from splaser_plugin.scoring.semantic import References, SemanticScorer
 from splaser_plugin.search.journal import Journal, LaserJournal, RecordedScorer
@@ -81,6 +83,8 @@ def _laser(
 ) -> LaserResult:
     split = read_pairs(pairs, config)
     check_scorers(config)
+    if config.scan:
+        Scan.load(path_of(config.scan))
     name, source = str(model), None
     if isinstance(model, nn.Module):
         if tokenizer is None:

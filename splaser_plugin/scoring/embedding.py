@@ -51,8 +51,7 @@ class SentenceEmbedder:
         from sentence_transformers import SentenceTransformer
 
         self.name = model
-        folder = _embedder_folder(model, allow_pickle)
-        check_embedder_folder(folder, allow_pickle=allow_pickle)
+        folder = find_embedder(model, allow_pickle=allow_pickle)
         only_safetensors = {} if allow_pickle else {"use_safetensors": True}
         try:
             self._model = SentenceTransformer(
@@ -81,8 +80,27 @@ class SentenceEmbedder:
         return [len(tokens) > limit for tokens in ids]
 
 
+def find_embedder(model: str, *, allow_pickle: bool = False) -> Path:
+    """The folder of a sentence-transformers model, once what is there was checked; nothing is loaded.
+
+    Args:
+        model: A folder, or a hub id, which is downloaded or completed where the hub can be reached.
+        allow_pickle: Take weights that are pickled, if there are no others.
+
+    Raises:
+        EmbedderError: When it isn't there, or isn't to be loaded.
+    """
+    folder = _embedder_folder(model, allow_pickle)
+    check_embedder_folder(folder, allow_pickle=allow_pickle)
+    if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
+        raise EmbedderError(
+            f"embedder {shown(model)}: it has neither a modules.json nor a config.json. Give --embedder the folder of "
+            "a sentence-transformers model, or 'self'."
+        )
+    return folder
+
+
 def _embedder_folder(model: str, allow_pickle: bool) -> Path:
-    """The folder itself, or the one in the hub's cache, downloaded or completed where the hub can be reached."""
     folder = path_of(model)
     if folder.is_dir():
         return folder

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from splaser_plugin.config.stages import SCORERS, LaserConfig, MeasureConfig
+from splaser_plugin.config.stages import SCORERS, CompareConfig, LaserConfig, MeasureConfig
 from splaser_plugin.config.template_kwargs import parse_template_kwargs
 from splaser_plugin.data.pairs import Pair
 from splaser_plugin.data.windows import open_text, read_windows
 from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.prompts import Prompter
-from splaser_plugin.scoring.embedding import Embedder, SelfEmbedder, SentenceEmbedder
+from splaser_plugin.scoring.embedding import Embedder, SelfEmbedder, SentenceEmbedder, find_embedder
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.own_scorer import CallableScorer, load_function
 from splaser_plugin.scoring.perplexity import PerplexityScorer
@@ -82,9 +82,12 @@ class Scorers:
         return SentenceEmbedder(self.config.embedder, device, allow_pickle=self.config.allow_pickle)
 
 
-def check_scorers(config: LaserConfig) -> None:
-    """Raise now what a missing text or function would raise once the model is there."""
-    if config.scored_by not in SCORERS:
-        load_function(config.scored_by)
+def check_scorers(config: LaserConfig | CompareConfig) -> None:
+    """Raise now what a missing text, function or embedder would raise once the model is there."""
+    used = config.scorers if isinstance(config, LaserConfig) else {"semantic"}
+    for name in used - {*SCORERS}:
+        load_function(name)
     if config.text:
         next(open_text(config.text), None)
+    if "semantic" in used and config.embedder != "self":
+        find_embedder(config.embedder, allow_pickle=config.allow_pickle)

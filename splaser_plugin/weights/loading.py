@@ -14,6 +14,7 @@ from torch import nn
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from splaser_plugin.checkpoints.folder import ModelFolder, inspect, resolve_model
+from splaser_plugin.checkpoints.header import StoredTensor
 from splaser_plugin.checkpoints.quantised import check_holds_weights
 from splaser_plugin.checkpoints.skeleton import answering_class, skeleton_of
 from splaser_plugin.checkpoints.trust import (
@@ -118,11 +119,12 @@ def load_model(
     """
     place = pick_device(device)
     source = model if isinstance(model, ModelSource) else find_model(model, allow_pickle=allow_pickle)
+    stored = _find_adapter(path_of(adapter), allow_pickle) if adapter else None
     loaded, tokenizer = _load(source, dtype if dtype == "auto" else getattr(torch, dtype))
     if source.gguf:
         _forget_gguf(loaded)
     if adapter:
-        loaded = _merge(loaded, path_of(adapter), allow_pickle)
+        loaded = _merge(loaded, path_of(adapter), stored)
     return loaded.to(place).eval(), tokenizer
 
 
@@ -182,12 +184,16 @@ def _tokenizer(source: ModelSource, files: dict[str, Any]) -> Any:
         ) from error
 
 
-def _merge(model: Any, folder: Path, allow_pickle: bool) -> Any:
-    from peft import PeftModel, get_peft_model_state_dict
-
+def _find_adapter(folder: Path, allow_pickle: bool) -> list[StoredTensor] | None:
     if not (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"--adapter {folder}: there is no {ADAPTER_CONFIG}. Give a folder that PEFT saved.")
-    tensors = check_adapter_folder(folder, allow_pickle=allow_pickle)
+    return check_adapter_folder(folder, allow_pickle=allow_pickle)
+
+
+def _merge(model: Any, folder: Path, tensors: list[StoredTensor] | None) -> Any:
+    """tensors: the adapter's, None where they are pickled."""
+    from peft import PeftModel, get_peft_model_state_dict
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys that are missing, which ends in an error below
