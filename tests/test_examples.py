@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.builders import ROOT
+from splaser_plugin import load
+from splaser_plugin.weights.factored import factored_layers
+from splaser_plugin.weights.factored_folder import save_model
+from splaser_plugin.weights.in_memory import Weights
+from tests.builders import PROSE, ROOT
 
 
 def run(script, *arguments):
@@ -39,7 +44,27 @@ def test_the_lora_example_trains_the_chosen_matrices_and_no_others(smollm2, tmp_
     assert len(adapted) == 7
 
 
-@pytest.mark.parametrize("script", ["trainer_callback.py", "post_dpo.py", "targeted_lora.py"])
+@pytest.mark.parametrize("script", ["trainer_callback.py", "post_dpo.py", "targeted_lora.py", "heal.py"])
 def test_each_example_starts_with_the_command_that_runs_it(script):
     first = (ROOT / "examples" / script).read_text().split('"""')[1]
-    assert f"    python examples/{script} --output " in first
+    assert f"    python examples/{script} --" in first and "--output" in first
+
+
+def test_the_healing_example_trains_a_factored_model_and_keeps_its_form(tiny_folder, tmp_path):
+    weights = Weights(AutoModelForCausalLM.from_pretrained(tiny_folder))
+    weights.keep_factors()
+    matrices = weights.matrices()[0]
+    for matrix in matrices:
+        weights.reduce(matrix, min(matrix.shape) // 4)
+    save_model(weights, tmp_path / "small", None)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "small")
+    text = tmp_path / "notes.txt"
+    text.write_text(4 * PROSE, encoding="utf-8")
+    sizes = ["--steps", 20, "--window", 16, "--rows", 48, "--learning-rate", 0.01]
+    printed = run("heal.py", "--model", tmp_path / "small", "--text", text, "--output", tmp_path / "healed", *sizes)
+    before, after = map(float, re.findall(r"loss ([\d.]+) before, ([\d.]+) after", printed)[0])
+    assert after < before
+    small, healed = load(tmp_path / "small"), load(tmp_path / "healed")
+    assert healed.num_parameters() == small.num_parameters()
+    assert len(factored_layers(healed)) == len(matrices)
+    assert torch.equal(healed.get_input_embeddings().weight, small.get_input_embeddings().weight)
