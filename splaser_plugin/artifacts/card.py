@@ -6,50 +6,105 @@ import re
 from collections.abc import Mapping
 from pathlib import PurePath
 
-from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from splaser_plugin.artifacts.base_card import BaseCard, is_on_hub
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.artifacts.results import Results, Verdict
-from splaser_plugin.files.sources import is_hub_id
 from splaser_plugin.files.text import printable
 
 TAGS = ["splaser", "laser", "low-rank"]
 LASER_PAPER = "https://arxiv.org/abs/2312.13558"
+PLACE = "FOLDER_OR_HUB_ID"
+"""Stands in the card for where the model is; an upload writes the repository's id there."""
 
 
-def model_card(recipe: Recipe, run: Results | None = None) -> ModelCard:
+def model_card(recipe: Recipe, run: Results | None = None, base: BaseCard | None = None) -> ModelCard:
     """The card of the model that a recipe makes.
 
-    run: of the search that found it; without it, as for a rebuilt model, the card has no verdict.
+    Args:
+        recipe: What was done to the base model.
+        run: The search that found it; without it, as for a rebuilt model, the card has no verdict.
+        base: What is known of the base model.
     """
-    base = public_name(recipe.model)
-    data = ModelCardData(
-        base_model=base if _is_on_hub(recipe.model) and _is_repo_id(base) else None,
-        datasets=[run.pairs.source] if run and _is_on_hub(run.pairs.source) else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=TAGS,
-    )
+    base = base or BaseCard(hub_id=recipe.model if is_on_hub(recipe.model) else None)
+    name = public_name(recipe.model)
     sections = [
-        f"# {code(PurePath(base).name)}, lasered",
-        _what_was_done(recipe, run, base),
+        f"# {code(PurePath(name).name)}, lasered",
+        _what_was_done(recipe, run, name),
+        _origin(recipe, base),
+        "## Use it",
+        _snippet(recipe, base),
         "## Recipe",
         _recipe_table(recipe),
         "## Scores",
         _scores(recipe, run),
         "## Rebuild it",
-        _rebuild(recipe, base),
+        _rebuild(recipe, name),
         "## Made with",
         ", ".join(f"{code(name)} {code(version)}" for name, version in recipe.versions.items()) + ".",
     ]
+    data = _metadata(recipe, run, base)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _metadata(recipe: Recipe, run: Results | None, base: BaseCard) -> ModelCardData:
+    own = [run.pairs.source] if run and is_on_hub(run.pairs.source) else []
+    results = _eval_results(run) if run else []
+    return ModelCardData(
+        base_model=base.hub_id,
+        datasets=list(dict.fromkeys([*base.datasets, *own])) or None,
+        eval_results=results or None,
+        language=list(base.languages) or None,
+        library_name="splaser" if recipe.config.save == "factored" else "transformers",
+        license=base.license,
+        license_link=base.license_link,
+        license_name=base.license_name,
+        model_name=f"{printable(PurePath(public_name(recipe.model)).name)}, lasered" if results else None,
+        pipeline_tag=base.pipeline_tag,
+        tags=TAGS,
+    )
+
+
+def _eval_results(run: Results) -> list[EvalResult]:
+    """What was held out, as the hub's model-index: the score, and how it differs from the base's."""
+    pairs = run.pairs.source if run.unit == "pairs" else ""
+    found = []
+    for verdict, scorer, unit, source in (
+        (run.verdict, run.scorer, run.unit, pairs),
+        (run.held_out_text, "perplexity", "windows of text", ""),
+    ):
+        if verdict is None:
+            continue
+        kind = printable(scorer.rpartition(".")[2]) or "score"
+        measure = "log_probability" if kind == "perplexity" else f"{kind}_score"
+        words = "; ".join(filter(None, (verdict.verdict, verdict.loss_verdict)))
+        low, high = verdict.interval
+        for metric, value, name in (
+            (measure, verdict.result.score, f"mean {measure.replace('_', ' ')} on {verdict.items} {unit} held out"),
+            (
+                f"{measure}_difference",
+                verdict.difference,
+                f"difference to the base on the same {unit}, 95 % interval {low:+.4f} to {high:+.4f}: {words}",
+            ),
+        ):
+            found.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=source if is_on_hub(source) else "private",
+                    dataset_name=printable(public_name(source)) if source else "held-out text",
+                    dataset_split="held out",
+                    metric_type=metric,
+                    metric_value=round(value, 6),
+                    metric_name=name,
+                )
+            )
+    return found
 
 
 def public_name(name: str) -> str:
     """A hub id as it is, and of a path only its last part: what is above it is nobody else's business."""
-    if _is_on_hub(name):
+    if is_on_hub(name):
         return name
     return PurePath(name.replace("\\", "/")).name
 
@@ -62,19 +117,6 @@ def code(text: str) -> str:
     return f"{fence}{space}{text}{space}{fence}"
 
 
-def _is_on_hub(name: str) -> bool:
-    return "/" in name and is_hub_id(name)
-
-
-def _is_repo_id(name: str) -> bool:
-    """Whether the hub takes it as a base model: it refuses a card with anything else."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def _what_was_done(recipe: Recipe, run: Results | None, base: str) -> str:
     count = len(recipe.steps)
     lines = [
@@ -83,8 +125,6 @@ def _what_was_done(recipe: Recipe, run: Results | None, base: str) -> str:
         if count
         else f"{code(base)}, unchanged: splaser found no weight matrix whose reduction made its answers better."
     ]
-    if not _is_on_hub(recipe.model):
-        lines.append("That is the last part of its name where it was made: a folder, a file or a model in memory.")
     if run and run.budgets:
         lines.append(
             f"{len(run.budgets)} budgets were tried from gentle to hard, each with the ranks of least predicted cost "
@@ -97,6 +137,50 @@ def _what_was_done(recipe: Recipe, run: Results | None, base: str) -> str:
         )
     lines.append(_how_stored(recipe))
     return "\n".join(lines)
+
+
+def _origin(recipe: Recipe, base: BaseCard) -> str:
+    """What the base is, where its licence is from, and why either is missing."""
+    lines = []
+    if not is_on_hub(recipe.model):
+        lines.append(
+            "That is the last part of the base's name where this was made: a folder, a file or a model in memory."
+        )
+        lines.append(
+            f"Its own files say that it comes from {code(base.hub_id)}."
+            if base.hub_id
+            else "Neither its config.json nor its card names a model on the hub, so `base_model` is left out."
+        )
+    lines.append(
+        f"The licence, {code(base.license)}, is that of the base's card."
+        if base.license
+        else "The base's card wasn't there or names no licence: look it up before you share this model."
+    )
+    return "\n".join(lines)
+
+
+def _snippet(recipe: Recipe, base: BaseCard) -> str:
+    """Code that loads the model and answers a question."""
+    kind = base.auto_class
+    if recipe.config.save == "factored":
+        imports = "from transformers import AutoTokenizer\n\nfrom splaser_plugin import load"
+        loading = "load(place)"
+    else:
+        imports = f"from transformers import {', '.join(sorted((kind, 'AutoTokenizer')))}"
+        loading = f'{kind}.from_pretrained(place, dtype="auto")'
+    return f"""```python
+{imports}
+
+place = "{PLACE}"
+model = {loading}
+tokenizer = AutoTokenizer.from_pretrained(place)
+inputs = tokenizer("What is the capital of France?", return_tensors="pt")
+if tokenizer.chat_template:
+    messages = [{{"role": "user", "content": "What is the capital of France?"}}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+```"""
 
 
 def _rule(run: Results) -> str:
@@ -179,7 +263,7 @@ def _interval(verdict: Verdict) -> str:
 
 
 def _rebuild(recipe: Recipe, base: str) -> str:
-    model = base if _is_on_hub(recipe.model) else "BASE_MODEL"
+    model = base if is_on_hub(recipe.model) else "BASE_MODEL"
     if recipe.config.reducer != "svd":
         return (
             "```sh\nsplaser laser --config run.yaml -o again\n```\n\n"

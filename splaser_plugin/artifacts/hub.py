@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from splaser_plugin.artifacts.card import public_name
+from splaser_plugin.artifacts.card import PLACE, public_name
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.checkpoints.folder import hub_errors
 from splaser_plugin.config.stages import LaserConfig
@@ -47,6 +47,7 @@ def push_to_hub(folder: Path, repo: str) -> str:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             staged = _staged(folder, Path(temporary) / "model")
             created = api.create_repo(repo, private=True, exist_ok=True)
+            _say_place(staged / "README.md", created.repo_id)
             api.upload_folder(repo_id=created.repo_id, folder_path=staged, commit_message="Lasered by splaser")
     except hub_errors() as error:
         raise OutputError(
@@ -66,6 +67,13 @@ def _staged(folder: Path, staged: Path) -> Path:
         scan = Scan.load(staged / "scan.json")
         replace(scan, model=public_name(scan.model)).save(staged / "scan.json")
     return staged
+
+
+def _say_place(card: Path, repo: str) -> None:
+    """Write the repository's id into the code on the card; the file is a link, so another takes its place."""
+    text = card.read_text(encoding="utf-8")
+    card.unlink()
+    card.write_text(text.replace(PLACE, repo), encoding="utf-8")
 
 
 def _public(config: LaserConfig) -> LaserConfig:

@@ -23,8 +23,9 @@ INDEX_NAME = "model.safetensors.index.json"
 SHARD_GLOB = "model-*-of-*.safetensors"
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PLAIN_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
-# The tokenizer comes along, so that transformers can load the folder. Subfolders hold other formats.
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+# The tokenizer comes along, so that transformers can load the folder, and the card with its licence. Subfolders hold
+# other formats.
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]
 HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
 
 # What a folder without safetensors weights may hold instead, and what helps then.

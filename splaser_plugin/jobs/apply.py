@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from splaser_plugin.artifacts.base_card import base_card
 from splaser_plugin.artifacts.card import model_card
 from splaser_plugin.artifacts.recipe import Recipe, carry_out
 from splaser_plugin.config.stages import ApplyConfig
@@ -28,6 +29,8 @@ class ApplyResult:
     weights: Weights
     tokenizer: Any
     """None where a loaded model was given."""
+    base_folder: Path | None = None
+    """Where the base model was loaded from; None where a loaded model was given."""
 
     @property
     def model(self) -> Any:
@@ -57,7 +60,8 @@ class ApplyResult:
             save_model(self.weights, folder, None)
             self.tokenizer.save_pretrained(folder)
             self.recipe.save(folder / "recipe.json")
-            model_card(self.recipe).save(folder / "README.md")
+            base = base_card(self.recipe.model, self.model.config, self.base_folder)
+            model_card(self.recipe, base=base).save(folder / "README.md")
             if self.weights.rest is not None:
                 self.weights.rest.write(folder)
 
@@ -115,4 +119,4 @@ def _apply(
     if source is not None:
         weights.rest = rest_of(source.checkpoint, loaded)
     carry_out(recipe, weights, progress=progress)
-    return ApplyResult(recipe, weights, tokenizer)
+    return ApplyResult(recipe, weights, tokenizer, source.folder if source is not None else None)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from splaser_plugin.artifacts.base_card import base_card
 from splaser_plugin.artifacts.card import model_card
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.artifacts.results import Results
@@ -66,15 +67,16 @@ def expand_folder(model: str, out: Path) -> tuple[Any, int]:
             is_weights = file.name.endswith((".safetensors", INDEX_NAME))
             if file.is_file() and not is_weights and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
-        _rewrite_card(folder)
+        _rewrite_card(folder, dense.config)
     return dense, len(layers)
 
 
-def _rewrite_card(folder: Path) -> None:
-    """Make the card of a lasered model say that its weights are dense."""
+def _rewrite_card(folder: Path, config: Any) -> None:
+    """Make the card of a lasered model say that its weights are dense; of the base it knows what that card did."""
     if not (folder / "recipe.json").is_file():
         return
     recipe = Recipe.load(folder / "recipe.json")
     results = folder / "results.json"
     run = Results.load(results) if results.is_file() else None
-    model_card(replace(recipe, config=replace(recipe.config, save="dense")), run).save(folder / "README.md")
+    dense = replace(recipe, config=replace(recipe.config, save="dense"))
+    model_card(dense, run, base_card(recipe.model, config, folder)).save(folder / "README.md")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from splaser_plugin.artifacts.base_card import base_card
 from splaser_plugin.artifacts.card import model_card
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.artifacts.report import write_report
@@ -178,7 +179,8 @@ class LaserResult:
             (folder / "run.yaml").write_text(self._run_file(), encoding="utf-8")
             record.save(folder / "results.json")
             write_report(folder / "report.html", self.scan, record)
-            model_card(self.recipe, record).save(folder / "README.md")
+            base = base_card(self.recipe.model, self.weights.model.config)
+            model_card(self.recipe, record, base).save(folder / "README.md")
             if self.weights.rest is not None:
                 self.weights.rest.write(folder)
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard
 
-from splaser_plugin.artifacts.card import code, model_card, public_name
+from splaser_plugin.artifacts.card import PLACE, code, model_card, public_name
 from splaser_plugin.artifacts.hub import check_repo, push_to_hub
 from splaser_plugin.artifacts.recipe import Recipe, Step
 from splaser_plugin.artifacts.results import Results
@@ -39,8 +39,8 @@ def metadata(card):
 
 
 def test_the_hub_finds_what_it_looks_for():
-    card = model_card(RECIPE, RUN)
-    assert metadata(card) == {
+    card = metadata(model_card(RECIPE, RUN))
+    assert {key: value for key, value in card.items() if key != "model-index"} == {
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "datasets": ["Intel/orca_dpo_pairs"],
         "library_name": "transformers",
@@ -108,7 +108,8 @@ def test_nothing_of_the_machine_is_on_the_card():
     assert "alice" not in str(card) and "/home" not in str(card)
     assert "base_model" not in metadata(card)
     assert "datasets" not in metadata(card)
-    assert "That is the last part of its name where it was made: a folder, a file or a model in memory." in card.text
+    assert "That is the last part of the base's name where this was made: a folder, a file or a model" in card.text
+    assert "names a model on the hub, so `base_model` is left out." in card.text
     assert "`BASE_MODEL` is your copy of `mine`." in card.text
     assert "base_model" not in metadata(model_card(replace(RECIPE, model="alice/some--model")))
 
@@ -187,7 +188,10 @@ def test_no_path_and_no_token_goes_up_and_the_recipe_stays_whole(hub, finished, 
     assert pushed.config == LaserConfig(embedder="minilm", samples=24)
     assert pushed == replace(RECIPE, model="mine", config=pushed.config)
     assert json.loads(hub.files["scan.json"])["model"] == "mine"
-    assert ModelCard(hub.files["README.md"].decode()).data.library_name == "transformers"
+    card = ModelCard(hub.files["README.md"].decode())
+    assert card.data.library_name == "transformers"
+    assert 'place = "alice/alice/mine"' in card.text
+    assert f'place = "{PLACE}"' in (finished / "README.md").read_text()
 
 
 def test_without_hard_links_the_files_are_copied(hub, finished, monkeypatch):

@@ -113,7 +113,8 @@ def test_a_run_comes_with_its_report_and_card(splaser, tiny_folder, pairs_file, 
     assert all(step["name"] in card.text for step in recipe["steps"])
     code, _, stderr = splaser("apply", out / "recipe.json", tiny_folder, "-o", tmp_path / "rebuilt", "--device", "cpu")
     assert code == 0, stderr
-    assert ModelCard.load(tmp_path / "rebuilt" / "README.md").data == ModelCard.load(out / "README.md").data
+    rebuilt = ModelCard.load(tmp_path / "rebuilt" / "README.md").data.to_dict()
+    assert rebuilt == {key: value for key, value in card.data.to_dict().items() if key != "model-index"}
 
 
 @pytest.mark.slow
