@@ -26,6 +26,8 @@ Patterns: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
 
 EDGES: tuple[Edge, ...] = typing.get_args(Edge)
 SCORERS = ("semantic", "margin", "perplexity")
+MAX_CHARS = 4096
+"""Of a prompt and of each answer, some 1000 tokens: longer ones are rare in published preference data."""
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 
 DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -115,9 +117,9 @@ class MeasureConfig(LoadConfig):
 
     samples: int = Field(default=128, ge=1)
     """Pairs to read: the first usable ones, held-out ones among them; as many windows of --text."""
-    max_prompt_chars: int = Field(default=4096, ge=1)
+    max_prompt_chars: int = Field(default=MAX_CHARS, ge=1)
     """Pairs with a longer prompt are dropped."""
-    max_answer_chars: int = Field(default=4096, ge=1)
+    max_answer_chars: int = Field(default=MAX_CHARS, ge=1)
     """Pairs with a longer answer are dropped."""
     max_new_tokens: int = Field(default=512, ge=1)
     """Longest answer the model may generate, in tokens."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from splaser_plugin.config.stages import MAX_CHARS
 from splaser_plugin.data.formats import (
     TOOLS,
     Message,
@@ -31,8 +32,6 @@ __all__ = ["Message", "Pair", "PairSet", "load_pairs", "pairs_from_rows", "pairs
 
 ROWS = "rows"
 """The source of pairs that come from no file or data set."""
-MAX_CHARS = 4096
-"""Of a prompt and of each answer, some 1000 tokens: longer ones are rare in published preference data."""
 COMPLETE = "Each row needs a prompt that ends with a user turn, a chosen answer and a different rejected one."
 WITHOUT_TOOLS = "Turns in which tools are called or answer aren't supported: give pairs without them."
 MANY = 0.2

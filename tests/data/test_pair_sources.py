@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from splaser_plugin.config.stages import MAX_CHARS
 from splaser_plugin.data import sources as pair_sources
-from splaser_plugin.data.pairs import MAX_CHARS, load_pairs
+from splaser_plugin.data.pairs import load_pairs
 from splaser_plugin.data.sources import PUBLISHED
 from splaser_plugin.errors import PairsError
 from tests.builders import run_python, save_rows
@@ -60,7 +61,7 @@ def test_a_long_file_is_streamed(kind: str, tmp_path: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     script = (
         "import sys, tracemalloc, pyarrow.parquet\n"
-        "from splaser_plugin.data.pairs import MAX_CHARS, load_pairs\n"
+        "from splaser_plugin.data.pairs import load_pairs\n"
         "tracemalloc.start()\n"
         "rows_read = load_pairs(sys.argv[1]).rows_read\n"
         "print(rows_read, tracemalloc.get_traced_memory()[1] + pyarrow.default_memory_pool().max_memory())"
@@ -168,7 +169,7 @@ def test_a_path_that_the_system_refuses_is_an_error(tmp_path: Path) -> None:
 def test_a_hub_that_is_out_of_reach_is_an_error_with_the_next_step() -> None:
     script = (
         "from splaser_plugin.errors import PairsError\n"
-        "from splaser_plugin.data.pairs import MAX_CHARS, load_pairs\n"
+        "from splaser_plugin.data.pairs import load_pairs\n"
         "try:\n    load_pairs('orca_dpo')\n"
         "except PairsError as error:\n    print(error)\n"
     )

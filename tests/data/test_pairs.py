@@ -10,9 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.data.formats import FORMATS, OPTIONAL_COLUMNS
-from splaser_plugin.data.pairs import MAX_CHARS, load_pairs, pairs_from_rows, pairs_sha256
+from splaser_plugin.data.pairs import load_pairs, pairs_from_rows, pairs_sha256
 from splaser_plugin.errors import ConfigError, PairsError
 from tests.builders import run_python
 from tests.data.rows import (
@@ -140,10 +139,6 @@ def test_more_than_a_fifth_dropped_is_a_warning_with_the_mend(change: dict[str, 
     dropped = [{**GOOD, **change}] * 3
     assert f"rows: 3 of 14 rows were dropped {mend}" in pairs_from_rows([GOOD] * 11 + dropped).warning
     assert pairs_from_rows([GOOD] * 12 + dropped).warning == ""
-
-
-def test_the_limits_are_those_of_the_configuration() -> None:
-    assert {LaserConfig().max_prompt_chars, LaserConfig().max_answer_chars} == {MAX_CHARS}
 
 
 @pytest.mark.parametrize("option", ["samples", "max_prompt_chars", "max_answer_chars"])
