@@ -23,6 +23,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from splaser_plugin.distributed import is_sharded, process_count
 from splaser_plugin.errors import ModelError, ScoreError
 from splaser_plugin.generation.kv_cache import RoomyLayer, roomy_cache
+from splaser_plugin.generation.long_rope import side, turning_point
 from splaser_plugin.generation.prompts import THOUGHT_BEGINS, Prompter, opens_thought, without_thought
 from splaser_plugin.progress import measured
 
@@ -101,7 +102,8 @@ class Generator:
         self._pad = prompter.tokenizer.pad_token_id
         if self._pad is None:
             self._pad = self.end_tokens[0] if self.end_tokens else 0
-        at_once = batch_size if self.honours_padding() else 1
+        self._turn = turning_point(model)
+        at_once = batch_size if self.honours_padding() and not (self.is_sharded and self._turn) else 1
         self.batch = BatchSize(at_once or FIRST_BATCH if self.is_sharded else at_once)
 
     def honours_padding(self) -> bool:
@@ -144,7 +146,7 @@ class Generator:
         said: list[list[int]] = [[] for _ in prompts]
         waiting = sorted(range(len(prompts)), key=lambda index: (lengths[index], len(prompts[index])), reverse=True)
         while waiting:
-            batch = waiting[: self.batch.now]
+            batch = self._together(waiting, prompts)
             try:
                 more = self._generate([prompts[index] for index in batch], [said[index] for index in batch])
             except MODEL_ERRORS as error:
@@ -157,7 +159,7 @@ class Generator:
                     self.batch.halve()
                     continue
                 raise ScoreError(f"the model fails at its answers: {type(error).__name__}: {error}") from error
-            waiting = waiting[len(batch) :]
+            waiting = [index for index in waiting if index not in batch]
             for index, tokens in zip(batch, more, strict=True):
                 said[index] += tokens
                 if tokens and not self.is_sharded and self._room(prompts[index], said[index]):
@@ -165,6 +167,13 @@ class Generator:
                 else:
                     measured(1)
         return [self._answer(prompt, tokens) for prompt, tokens in zip(prompts, said, strict=True)]
+
+    def _together(self, waiting: list[int], prompts: Sequence[Sequence[int]]) -> list[int]:
+        """The next batch: prompts that the model answers alike beside each other and alone."""
+        sides = [side(self._turn, len(prompts[each]), len(prompts[each]) + self.max_new_tokens) for each in waiting]
+        if sides[0] is None:
+            return waiting[:1]
+        return [index for index, beyond in zip(waiting, sides, strict=True) if beyond is sides[0]][: self.batch.now]
 
     def _room(self, prompt: Sequence[int], said: Sequence[int]) -> int:
         """How many tokens an answer that goes on may still get."""
@@ -318,7 +327,7 @@ def plain_generation(model: Any) -> Iterator[None]:
 def _end_tokens(model: Any, prompter: Prompter) -> list[int]:
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = list(own) if isinstance(own, (list, tuple)) else [own]
-    ends.append(prompter.tokenizer.eos_token_id)
+    ends += [prompter.tokenizer.eos_token_id, prompter.end_token]
     if prompter.stop_text in prompter.tokenizer.get_vocab():
         ends.append(prompter.tokenizer.convert_tokens_to_ids(prompter.stop_text))
     return sorted({end for end in ends if end is not None})

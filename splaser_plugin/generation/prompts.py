@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from splaser_plugin.data.pairs import Message
@@ -23,8 +26,16 @@ INSTRUCT = (
 )
 _NAMED = {"chatml": CHATML, "instruct": INSTRUCT}
 _ANSWER = "an answer to look for"
+_TURNS = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": _ANSWER},
+    {"role": "user", "content": "Goodbye"},
+]
 THOUGHT_BEGINS, THOUGHT_ENDS = "<think>", "</think>"
 _STOPS = {"chatml": "<|im_end|>", "instruct": "### Instruction:"}
+DAY = datetime.date(2024, 7, 26)
+"""The date in every prompt, so that runs of two days ask the same: Llama 3's template writes it where it knows none."""
+_DATE = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
 
 
 class Prompter:
@@ -33,6 +44,8 @@ class Prompter:
     template: `auto` for the tokenizer's own chat template, or `chatml` or `instruct`.
     context: the model's longest input in tokens, or None when it has no limit.
     variables: of the template, name to value.
+    `end_token` is what the template ends an answer with, None where that is no token of its own. `date` is what stands
+    for today's date where the template writes that, else empty.
     Raises ModelError when `auto` is asked for and the tokenizer has no template, or one that doesn't begin the
     assistant's turn or doesn't know one of the variables.
     """
@@ -49,13 +62,14 @@ class Prompter:
                 "the tokenizer has no chat template. Name the format the model was trained on: "
                 "--template chatml or --template instruct."
             )
-        self.tokenizer = tokenizer
+        self.tokenizer = prepared(tokenizer, variables or {}) if template == "auto" else tokenizer
         self.context = context
         self.stop_text = _STOPS.get(template)
         self._template = _NAMED.get(template)
-        self._variables = dict(variables or {})
-        self._refuse_unknown_variables()
+        self.date = f"{DAY:%d %b %Y}" if self._template is None and _writes_date(tokenizer.chat_template) else ""
+        self._refuse_unknown_variables(variables or {})
         self._refuse_missing_header()
+        self.end_token = self._find_end_token()
 
     def text(self, messages: Sequence[Message]) -> str:
         """The prompt as the model reads it, ready for the assistant's turn.
@@ -95,9 +109,9 @@ class Prompter:
             )
         return ids
 
-    def _refuse_unknown_variables(self) -> None:
+    def _refuse_unknown_variables(self, variables: Mapping[str, Any]) -> None:
         template = self._template or self.tokenizer.chat_template
-        for name in self._variables:
+        for name in variables:
             if isinstance(template, str) and not re.search(rf"\b{name}\b", template):
                 raise ModelError(
                     f"--template-kwargs: the chat template has no '{name}', so that it would change nothing. Check the "
@@ -106,10 +120,9 @@ class Prompter:
 
     def _refuse_missing_header(self) -> None:
         """Raise ModelError when a prompt ends before what the template writes between it and the answer."""
-        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _ANSWER}]
         try:
-            prompt, unfinished = self._render(turns[:1]), self._render(turns[:1], add_generation_prompt=False)
-            whole = self._render(turns, add_generation_prompt=False)
+            prompt, unfinished = self._render(_TURNS[:1]), self._render(_TURNS[:1], add_generation_prompt=False)
+            whole = self._render(_TURNS[:2], add_generation_prompt=False)
         except Exception:  # what it says of real prompts counts
             return
         header, found, _ = whole.removeprefix(prompt).partition(_ANSWER)
@@ -119,14 +132,46 @@ class Prompter:
                 "before each answer. Mend the template, or name another with --template chatml."
             )
 
+    def _find_end_token(self) -> int | None:
+        """The added token that follows an answer, at the conversation's end or, where nothing does there, within it."""
+        for turns in (_TURNS[:2], _TURNS):
+            try:
+                whole = self._render(turns, add_generation_prompt=False)
+            except Exception:  # what it says of real prompts counts
+                return None
+            rest = whole.partition(_ANSWER)[2].lstrip()
+            if rest:
+                first = self.tokenizer(rest, add_special_tokens=False)["input_ids"][0]
+                return first if first in self.tokenizer.added_tokens_decoder else None
+        return None
+
     def _render(self, turns: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self.tokenizer.apply_chat_template(
-            turns,
-            chat_template=self._template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **self._variables,
+            turns, chat_template=self._template, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+
+
+def prepared(tokenizer: Any, variables: Mapping[str, Any]) -> Any:
+    """A tokenizer whose `apply_chat_template` sets these variables, and writes `DAY` for today's date.
+
+    Raises ModelError for a template that makes the date's format itself.
+    """
+    found = copy.copy(tokenizer)
+    if _writes_date(tokenizer.chat_template):
+        dated = _DATE.sub(lambda call: repr(DAY.strftime(call["format"])), tokenizer.chat_template)
+        if re.search(r"strftime_now\(", dated):
+            raise ModelError(
+                "the chat template writes today's date in a format that it makes itself, so that runs of two days "
+                "would differ. Write the date into the template."
+            )
+        found.chat_template = dated
+    if variables:
+        found.apply_chat_template = partial(found.apply_chat_template, **variables)
+    return found
+
+
+def _writes_date(template: Any) -> bool:
+    return isinstance(template, str) and "strftime_now(" in template
 
 
 def opens_thought(text: str) -> bool:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from splaser_plugin.distributed import is_sharded
 from splaser_plugin.generation.generator import evaluating
+from splaser_plugin.generation.long_rope import batches, turning_point
 from splaser_plugin.progress import measured
 
 LOGITS_ROWS = 2048
@@ -59,19 +61,13 @@ def mean_log_probabilities(
     """
     means: dict[int, float] = {}
     with evaluating(model):
-        for batch in similar_lengths(prompts, answers, batch_size):
+        turn = turning_point(model)
+        lengths = [len(prompt) + len(answer) - 1 for prompt, answer in zip(prompts, answers, strict=True)]
+        for batch in batches(lengths, 1 if turn and is_sharded(model) else batch_size, turn):
             found = forced_means(model, [prompts[index] for index in batch], [answers[index] for index in batch])
             means.update(zip(batch, found.tolist(), strict=True))
             done(len(batch))
     return [means[index] for index in range(len(prompts))]
-
-
-def similar_lengths(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch_size: int
-) -> list[list[int]]:
-    """The answers' places in batches, answers of similar length together, so that little is padded."""
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]) + len(answers[index]))
-    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
 
 def _mean(logits: Tensor, tokens: Sequence[int]) -> Tensor:

@@ -229,6 +229,8 @@ def _measure(
         margins = MarginScorer(model, scorers.prompter, pairs.pairs, batch_size=scorers.batch_size)
         scorer = SemanticScorer(scorers.generator, scorers.embedder, pairs.pairs)
         scorer.answers([0])  # what is slow only the first time isn't timed
+    if first is None and scorers.date:
+        progress.fact("date", scorers.date)
     if first is None and scorer.references.warning:
         progress.result("warning", scorer.references.warning)
     items = range(len(pairs))

@@ -19,6 +19,7 @@ from splaser_plugin.errors import EmbedderError
 from splaser_plugin.files.sources import looks_like_path, path_of
 from splaser_plugin.files.text import first_line_of, shown
 from splaser_plugin.generation.generator import MODEL_ERRORS, evaluating
+from splaser_plugin.generation.long_rope import batches, turning_point
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import context_length
 
@@ -137,12 +138,11 @@ class SelfEmbedder:
         device = next(model.parameters()).device
         tokens = self._tokens(texts)
         limit = context_length(model)
-        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+        tokens = [row[:limit] for row in tokens]
         vectors: dict[int, Tensor] = {}
         with self._weights.originals(), evaluating(model):
-            for first in range(0, len(order), self._batch_size):
-                batch = order[first : first + self._batch_size]
-                rows = [torch.tensor(tokens[index][:limit]) for index in batch]
+            for batch in batches([len(row) for row in tokens], self._batch_size, turning_point(model)):
+                rows = [torch.tensor(tokens[index]) for index in batch]
                 ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
                 lengths = torch.tensor([len(row) for row in rows], device=device)
                 mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]

@@ -12,7 +12,7 @@ from splaser_plugin.config.template_kwargs import parse_template_kwargs
 from splaser_plugin.data.pairs import Pair
 from splaser_plugin.data.windows import open_text, read_windows
 from splaser_plugin.generation.generator import Generator
-from splaser_plugin.generation.prompts import Prompter
+from splaser_plugin.generation.prompts import Prompter, prepared
 from splaser_plugin.scoring.embedding import Embedder, SelfEmbedder, SentenceEmbedder, find_embedder
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.own_scorer import CallableScorer, load_function
@@ -56,7 +56,8 @@ class Scorers:
             return MarginScorer(self.model, self.prompter, material.pairs, batch_size=self.batch_size)
         if name == "perplexity":
             return PerplexityScorer(self.model, material.windows, batch_size=self.batch_size)
-        return CallableScorer(load_function(name), self.model, self.tokenizer, material.pairs, name)
+        tokenizer = prepared(self.tokenizer, self._variables)
+        return CallableScorer(load_function(name), self.model, tokenizer, material.pairs, name)
 
     def windows(self) -> list[list[int]]:
         """The windows of --text, as many as pairs are read. Raises TextError when it can't be read."""
@@ -66,8 +67,17 @@ class Scorers:
 
     @cached_property
     def prompter(self) -> Prompter:
-        variables = parse_template_kwargs(self.config.template_kwargs)
-        return Prompter(self.tokenizer, self.config.template, context_length(self.model), variables)
+        return Prompter(self.tokenizer, self.config.template, context_length(self.model), self._variables)
+
+    @property
+    def date(self) -> str:
+        """What is to be said of the date that prompts have; empty where they have none."""
+        date = self.prompter.date
+        return date and f"{date} in every prompt, as the chat template writes one and runs of two days must ask alike"
+
+    @property
+    def _variables(self) -> dict[str, Any]:
+        return parse_template_kwargs(self.config.template_kwargs)
 
     @cached_property
     def generator(self) -> Generator:
