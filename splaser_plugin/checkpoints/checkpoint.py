@@ -14,23 +14,19 @@ from io import BufferedReader
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 import torch
 
 from splaser_plugin.checkpoints.folder import INDEX_NAME, ModelFolder, find_shards, inspect, resolve_model
 from splaser_plugin.checkpoints.header import StoredTensor, read_header
 from splaser_plugin.checkpoints.identity import identity_of, sampled_places
-from splaser_plugin.errors import CheckpointError, nearest
+from splaser_plugin.errors import CheckpointError
 from splaser_plugin.files.reading import open_file
 from splaser_plugin.files.text import shown
 
-__all__ = ["Checkpoint", "TensorPart", "open_checkpoint", "read_groups", "read_tensors", "resolve_model"]
+__all__ = ["Checkpoint", "open_checkpoint", "read_groups", "resolve_model"]
 
-TensorPart: TypeAlias = tuple[str, int | None]
-"""A tensor's name, and which expert of it (None: all of it)."""
-
-Read = TypeVar("Read")
 OWN_PAGES_BYTES = 1 << 17
 COMPARED_BYTES = 1 << 24
 
@@ -51,7 +47,7 @@ class Checkpoint:
     def identity(self) -> str:
         """Which weights these are, by their names on disk; see `identity.identity_of`.
 
-        The same however the tensors are spread over shards. Raises CheckpointError as `read_tensors` does.
+        The same however the tensors are spread over shards. Raises CheckpointError as `read_groups` does.
         """
         values = self.sampled(self.tensors)
         return identity_of((name, stored.shape, values[name]) for name, stored in self.tensors.items())
@@ -71,7 +67,7 @@ class Checkpoint:
         return found
 
     def are_equal(self, names: Sequence[str]) -> bool:
-        """Whether these tensors have the same dtype, shape and bytes. Raises CheckpointError as `read_tensors` does."""
+        """Whether these tensors have the same dtype, shape and bytes. Raises CheckpointError as `read_groups` does."""
         stored = [self.tensors[name] for name in names]
         if len({(tensor.dtype, tensor.shape) for tensor in stored}) > 1:
             return False
@@ -111,53 +107,25 @@ def open_checkpoint(model: str | Path | ModelFolder) -> Checkpoint:
     return Checkpoint(folder.path, folder.config, tensors, shard_bytes)
 
 
-def read_tensors(checkpoint: Checkpoint, wanted: Iterable[TensorPart]) -> Iterator[tuple[TensorPart, torch.Tensor]]:
-    """Read `wanted` in file order, each in its stored dtype, on the CPU, in memory of its own.
-
-    wanted: (tensor's name, None), or (name, expert) for one expert's matrix of a fused tensor (experts, rows,
-    columns). Each shard is opened once. A thread reads the next tensor while the caller works on this one, so
-    at most two are in memory. No file is memory-mapped: mapped pages count as resident memory.
-    Raises CheckpointError when a part doesn't exist, or a shard can't be read or has changed its size.
-    """
-    located = [(part, _locate(checkpoint, *part)) for part in wanted]
-    positions = {shard: position for position, shard in enumerate(checkpoint.shard_bytes)}
-    located.sort(key=lambda item: (positions[item[1].shard], item[1].offset))
-    return _one_ahead(_read_parts(located, checkpoint.shard_bytes), len(located))
-
-
 def read_groups(checkpoint: Checkpoint, groups: Sequence[Sequence[StoredTensor]]) -> Iterator[list[torch.Tensor]]:
-    """Read groups of tensors (or parts of them) in the order given: all of one, while the next is being read.
+    """Read groups of tensors (or parts of them) in the order given, in their stored dtype, on the CPU.
 
-    Otherwise as `read_tensors`.
+    Each tensor is in memory of its own, and no file is memory-mapped: mapped pages count as resident memory. Each
+    shard is opened once. A thread reads the next group while the caller works on this one, so at most two are in
+    memory. Raises CheckpointError when a shard can't be read or has changed its size.
     """
     return _one_ahead(_read_in_order(groups, checkpoint.shard_bytes), len(groups))
 
 
-def _locate(checkpoint: Checkpoint, name: str, expert: int | None) -> StoredTensor:
-    if name not in checkpoint.tensors:
-        known = nearest(shown(name), map(shown, checkpoint.tensors))
-        raise CheckpointError(f"{checkpoint.folder}: there is no tensor {shown(name)}; {known}.")
-    stored = checkpoint.tensors[name]
-    return stored if expert is None else stored.expert(expert)
-
-
-def _one_ahead(reads: Generator[Read], count: int) -> Generator[Read]:
+def _one_ahead(reads: Generator[list[torch.Tensor]], count: int) -> Generator[list[torch.Tensor]]:
     # No variable here holds a tensor across the yield: the caller's own `del` is to free it.
-    ahead: deque[Future[Read]] = deque()
+    ahead: deque[Future[list[torch.Tensor]]] = deque()
     with closing(reads), ThreadPoolExecutor(1, thread_name_prefix="splaser-read") as reader:
         for started in range(count + 1):
             if started < count:
                 ahead.append(reader.submit(next, reads))
             if started > 0:
                 yield ahead.popleft().result()
-
-
-def _read_parts(
-    located: Sequence[tuple[TensorPart, StoredTensor]], shard_bytes: Mapping[Path, int]
-) -> Generator[tuple[TensorPart, torch.Tensor]]:
-    with closing(_read_in_order([[stored] for _, stored in located], shard_bytes)) as reads:
-        for part, _ in located:
-            yield part, next(reads)[0]
 
 
 def _read_in_order(

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from splaser_plugin.checkpoints.checkpoint import Checkpoint
+from splaser_plugin.checkpoints.checkpoint import Checkpoint, read_groups
 from splaser_plugin.checkpoints.header import StoredTensor
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.files.text import printable, shown
@@ -51,7 +51,7 @@ class QuantisedWeight:
         if expert is not None:
             raise CheckpointError(
                 f"{self.codes.shard}: tensor {shown(self.codes.name)} holds several experts as "
-                f"{_dtype(self.codes)} with scales, which can't be scanned. {NEXT_STEP}"
+                f"{_dtype(self.codes)} with scales, which can't be read. {NEXT_STEP}"
             )
         return [self.codes, self.scales]
 
@@ -106,9 +106,9 @@ def quantised_weights(checkpoint: Checkpoint) -> Mapping[str, QuantisedWeight]:
     if method and not found:
         raise CheckpointError(
             f"{checkpoint.folder}: config.json says that its weights are quantised ({method}), which can't be "
-            f"scanned. {NEXT_STEP}"
+            f"read. {NEXT_STEP}"
         )
-    check_holds_weights(with_weights(checkpoint, found), "scanned")
+    _check_holds_weights(with_weights(checkpoint, found))
     return found
 
 
@@ -129,11 +129,20 @@ def stored_as(quantised: Iterable[QuantisedWeight]) -> str:
     return ", ".join(f"{count:,} tensors in {dtype} with scales" for dtype, count in counts.items())
 
 
-def check_holds_weights(checkpoint: Checkpoint, purpose: str) -> None:
-    """Raises CheckpointError at the first tensor that holds codes with scales beside them instead of weights.
+def read_weights(
+    checkpoint: Checkpoint, quantised: Mapping[str, QuantisedWeight], names: Sequence[str], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a checkpoint by their names, on the CPU: quantised weights as what they stand for, in `dtype`.
 
-    purpose: What can't be done with those, as in "reduced".
+    All else comes as it is stored. One tensor more than the caller holds is in memory, see `read_groups`.
     """
+    parts = [quantised[name].parts(None) if name in quantised else [checkpoint.tensors[name]] for name in names]
+    for name, tensors in zip(names, read_groups(checkpoint, parts), strict=True):
+        yield name, quantised[name].weights(*tensors).to(dtype) if name in quantised else tensors[0]
+
+
+def _check_holds_weights(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError at the first tensor that holds codes with scales beside them instead of weights."""
     tensors = checkpoint.tensors
     scaled = {name.rpartition(".")[0] for name in tensors if SCALE.search(name.rpartition(".")[2])}
     for name, stored in tensors.items():
@@ -142,7 +151,7 @@ def check_holds_weights(checkpoint: Checkpoint, purpose: str) -> None:
             method = quantisation(checkpoint.config)
             raise CheckpointError(
                 f"{stored.shard}: tensor {shown(name)} is {_dtype(stored)} with scales "
-                f"beside it: quantised weights{f' ({method})' if method else ''}, which can't be {purpose}. {NEXT_STEP}"
+                f"beside it: quantised weights{f' ({method})' if method else ''}, which can't be read. {NEXT_STEP}"
             )
 
 
@@ -235,5 +244,5 @@ def _dtype(stored: StoredTensor) -> str:
 def _not_understood(stored: StoredTensor, what: str, expected: str) -> CheckpointError:
     return CheckpointError(
         f"{stored.shard}: tensor {shown(stored.name)} ({_dtype(stored)}) is {what}, expected {expected}: "
-        f"quantised weights that can't be scanned. {NEXT_STEP}"
+        f"quantised weights that can't be read. {NEXT_STEP}"
     )

@@ -117,6 +117,8 @@ def _apply(
         )
     weights = Weights(loaded)
     if source is not None:
-        weights.rest = rest_of(source.checkpoint, loaded)
+        if source.quantised:
+            progress.fact("weights", source.dequantised_note(loaded.dtype))
+        weights.rest = rest_of(source, loaded)
     carry_out(recipe, weights, progress=progress)
     return ApplyResult(recipe, weights, tokenizer, source.folder if source is not None else None)

@@ -105,7 +105,9 @@ def _laser(
             )
     weights = weights_of(model)
     if source is not None:
-        weights.rest = rest_of(source.checkpoint, model)
+        if source.quantised:
+            progress.fact("weights", source.dequantised_note(model.dtype))
+        weights.rest = rest_of(source, model)
         if weights.rest is not None and weights.rest.note:
             progress.fact("kept as they are", weights.rest.note)
     if output is not None:

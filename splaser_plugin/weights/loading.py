@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,7 +16,14 @@ from torch import nn
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from splaser_plugin.checkpoints.folder import ModelFolder, inspect, resolve_model
 from splaser_plugin.checkpoints.header import StoredTensor
-from splaser_plugin.checkpoints.quantised import check_holds_weights
+from splaser_plugin.checkpoints.quantised import (
+    QuantisedWeight,
+    quantisation,
+    quantised_weights,
+    read_weights,
+    stored_as,
+    with_weights,
+)
 from splaser_plugin.checkpoints.skeleton import answering_class, skeleton_of
 from splaser_plugin.checkpoints.trust import (
     ADAPTER,
@@ -56,6 +64,13 @@ class ModelSource:
     """The weights; None where they are in a .gguf file or pickled."""
     weight_bytes: int = 0
     """Their size on disk."""
+    quantised: Mapping[str, QuantisedWeight] = field(default_factory=dict)
+    """Those weights that are stored as codes with scales, by name; they are loaded as what they stand for."""
+
+    def dequantised_note(self, dtype: torch.dtype) -> str:
+        """What a model of that dtype, loaded from quantised weights, is: for people."""
+        name = str(dtype).removeprefix("torch.")
+        return f"{stored_as(self.quantised.values())}, loaded as the weights they stand for and written in {name}"
 
 
 def find_model(name: str | Path, *, allow_pickle: bool = False) -> ModelSource:
@@ -80,9 +95,12 @@ def find_model(name: str | Path, *, allow_pickle: bool = False) -> ModelSource:
             f"{name}: this is a sentence-transformers model, which gives no answers. Give a causal language model."
         )
     checkpoint = check_model_folder(folder, allow_pickle=allow_pickle)
-    if checkpoint is not None:
-        check_holds_weights(checkpoint, "reduced")
-    return ModelSource(str(name), folder.path, checkpoint=checkpoint, weight_bytes=folder.weight_bytes)
+    quantised = (
+        {} if checkpoint is None or stored_layers(checkpoint.config, folder.path) else quantised_weights(checkpoint)
+    )
+    return ModelSource(
+        str(name), folder.path, checkpoint=checkpoint, weight_bytes=folder.weight_bytes, quantised=quantised
+    )
 
 
 def _check_is_model(name: str | Path, folder: ModelFolder) -> None:
@@ -138,7 +156,7 @@ def _load(source: ModelSource, dtype: str | torch.dtype) -> tuple[Any, Any]:
         if getattr(config, "is_encoder_decoder", False):
             raise ModelError(f"{name} is an encoder-decoder model; only causal language models can be lasered.")
         is_factored = bool(stored_layers(config.to_dict(), folder))
-        if getattr(config, "quantization_config", None) and not source.gguf and not is_factored:
+        if quantisation(config.to_dict()) and not source.gguf and not is_factored and not source.quantised:
             raise ModelError(
                 f"{name} has quantised weights, which can't be reduced. Give the model in bfloat16 or float32."
             )
@@ -148,7 +166,10 @@ def _load(source: ModelSource, dtype: str | torch.dtype) -> tuple[Any, Any]:
         kind = AutoModelForCausalLM if source.gguf else answering_class(config)
         if not source.gguf:
             files |= {"use_safetensors": source.checkpoint is not None, "weights_only": True}
-        loaded: Any = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **files)
+        if source.quantised:
+            loaded: Any = _dequantised(source, config, dtype)
+        else:
+            loaded = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **files)
     except _library_errors() as error:
         raise CheckpointError(
             f"{name}: can't be loaded as a causal language model ({_reason(error, source)}) "
@@ -161,6 +182,28 @@ def _load(source: ModelSource, dtype: str | torch.dtype) -> tuple[Any, Any]:
             "random. Its config.json asks for another model than its weights are."
         )
     return model, tokenizer
+
+
+def _dequantised(source: ModelSource, config: Any, dtype: str | torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """What `from_pretrained` gives for the weights that the codes and scales stand for.
+
+    They are read as a scan reads them, for what transformers itself would load differs from that for some layouts.
+    """
+    from transformers import GenerationConfig
+
+    if source.checkpoint is None:
+        raise ValueError("quantised weights come from a checkpoint")
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        vars(part).pop("quantization_config", None)
+    if not isinstance(dtype, torch.dtype):
+        dtype = config.get_text_config().dtype or config.dtype or torch.bfloat16
+    weights = with_weights(source.checkpoint, source.quantised)
+    kind = type(skeleton_of(weights).model)
+    tensors = dict(read_weights(source.checkpoint, source.quantised, list(weights.tensors), dtype))
+    model, found = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
+    if (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    return model, found
 
 
 def _reason(error: Exception, source: ModelSource) -> str:

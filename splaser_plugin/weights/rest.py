@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
-from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_tensors
+from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from splaser_plugin.checkpoints.folder import INDEX_NAME, SINGLE_NAME
+from splaser_plugin.checkpoints.quantised import QuantisedWeight, read_weights, with_weights
 from splaser_plugin.checkpoints.skeleton import unplaced
+from splaser_plugin.weights.loading import ModelSource
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".index.json")
 """How files end that hold weights, or say where they are."""
@@ -28,6 +32,9 @@ class Rest:
     """Tensors and files of a model's folder that the loaded model doesn't hold."""
 
     checkpoint: Checkpoint
+    quantised: Mapping[str, QuantisedWeight]
+    dtype: torch.dtype
+    """Of quantised weights, once they are dequantised."""
     tensors: tuple[str, ...]
     """Names of tensors that the loader leaves out, as it does layers for multi-token prediction."""
 
@@ -50,8 +57,7 @@ class Rest:
     def _write_tensors(self, folder: Path) -> None:
         checkpoint = open_checkpoint(folder)
         kept = [name for name in self.tensors if name not in checkpoint.tensors]
-        wanted = [(name, None) for name in kept]
-        tensors = {name: tensor for (name, _), tensor in read_tensors(self.checkpoint, wanted)}
+        tensors = dict(read_weights(self.checkpoint, self.quantised, kept, self.dtype))
         shards = list(checkpoint.shard_bytes)
         names = {shard: SHARD.format(place, len(shards) + 1) for place, shard in enumerate(shards, 1)}
         where = {name: names[stored.shard] for name, stored in checkpoint.tensors.items()}
@@ -65,8 +71,9 @@ class Rest:
         (folder / SINGLE_NAME).unlink(missing_ok=True)
 
 
-def rest_of(checkpoint: Checkpoint | None, model: Any) -> Rest | None:
-    """What `model`, loaded from these weights, left of their folder; None where there is no such folder."""
-    if checkpoint is None:
+def rest_of(source: ModelSource, model: Any) -> Rest | None:
+    """What `model`, loaded from there, left of the folder; None where its weights are in no checkpoint."""
+    if source.checkpoint is None:
         return None
-    return Rest(checkpoint, unplaced(model, checkpoint))
+    unplaced_names = unplaced(model, with_weights(source.checkpoint, source.quantised))
+    return Rest(source.checkpoint, source.quantised, model.dtype, unplaced_names)

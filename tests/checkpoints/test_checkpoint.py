@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splaser_plugin.checkpoints import checkpoint as checkpoint_module
-from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_tensors
+from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_groups
 from splaser_plugin.checkpoints.folder import INDEX_NAME
 from splaser_plugin.checkpoints.header import DTYPES
 from splaser_plugin.errors import CheckpointError
@@ -49,8 +49,12 @@ def as_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def read_all(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, int | None], torch.Tensor]]:
-    return read_tensors(checkpoint, [(name, None) for name in checkpoint.tensors])
+def read_all(checkpoint: Checkpoint) -> Iterator[list[torch.Tensor]]:
+    return read_groups(checkpoint, [[stored] for stored in checkpoint.tensors.values()])
+
+
+def read_by_name(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    return dict(zip(checkpoint.tensors, (tensor for (tensor,) in read_all(checkpoint)), strict=True))
 
 
 LAYERS = {f"layers.{number}.weight": random_tensor((8, 5), torch.bfloat16, number) for number in range(6)}
@@ -61,32 +65,37 @@ SHARDS = [dict(list(LAYERS.items())[:4]), dict(list(LAYERS.items())[4:])]
 def test_tensors_of_every_dtype_are_those_of_the_safetensors_library_bit_by_bit(tmp_path, dtype):
     shapes = {"matrix": (7, 3), "vector": (5,), "scalar": (), "empty": (0, 4), "fused": (2, 3, 4)}
     save_single(tmp_path, {name: random_tensor(shape, dtype) for name, shape in shapes.items()})
-    read = dict(read_all(open_checkpoint(tmp_path)))
+    read = read_by_name(open_checkpoint(tmp_path))
     with safetensors.safe_open(tmp_path / "model.safetensors", framework="pt") as theirs:
-        assert {name for name, _ in read} == set(theirs.keys())
-        for (name, _), tensor in read.items():
+        assert read.keys() == set(theirs.keys())
+        for name, tensor in read.items():
             expected = theirs.get_tensor(name)
             assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape)
             assert as_bytes(tensor) == as_bytes(expected)
 
 
-def test_parts_come_in_file_order_whatever_order_they_are_asked_in_and_experts_are_slices(tmp_path):
+def test_groups_come_in_the_order_given_and_experts_are_slices(tmp_path):
     fused = random_tensor((3, 4, 5), torch.float32)
     save_sharded(tmp_path, [{"experts": fused, "norm": torch.ones(5)}, {"last": torch.zeros(2, 2)}])
-    wanted = [("last", None), ("experts", 2), ("norm", None), ("experts", 0)]
-    read = list(read_tensors(open_checkpoint(tmp_path), wanted))
-    assert [part for part, _ in read] == [("experts", 0), ("experts", 2), ("norm", None), ("last", None)]
-    assert as_bytes(read[0][1]) == as_bytes(fused[0])
-    assert as_bytes(read[1][1]) == as_bytes(fused[2])
-    assert read[1][1].shape == (4, 5)
+    checkpoint = open_checkpoint(tmp_path)
+    experts, norm, last = (checkpoint.tensors[name] for name in ("experts", "norm", "last"))
+    (second, ones), (zeros,), (first,) = read_groups(
+        checkpoint, [[experts.expert(2), norm], [last], [experts.expert(0)]]
+    )
+    assert as_bytes(second) == as_bytes(fused[2])
+    assert as_bytes(first) == as_bytes(fused[0])
+    assert first.shape == (4, 5)
+    assert torch.equal(ones, torch.ones(5))
+    assert torch.equal(zeros, torch.zeros(2, 2))
+    assert list(read_groups(checkpoint, [])) == []
 
 
 def test_what_is_read_is_the_callers_own_memory(tmp_path):
     save_single(tmp_path, {"w": torch.zeros(4)})
     checkpoint = open_checkpoint(tmp_path)
-    (_, first), *_ = read_all(checkpoint)
+    (first,), *_ = read_all(checkpoint)
     first.fill_(1)
-    (_, again), *_ = read_all(checkpoint)
+    (again,), *_ = read_all(checkpoint)
     assert not again.any()
 
 
@@ -97,9 +106,9 @@ def test_each_shard_is_opened_once_for_its_header_and_once_to_be_read(tmp_path):
     checkpoint = open_checkpoint(tmp_path)
     assert opened_files == names
     opened_files.clear()
-    read = dict(read_tensors(checkpoint, [(name, None) for name in reversed(LAYERS)]))
+    read = read_by_name(checkpoint)
     assert opened_files == names
-    assert {name: as_bytes(tensor) for (name, _), tensor in read.items()} == {
+    assert {name: as_bytes(tensor) for name, tensor in read.items()} == {
         name: as_bytes(tensor) for name, tensor in LAYERS.items()
     }
 
@@ -131,11 +140,10 @@ def test_at_most_one_tensor_is_read_ahead_and_none_is_kept(tmp_path, monkeypatch
     read = read_all(open_checkpoint(tmp_path))
     assert started == []
     for number in range(1, len(LAYERS) + 1):
-        part, tensor = next(read)
+        group = next(read)
         assert len(started) <= number + 1
         assert len(alive) <= 2
-        del tensor
-        assert part[0] in LAYERS
+        del group
     assert list(read) == []
     assert len(alive) == 0
     assert started == list(LAYERS)
@@ -148,15 +156,6 @@ def test_a_reader_left_early_closes_its_file_and_ends_its_thread(tmp_path):
     assert any(thread.name.startswith("splaser-read") for thread in threading.enumerate())
     read.close()  # type: ignore[attr-defined]
     assert not any(thread.name.startswith("splaser-read") for thread in threading.enumerate())
-
-
-def test_asking_for_what_is_not_there_is_refused_before_anything_is_read(tmp_path):
-    checkpoint = open_checkpoint(save_single(tmp_path, {"w": torch.zeros(4, 4), "fused": torch.zeros(2, 2, 2)}))
-    with pytest.raises(CheckpointError, match="there is no tensor 'v'; nearest: "):
-        read_tensors(checkpoint, [("v", None)])
-    with pytest.raises(CheckpointError, match=r"tensor 'fused': no expert 2 in its shape \(2, 2, 2\)"):
-        read_tensors(checkpoint, [("w", None), ("fused", 2)])
-    assert list(read_tensors(checkpoint, [])) == []
 
 
 def test_folders_that_are_missing_or_hold_no_tensors_are_refused(tmp_path):
@@ -285,7 +284,7 @@ def test_a_damaged_checkpoint_is_refused_or_read_whole(tmp_path, data):
     try:
         checkpoint = open_checkpoint(folder)
         checkpoint.identity()
-        for (name, _), tensor in read_all(checkpoint):
+        for name, tensor in read_by_name(checkpoint).items():
             assert tensor.shape == checkpoint.tensors[name].shape
             assert tensor.numel() * tensor.element_size() == checkpoint.tensors[name].byte_count
     except CheckpointError as error:
@@ -299,10 +298,9 @@ def test_a_header_with_ten_thousand_experts_is_read_and_each_expert_reachable(tm
     fused = torch.arange(count, dtype=torch.int16).reshape(count, 1, 1).expand(count, 1, 2).contiguous()
     separate = {f"layers.0.experts.{number}.w": torch.zeros(1, 2) for number in range(count)}
     checkpoint = open_checkpoint(save_single(tmp_path, {"fused": fused, **separate}))
-    parts = [("fused", number) for number in range(count)] + [(name, None) for name in separate]
-    read = dict(read_tensors(checkpoint, parts))
-    assert len(read) == 2 * count
-    assert all(int(read["fused", number][0, 1]) == number for number in range(count))
+    experts = [[checkpoint.tensors["fused"].expert(number)] for number in range(count)]
+    assert all(int(tensor[0, 1]) == number for number, (tensor,) in enumerate(read_groups(checkpoint, experts)))
+    assert len(read_by_name(checkpoint)) == count + 1
 
 
 @pytest.mark.slow
@@ -314,19 +312,19 @@ def test_reading_holds_two_tensors_however_large_the_checkpoint(tmp_path):
     program = """
         import sys
         from pathlib import Path
-        from splaser_plugin.checkpoints.checkpoint import open_checkpoint, read_tensors
+        from splaser_plugin.checkpoints.checkpoint import open_checkpoint, read_groups
 
         def peak_bytes():
             line = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
             return int(line.split()[1]) * 1024
 
         checkpoint = open_checkpoint(sys.argv[1])
-        next(read_tensors(checkpoint, [("w0.0", None)]))[1][:1].add(1)
+        next(read_groups(checkpoint, [[checkpoint.tensors["w0.0"]]]))[0][:1].add(1)
         before = peak_bytes()
         total_bytes = 0
-        for _, tensor in read_tensors(checkpoint, [(name, None) for name in checkpoint.tensors]):
-            total_bytes += tensor.nbytes
-            del tensor
+        for tensors in read_groups(checkpoint, [[stored] for stored in checkpoint.tensors.values()]):
+            total_bytes += tensors[0].nbytes
+            del tensors
         print(total_bytes, peak_bytes() - before)
     """
     run = subprocess.run(

@@ -39,5 +39,5 @@ def test_a_model_is_listed_once_and_its_headers_are_read_once(tiny_folder, monke
     source = find_model(tiny_folder)
     model, _ = load_model(source, device="cpu")
     assert source.weight_bytes == (Path(tiny_folder) / "model.safetensors").stat().st_size
-    assert rest_of(source.checkpoint, model) is not None
+    assert rest_of(source, model) is not None
     assert (listed.count(Path(tiny_folder)), len(read)) == (1, 1)

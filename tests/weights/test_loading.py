@@ -11,7 +11,8 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.artifacts.recipe import Recipe
-from splaser_plugin.checkpoints.checkpoint import open_checkpoint, read_tensors
+from splaser_plugin.checkpoints.checkpoint import open_checkpoint
+from splaser_plugin.checkpoints.quantised import read_weights
 from splaser_plugin.errors import CheckpointError, ModelError
 from splaser_plugin.jobs.apply import apply
 from splaser_plugin.weights.loading import find_model, load_model
@@ -28,9 +29,7 @@ def spoken(model, tokenizer, folder):
 
 def tensors_of(folder):
     checkpoint = open_checkpoint(folder)
-    return {
-        name: tensor for (name, _), tensor in read_tensors(checkpoint, [(name, None) for name in checkpoint.tensors])
-    }
+    return dict(read_weights(checkpoint, {}, list(checkpoint.tensors), torch.float32))
 
 
 def large(settings):

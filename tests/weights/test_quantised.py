@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-from splaser_plugin import scan
+from splaser_plugin import LaserConfig, laser, scan
 from splaser_plugin.checkpoints.checkpoint import open_checkpoint
-from splaser_plugin.errors import CheckpointError, ModelError
+from splaser_plugin.errors import CheckpointError
+from splaser_plugin.jobs.apply import apply
 from splaser_plugin.scanning.records import Scan
+from splaser_plugin.weights.adapted import weights_of
 from splaser_plugin.weights.loading import load_model
 from splaser_plugin.weights.stored import StoredWeights
+from tests.planted import Facts
 from tests.tiny_models import CAUSAL, TEXT, build, change, configure, saved
 
 BLOCK = (8, 16)
@@ -169,10 +174,68 @@ def test_a_block_size_that_is_none_is_refused(block, tmp_path):
         scan(tmp_path)
 
 
-def test_eight_bit_floats_are_not_lasered(tmp_path):
-    quantised(tmp_path, "blocks", build("llama", TEXT))
-    with pytest.raises((CheckpointError, ModelError), match=r"quantised weights \(fp8\), which can't be reduced"):
-        load_model(tmp_path, device="cpu")
+LARGE = {"vocab_size": 49152}
+QUICK = LaserConfig(embedder="self", max_new_tokens=4, candidates=2, device="cpu", ranks="0.5", accept="improve")
+
+
+def with_tokenizer(folder, tokenizer):
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "layout"),
+    [("llama", TEXT, layout) for layout in LAYOUTS] + [("mixtral", CAUSAL["mixtral"], "blocks")],
+)
+def test_eight_bit_floats_are_loaded_as_the_weights_they_stand_for(kind, settings, layout, tokenizer, tmp_path):
+    model = build(kind, settings | LARGE)
+    meant = quantised(tmp_path, layout, model)
+    loaded, _ = load_model(with_tokenizer(tmp_path, tokenizer), device="cpu")
+    saved(model, tmp_path / "plain")
+    change(tmp_path / "plain", lambda tensors: tensors | meant)
+    plain, _ = load_model(with_tokenizer(tmp_path / "plain", tokenizer), device="cpu")
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(loaded.get_parameter(name), parameter, rtol=1e-6, atol=0)
+    assert loaded.generation_config.to_dict() == plain.generation_config.to_dict()
+    assert "quantization_config" not in loaded.config.to_dict()
+
+
+def test_a_quantised_model_is_lasered_and_written_in_the_dtype_that_is_said(tokenizer, pairs, tmp_path):
+    """The next-token layer that transformers leaves out is written dequantised, too."""
+    meant = quantised(
+        tmp_path / "in",
+        "blocks",
+        build("deepseek_v3", CAUSAL["deepseek_v3"] | LARGE | {"moe_intermediate_size": 16}).bfloat16(),
+    )
+    codes = (torch.randn(16, 32) * 10).to(torch.float8_e4m3fn)
+    last = "model.layers.2.eh_proj.weight"
+    change(tmp_path / "in", lambda each: each | {last: codes, f"{last}_scale_inv": torch.full((2, 2), 0.5)})
+    facts = Facts()
+    result = laser(
+        with_tokenizer(tmp_path / "in", tokenizer), pairs, config=QUICK, output=tmp_path / "out", progress=facts
+    )
+    assert dict(facts.facts)["weights"].endswith("loaded as the weights they stand for and written in bfloat16")
+    after = {}
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        after |= load_file(shard)
+    assert {tensor.dtype for tensor in after.values()} <= {torch.bfloat16, torch.float32}
+    assert torch.equal(after[last], (codes.float() / 2).bfloat16())
+    changed = [name for name, weight in meant.items() if not torch.equal(after[name], weight.bfloat16())]
+    assert len(changed) == len(result.recipe.steps)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    load_model(tmp_path / "out", device="cpu")
+    apply(result.recipe, tmp_path / "in", output=tmp_path / "applied")
+
+
+def test_mxfp4_experts_are_loaded_as_the_weights_they_stand_for(tokenizer, tmp_path):
+    packed(tmp_path, GPT_OSS | LARGE)
+    loaded, _ = load_model(with_tokenizer(tmp_path, tokenizer), device="cpu", dtype="float32")
+    stored = StoredWeights(open_checkpoint(tmp_path))
+    matrices, _ = stored.matrices()
+    in_memory = weights_of(loaded)
+    for matrix, weight in stored.stream(matrices, matrices):
+        there = next(each for each in in_memory.matrices()[0] if each.name == matrix.name)
+        assert torch.equal(in_memory.read(there), weight), matrix.name
 
 
 GPT_OSS = TEXT | {
@@ -185,7 +248,7 @@ GPT_OSS = TEXT | {
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def packed(folder):
+def packed(folder, settings=GPT_OSS):
     def pack(tensors):
         for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
             experts, rows, columns = tensors.pop(name).shape
@@ -193,7 +256,7 @@ def packed(folder):
             tensors[f"{name}_scales"] = torch.randint(110, 130, (experts, columns, rows // 32), dtype=torch.uint8)
         return tensors
 
-    saved(build("gpt_oss", GPT_OSS), folder)
+    saved(build("gpt_oss", settings), folder)
     change(folder, pack)
     configure(folder, quantization_config={"quant_method": "mxfp4"})
 
