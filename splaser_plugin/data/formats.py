@@ -6,6 +6,7 @@ not the text or the turns it should be raises `UnusableRowError` with a short ca
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,6 +76,9 @@ ROLES = {
     "gpt": "assistant",
 }
 
+_SPEAKER = re.compile(r"(?:\A\s*|\n\s*\n)(Human|User|Assistant):")
+"""What begins a turn of a conversation that is written down as one text, as in hh-rlhf."""
+
 
 def recognise(columns: Iterable[object]) -> Format | None:
     """The format that these columns make, or None."""
@@ -86,11 +90,14 @@ def read_parts(row: Mapping[str, Any], form: Format) -> tuple[list[Message], str
     """(prompt turns, chosen, rejected) of a row that has the columns of `form`.
 
     An answer is a text, one message, or a message list whose LAST assistant turn is the answer; the turns
-    before it either repeat the prompt or continue it. The texts may still be empty, long or equal.
+    before it either repeat the prompt or continue it. A text that is a transcript ("Human: ... Assistant: ...") stands
+    for its turns. The texts may still be empty, long or equal.
     Raises UnusableRowError.
     """
-    if form.prompt is None and isinstance(row[form.chosen], str) and isinstance(row["rejected"], str):
-        return _split_shared_text(row)
+    if form.prompt is None:
+        texts = [row["chosen"], row["rejected"]]
+        if all(isinstance(text, str) for text in texts) and not all(_transcript(text) for text in texts):
+            return _split_shared_text(row)
     prompt = _prompt_turns(row, form)
     chosen_context, chosen = _answer(row[form.chosen])
     messages = _join(prompt, chosen_context)
@@ -143,11 +150,12 @@ def _history(value: object) -> list[Message]:
 
 def _answer(value: object) -> tuple[list[Message], str]:
     """(turns before the answer, answer)."""
-    if value is None or isinstance(value, str):
-        return [], _text(value)
-    if _is_parts(value):
-        return [], _text(value)
-    turns = _turns([value] if isinstance(value, Mapping) else value)
+    if value is None or isinstance(value, str) or _is_parts(value):
+        turns = _transcript(_text(value))
+        if not turns:
+            return [], _text(value)
+    else:
+        turns = _turns([value] if isinstance(value, Mapping) else value)
     for position in reversed(range(len(turns))):
         if turns[position]["role"] == "assistant":
             return turns[:position], turns[position]["content"]
@@ -170,11 +178,29 @@ def _join(prompt: list[Message], context: list[Message]) -> list[Message]:
 
 def _turns(value: object) -> list[Message]:
     if isinstance(value, str) or _is_parts(value):
-        return [Message(role="user", content=_text(value))]
+        text = _text(value)
+        turns = _transcript(text)
+        if turns and turns[-1] == Message(role="assistant", content=""):
+            del turns[-1]
+        if turns and turns[-1]["role"] == "user":
+            return turns
+        return [Message(role="user", content=text)]
     turns = [_message(turn) for turn in _list(value)]
     if turns and turns[0]["role"] == "system" and not turns[0]["content"].strip():
         del turns[0]
     return turns
+
+
+def _transcript(text: str) -> list[Message]:
+    """The turns of a conversation that is written as one text; none where it doesn't begin as one, or has one speaker.
+
+    That is "Human: ..." or "User: ...", then, after an empty line each, "Assistant: ..." and "Human: ..." by turns.
+    """
+    parts = _SPEAKER.split(text)
+    if parts[0] or len(set(parts[1::2])) < 2 or parts[1] == "Assistant":
+        return []
+    names = zip(parts[1::2], parts[2::2], strict=True)
+    return [Message(role=ROLES[name.lower()], content=content.strip()) for name, content in names]
 
 
 def _message(turn: object) -> Message:

@@ -198,3 +198,35 @@ def test_the_prompt_of_messages_is_the_conversation_before_both_answers() -> Non
     whole = {"messages": [*turns, good], "chosen": [*turns, good], "rejected": [*turns, bad]}
     assert only_pair(whole) == expected
     assert only_pair({**GOOD, "messages": [user("Another question?"), good]}) == only_pair(GOOD)
+
+
+HI = [user("Hi"), assistant("Hello.")]
+BEFORE = "\n\nHuman: Hi\n\nAssistant: Hello."
+
+
+@pytest.mark.parametrize("begin", ["", BEFORE])
+@pytest.mark.parametrize("speaker", ["Human", "User"])
+def test_a_transcript_in_one_text_stands_for_its_turns(begin: str, speaker: str) -> None:
+    begin = begin.replace("Human", speaker)
+    question = f"{begin}\n\n{speaker}: {GOOD['prompt']}"
+    expected = only_pair({**GOOD, "prompt": [*(HI if begin else []), user(GOOD["prompt"])]})
+    whole = {key: f"{question}\n\nAssistant: {GOOD[key]}" for key in ("chosen", "rejected")}
+    assert only_pair(whole) == expected
+    assert only_pair({**whole, "prompt": f"{question}\n\nAssistant:"}) == expected
+    assert only_pair({**GOOD, "prompt": f"{question}\n\nAssistant:"}) == expected
+
+
+def test_what_only_looks_like_a_transcript_stays_one_text() -> None:
+    for prompt in (
+        "Human: who am I?",
+        "Human: Hi\n\nAssistant: Hello.\n\nWas that polite?",
+        "Read this.\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Bye",
+        "User: the word\nAssistant: another word",
+    ):
+        assert only_pair({**GOOD, "prompt": prompt}).messages == (user(prompt),)
+    assert only_pair({**GOOD, "chosen": "Assistant: 100 degrees."}).chosen == "Assistant: 100 degrees."
+
+
+def test_transcripts_that_differ_before_the_answer_are_counted_as_such() -> None:
+    texts = {key: f"Human: {key}?\n\nAssistant: {GOOD[key]}" for key in ("chosen", "rejected")}
+    assert dropped_cause(texts) == "answers to different prompts"
