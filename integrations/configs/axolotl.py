@@ -59,7 +59,7 @@ def axolotl_yaml(
     """
     if laser is not None and (laser not in LASER or not plugin or plan.dataset is None):
         raise ConfigError(f"--laser: got '{laser}', expected {' or '.join(LASER)}, with --plugin and --dataset.")
-    lines = header(plan, run, "" if base or plan.dataset else DATASET)
+    lines = header(plan, run, base=base, dataset_key=DATASET)
     if plugin:
         lines.append("The plugin makes this choice itself, and logs 'splaser: training ... matrices'.")
         lines.append("Where that line is missing from the log it isn't installed, and everything is trained.")

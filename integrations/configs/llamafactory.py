@@ -74,7 +74,7 @@ def llamafactory_yaml(
     """
     if plan.mode == "unfrozen":
         raise ConfigError("--mode unfrozen: LLaMA-Factory's YAML can freeze whole blocks only. Write a runner script.")
-    lines = header(plan, run, _lacks(plan, base))
+    lines = header(plan, run, base=base, dataset_key=DATASET)
     if base is None:
         return new_yaml(llamafactory_config(plan, dataset_dir), lines)
     values, without = _base_changes(plan, base, dataset_dir)
@@ -93,7 +93,7 @@ def runner_script(
         values = {key: value for key, value in values.items() if key not in without} | changes
     trained = [name.removesuffix(".weight") for name in trained_parameters(plan.selection)]
     body = RUNNER.format(trained=_literal(trained), options=_literal(values))
-    return comment(header(plan, run, _lacks(plan, base))) + body
+    return comment(header(plan, run, base=base, dataset_key=DATASET)) + body
 
 
 def llamafactory_config(plan: Plan, dataset_dir: Path = Path()) -> dict[str, Any]:
@@ -119,10 +119,6 @@ def llamafactory_config(plan: Plan, dataset_dir: Path = Path()) -> dict[str, Any
         "report_to": "none",
         "output_dir": plan.output_dir or "outputs/splaser",
     }
-
-
-def _lacks(plan: Plan, base: Path | None) -> str:
-    return "" if base or plan.dataset else DATASET
 
 
 def targets(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:

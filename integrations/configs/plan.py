@@ -73,10 +73,15 @@ def choose_rank(selection: Selection, lora_rank: str | None, match_rank: int) ->
     return rank, reason
 
 
-def header(plan: Plan, run: str, lacks: str = "") -> list[str]:
+def lacks_dataset(plan: Plan, base: Path | None) -> bool:
+    """Whether nothing names the data set: neither --dataset nor a file of the user's own, `base`."""
+    return base is None and plan.dataset is None
+
+
+def header(plan: Plan, run: str, *, base: Path | None, dataset_key: str) -> list[str]:
     """Comment lines for the top of what is generated.
 
-    run: the command that uses it. lacks: the key that names the data set, where there is none.
+    run: the command that uses it. base: the user's own file that it is made from. dataset_key: names the data set.
     """
     selection = plan.selection
     what = {"unfrozen": "Trains", "lora": "Trains LoRA adapters on", "qlora": "Trains QLoRA adapters on"}[plan.mode]
@@ -86,8 +91,8 @@ def header(plan: Plan, run: str, lacks: str = "") -> list[str]:
     ]
     if plan.rank_reason:
         lines.append(f"LoRA: {plan.rank_reason}.")
-    if lacks:
-        lines.append(f"Data: no --dataset was given, so nothing trains before you add `{lacks}`.")
+    if lacks_dataset(plan, base):
+        lines.append(f"Data: no --dataset was given, so nothing trains before you add `{dataset_key}`.")
     return [*lines, f"Run: {run}"]
 
 

@@ -82,6 +82,7 @@ def axolotl(
     """A configuration for `axolotl train`."""
     from splaser_plugin.integrations.check import check_plan
     from splaser_plugin.integrations.configs.axolotl import DATASET, axolotl_yaml
+    from splaser_plugin.integrations.configs.plan import lacks_dataset
 
     if rl not in (None, "dpo"):
         raise ConfigError(f"--rl: got '{rl}', expected dpo.")
@@ -91,7 +92,7 @@ def axolotl(
     text = axolotl_yaml(plan, base=training.base, run=run, plugin=plugin, laser=laser)
     check_plan(plan)
     _write(output, text, overwrite=overwrite)
-    _tell(selection, output, run, lacks="" if training.base or training.dataset else DATASET)
+    _tell(selection, output, run, lacks=DATASET if lacks_dataset(plan, training.base) else "")
 
 
 @app.command()
@@ -111,6 +112,7 @@ def llamafactory(
     """
     from splaser_plugin.integrations.check import check_plan
     from splaser_plugin.integrations.configs import llamafactory as tool
+    from splaser_plugin.integrations.configs.plan import lacks_dataset
 
     is_script = training.mode == "unfrozen"
     if is_script != (output.suffix == ".py"):
@@ -129,7 +131,7 @@ def llamafactory(
         _check_file(output, text, overwrite=overwrite)
         _write(info, entries, overwrite=True)
     _write(output, text, overwrite=overwrite)
-    _tell(selection, output, run, lacks="" if training.base or training.dataset else tool.DATASET)
+    _tell(selection, output, run, lacks=tool.DATASET if lacks_dataset(plan, training.base) else "")
 
 
 @app.command()
