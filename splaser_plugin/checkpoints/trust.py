@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from splaser_plugin.checkpoints.folder import PICKLED_WEIGHTS, SINGLE_NAME, ModelFolder, read_object
@@ -21,6 +21,14 @@ from splaser_plugin.files.text import shown
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ADAPTER_CONFIG, ADAPTER, PICKLED_ADAPTER = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 READ_BY_TRANSFORMERS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@overload
+def check_model_folder(folder: ModelFolder) -> Checkpoint: ...
+
+
+@overload
+def check_model_folder(folder: ModelFolder, *, allow_pickle: bool) -> Checkpoint | None: ...
 
 
 def check_model_folder(folder: ModelFolder, *, allow_pickle: bool = False) -> Checkpoint | None:
@@ -35,7 +43,7 @@ def check_model_folder(folder: ModelFolder, *, allow_pickle: bool = False) -> Ch
         raise CheckpointError(
             _refused_pickle(next(folder.path / name for name in PICKLED_WEIGHTS if name in folder.sizes))
         )
-    config = folder.config or read_object(folder.path / "config.json")
+    config = folder.config or read_object(folder.path / "config.json")  # raises where there is no such file
     for name in READ_BY_TRANSFORMERS:
         if name in folder.sizes:
             read_object(folder.path / name)

@@ -11,11 +11,12 @@ from splaser_plugin.artifacts.base_card import base_card
 from splaser_plugin.artifacts.card import model_card
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.artifacts.results import Results
-from splaser_plugin.checkpoints.folder import INDEX_NAME, read_config, resolve_model
+from splaser_plugin.checkpoints.folder import INDEX_NAME, inspect, resolve_model
+from splaser_plugin.checkpoints.trust import check_model_folder
 from splaser_plugin.errors import ModelError
 from splaser_plugin.files.output import check_output, check_space, held, whole_folder
 from splaser_plugin.weights.factored import expand as expand_layers
-from splaser_plugin.weights.factored_folder import load
+from splaser_plugin.weights.factored_folder import load, load_factored
 from splaser_plugin.weights.factored_format import stored_layers
 from splaser_plugin.weights.in_memory import Weights
 
@@ -56,17 +57,18 @@ def expand_folder(model: str, out: Path) -> tuple[Any, int]:
     Raises CheckpointError as `load` does, RecipeError when the recipe or the results that are copied are damaged, and
     OutputError when there is no room for the dense model.
     """
-    source = resolve_model(model)
-    layers = stored_layers(read_config(source), source)
-    dense = expand_layers(load(source, dtype="auto"))
+    source = inspect(resolve_model(model))
+    checkpoint = check_model_folder(source)
+    layers = stored_layers(checkpoint.config, source.path)
+    dense = expand_layers(load_factored(checkpoint, dtype="auto"))
     needed = Weights(dense).size
     check_space(out, needed)
     with whole_folder(out, needed=needed) as folder:
         dense.save_pretrained(folder)
-        for file in source.iterdir():
-            is_weights = file.name.endswith((".safetensors", INDEX_NAME))
-            if file.is_file() and not is_weights and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
+        for name in source.sizes:
+            is_weights = name.endswith((".safetensors", INDEX_NAME))
+            if not is_weights and not (folder / name).exists():
+                shutil.copyfile(source.path / name, folder / name)
         _rewrite_card(folder, dense.config)
     return dense, len(layers)
 

@@ -27,12 +27,12 @@ from splaser_plugin.scoring.own_scorer import code_of
 from splaser_plugin.scoring.scorers import Material, Scorers
 from splaser_plugin.scoring.scores import Scorer, Scores
 from splaser_plugin.search.acceptance import Acceptance, Confident, Harmless, Improve
+from splaser_plugin.search.budget_search import search_budgets
 from splaser_plugin.search.budgets import Budget, packed, plan_budgets, unpacked
 from splaser_plugin.search.candidates import Candidate, by_prediction, by_size, choose_candidates
 from splaser_plugin.search.guard import Guard
 from splaser_plugin.search.journal import BASE, Journal, RecordedScorer
 from splaser_plugin.search.judge import Judge
-from splaser_plugin.search.ladder import search_budgets
 from splaser_plugin.search.prediction import check_predictable, sensitivities
 from splaser_plugin.search.racing import Race
 from splaser_plugin.search.search import SearchResult, search

@@ -38,24 +38,24 @@ class Candidate:
         return (rows - self.rank) * (columns - self.rank) if self.is_factorable else 0
 
 
-def choose_candidates(scan: Scan, matrices: Sequence[Matrix], rungs: Sequence[Edge | float] = ()) -> list[Candidate]:
+def choose_candidates(scan: Scan, matrices: Sequence[Matrix], ranks: Sequence[Edge | float] = ()) -> list[Candidate]:
     """The published order: lowest snr first, each matrix at its edge's rank, or at several from gentle to hard.
 
-    rungs: edges, and fractions of the components to keep (rounded, at least 1); the scan's edge if there are none.
-    Ranks at which nothing is removed are passed over, and so is all but the first rung of the same rank; where an
-    edge leaves nothing to keep, the largest component stays.
+    ranks: edges, and fractions of the components to keep (rounded, at least 1); the scan's edge if there are none.
+    Ranks at which nothing is removed are passed over, and of those that come to the same rank the first is taken;
+    where an edge leaves nothing to keep, the largest component stays.
     Raises MatrixError when no candidate is left.
     """
     named = by_name(matrices)
     candidates = [
         candidate
         for found in scan.ranked("snr")
-        for candidate in _ladder(found, named[found.name], scan.edge, rungs or (scan.edge,))
+        for candidate in _at_ranks(found, named[found.name], scan.edge, ranks or (scan.edge,))
     ]
     if candidates:
         return candidates
     count = len(scan.matrices)
-    if rungs:
+    if ranks:
         raise MatrixError(f"--ranks keeps every singular value of all {count} matrices. Add a lower rank to it.")
     raise MatrixError(
         f"edge '{scan.edge}' calls every singular value of all {count} matrices signal: nothing to reduce. Try "
@@ -65,8 +65,10 @@ def choose_candidates(scan: Scan, matrices: Sequence[Matrix], rungs: Sequence[Ed
 
 def by_prediction(candidates: Sequence[Candidate], predicted: Sequence[float]) -> list[Candidate]:
     """The same candidates, each with its prediction, best first; among equals their order stays."""
-    told = [replace(each, predicted=value) for each, value in zip(candidates, predicted, strict=True)]
-    return sorted(told, key=lambda each: -(each.predicted or 0.0))
+    with_predictions = [
+        replace(candidate, predicted=value) for candidate, value in zip(candidates, predicted, strict=True)
+    ]
+    return sorted(with_predictions, key=lambda candidate: -(candidate.predicted or 0.0))
 
 
 def by_size(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -85,20 +87,20 @@ def by_size(candidates: Sequence[Candidate]) -> list[Candidate]:
     for candidate in smaller:
         most[candidate.matrix] = max(most.get(candidate.matrix, 0), candidate.parameters_removed)
     if smaller[0].predicted is None:
-        return sorted(smaller, key=lambda each: -most[each.matrix])
+        return sorted(smaller, key=lambda candidate: -most[candidate.matrix])
 
-    def loss(each: Candidate) -> float:
-        return max(0.0, -(each.predicted or 0.0)) / each.parameters_removed
+    def loss(candidate: Candidate) -> float:
+        return max(0.0, -(candidate.predicted or 0.0)) / candidate.parameters_removed
 
-    return sorted(smaller, key=lambda each: (loss(each), -each.parameters_removed))
+    return sorted(smaller, key=lambda candidate: (loss(candidate), -candidate.parameters_removed))
 
 
-def _ladder(found: MatrixScan, matrix: Matrix, edge: Edge, rungs: Sequence[Edge | float]) -> list[Candidate]:
-    """This matrix at every rung that removes something, the gentlest first."""
+def _at_ranks(found: MatrixScan, matrix: Matrix, edge: Edge, sources: Sequence[Edge | float]) -> list[Candidate]:
+    """This matrix at every rank that removes something, the gentlest first. sources: where the ranks come from."""
     by_rank: dict[int, Candidate] = {}
-    for rung in rungs:
-        fit = found.edges[rung] if isinstance(rung, str) else None
-        rank = max(1, fit.rank if fit else round(float(rung) * min(matrix.shape)))
+    for source in sources:
+        fit = found.edges[source] if isinstance(source, str) else None
+        rank = max(1, fit.rank if fit else round(float(source) * min(matrix.shape)))
         threshold = fit.threshold if fit else None
-        by_rank.setdefault(rank, Candidate(matrix, rank, rung, threshold, found.edges[edge].snr))
+        by_rank.setdefault(rank, Candidate(matrix, rank, source, threshold, found.edges[edge].snr))
     return [by_rank[rank] for rank in sorted(by_rank, reverse=True) if rank < min(matrix.shape)]

@@ -117,9 +117,7 @@ def load(model: str | Path, **arguments: Any) -> Any:
     Raises:
         CheckpointError: Something is missing, damaged or at odds; the message has the file and the tensor.
     """
-    checkpoint = check_model_folder(inspect(resolve_model(str(model))))
-    assert checkpoint is not None, "pickles aren't allowed here"
-    return load_factored(checkpoint, **arguments)
+    return load_factored(check_model_folder(inspect(resolve_model(str(model)))), **arguments)
 
 
 def load_factored(checkpoint: Checkpoint, **arguments: Any) -> Any:

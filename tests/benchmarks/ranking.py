@@ -2,7 +2,7 @@
 
     python tests/benchmarks/ranking.py [--depths 10] [--ranks 2] [--pairs 12] [--tokens 24] [--measured FILE]
 
-Every type of matrix at evenly spaced depths is truncated alone, each to one rank of a ladder, all ranks in turn. What
+Every type of matrix at evenly spaced depths is truncated alone, each to one of several ranks, all in turn. What
 it does to the mean margin is measured on some of the pairs that the gradient was taken from, and on others; with
 --tokens also what it does to the score of the model's own answers to those others. --measured keeps the measurements,
 a line each, so that a stopped run goes on; what is predicted is computed anew each time.
@@ -45,7 +45,7 @@ SCORERS = {"seen": "margin, pairs seen", "unseen": "margin, other pairs", "answe
 SNR = "snr, lowest first"
 DEFAULT = "gradient - 2 SE - c output lost"
 """What `--rank-by gradient` goes by, with the c it has."""
-LADDER = ("iqr", 0.5, "mp", 0.25, 0.1)
+RANKS = ("iqr", 0.5, "mp", 0.25, 0.1)
 
 
 class Study:
@@ -75,7 +75,7 @@ class Study:
         }
 
     def edits(self, ranks: int) -> list[tuple[Matrix, int]]:
-        """Every matrix at some ranks of the ladder, in turn, so that each type meets each rank; block by block."""
+        """Every matrix at some of the ranks, in turn, so that each type meets each rank; block by block."""
         types = sorted({matrix.type for matrix in self.matrices})
         blocks = sorted({matrix.block for matrix in self.matrices if matrix.block is not None})
         edits = []
@@ -83,7 +83,7 @@ class Study:
             for matrix in self.matrices:
                 if matrix.block == block:
                     first = types.index(matrix.type) + place
-                    chosen = [LADDER[(first + 2 * turn) % len(LADDER)] for turn in range(ranks)]
+                    chosen = [RANKS[(first + 2 * turn) % len(RANKS)] for turn in range(ranks)]
                     edits += [
                         (matrix, rank) for rank in dict.fromkeys(rank_at(self.scans[matrix], step) for step in chosen)
                     ]
@@ -267,7 +267,9 @@ def table(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Which ordering of truncations predicts best what they do.")
     parser.add_argument("--depths", type=int, default=10, help="blocks to look at, evenly spaced")
-    parser.add_argument("--ranks", type=int, default=2, choices=range(1, 6), help="ranks of the ladder for each matrix")
+    parser.add_argument(
+        "--ranks", type=int, default=2, choices=range(1, 6), help="how many of the ranks for each matrix"
+    )
     parser.add_argument("--pairs", type=int, default=12, help="pairs to measure on, of those seen and of others")
     parser.add_argument("--tokens", type=int, default=24, help="longest own answer, in tokens; 0 for none")
     parser.add_argument("--measured", type=Path, help="file that keeps the measurements")

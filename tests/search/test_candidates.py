@@ -37,7 +37,7 @@ def scanned():
 
 
 @given(RANKS, st.sampled_from([",", ", ", " ,"]))
-def test_a_ladder_is_read_as_it_was_written(ranks, comma):
+def test_ranks_are_read_as_they_were_written(ranks, comma):
     text = comma.join(map(str, ranks))
     assert parse_ranks(text) == tuple(ranks)
     assert LaserConfig(ranks=text).ranks == text
@@ -55,12 +55,12 @@ def test_a_ladder_is_read_as_it_was_written(ranks, comma):
         ("0.5,mp,0.50", "'0.50' stands twice in '0.5,mp,0.50'"),
     ],
 )
-def test_a_ladder_that_makes_no_sense_is_refused(text, message):
+def test_ranks_that_make_no_sense_are_refused(text, message):
     with pytest.raises(ConfigError, match=message):
         LaserConfig(ranks=text)
 
 
-def test_without_a_ladder_each_matrix_has_its_edges_rank():
+def test_without_ranks_each_matrix_has_its_edges_rank():
     assert parse_ranks("") == parse_ranks(" ") == ()
     with pytest.raises(ConfigError, match="rank_by: got 'luck', expected one of snr, gradient"):
         LaserConfig(rank_by="luck")
@@ -88,12 +88,12 @@ def test_each_matrix_comes_from_gentle_to_hard_and_matrices_by_snr(scanned, rank
         assert each.predicted is None
 
 
-def test_a_ladder_of_the_scans_edge_alone_is_the_published_order(scanned):
+def test_the_scans_edge_alone_is_the_published_order(scanned):
     scan, matrices = scanned
     assert choose_candidates(scan, matrices, ["iqr"]) == choose_candidates(scan, matrices)
 
 
-def test_a_ladder_that_removes_nothing_is_refused():
+def test_ranks_that_remove_nothing_are_refused():
     model = tiny_llama()
     weights = Weights(model)
     for matrix in weights.matrices()[0]:
@@ -214,7 +214,7 @@ QUICK = {"embedder": "self", "max_new_tokens": 4, "candidates": 7, "device": "cp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank_by", ["snr", "gradient"])
-def test_a_run_with_a_ladder_says_what_was_predicted_and_can_be_rebuilt(rank_by, tiny_folder, pairs, tmp_path):
+def test_a_run_with_several_ranks_says_what_was_predicted_and_can_be_rebuilt(rank_by, tiny_folder, pairs, tmp_path):
     config = LaserConfig(**QUICK, rank_by=rank_by, ranks="mp,0.75,0.4")
     result = laser(tiny_folder, pairs, config=config)
     trials = result.results()["candidates"]

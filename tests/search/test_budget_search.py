@@ -10,10 +10,10 @@ from splaser_plugin.errors import RankError
 from splaser_plugin.reduction.measured_reducer import measured_reducer
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.acceptance import Harmless
+from splaser_plugin.search.budget_search import search_budgets
 from splaser_plugin.search.budgets import packed, plan_budgets, shares, unpacked
 from splaser_plugin.search.guard import Guard
 from splaser_plugin.search.judge import Judge
-from splaser_plugin.search.ladder import search_budgets
 from splaser_plugin.weights.in_memory import Weights
 from tests.builders import changed, states, tiny_llama
 
