@@ -31,7 +31,7 @@ from splaser_plugin.scoring.semantic import References, SemanticScorer
 from splaser_plugin.search.journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.weights.adapted import weights_of
 from splaser_plugin.weights.in_memory import Weights, model_name
-from splaser_plugin.weights.loading import find_model, load_model
+from splaser_plugin.weights.loading import find_model, load_model, pick_device
 from splaser_plugin.weights.rest import rest_of
 
 __all__ = ["LaserResult", "laser", "laser_weights", "read_pairs"]
@@ -82,6 +82,8 @@ def _laser(
     progress: Progress,
 ) -> LaserResult:
     split = read_pairs(pairs, config)
+    if not isinstance(model, nn.Module):
+        pick_device(config.device)
     check_scorers(config)
     if config.scan:
         Scan.load(path_of(config.scan))
