@@ -109,8 +109,10 @@ def run_splaser(words, minilm, monkeypatch):
         embedder = str(minilm) if words[1] == "compare" else "self"
         given = [word for word in shlex.split(SMALL) if words[1] == "laser" or word not in ("--candidates", "3")]
         words = [*words, *given, "--embedder", embedder]
-    if words[1] == "laser" and not {"--ranks", "--edge", "--config"} & set(words):
-        words = [*words, "--edge", "mp"]
+    if words[1] == "laser":
+        words = [*words, "--write-unchanged"]  # the next block may use the model, whatever the tiny one kept
+        if not {"--ranks", "--edge", "--config"} & set(words):
+            words = [*words, "--edge", "mp"]
     monkeypatch.setattr("sys.argv", words)
     try:
         main()

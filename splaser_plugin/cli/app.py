@@ -140,6 +140,9 @@ def laser(
     output: Output,
     config: LaserConfig,
     overwrite: Overwrite = False,
+    write_unchanged: Annotated[
+        bool, typer.Option("--write-unchanged", help="Write the model even if nothing was kept: a copy of the base.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -157,13 +160,24 @@ def laser(
     if push_to_hub:
         check_repo(push_to_hub)
     join_processes()
-    result = run_laser(model, pairs, config=config, output=output, overwrite=overwrite, progress=progress)
+    result = run_laser(
+        model,
+        pairs,
+        config=config,
+        output=output,
+        overwrite=overwrite,
+        write_unchanged=write_unchanged,
+        progress=progress,
+    )
     if not is_main():
         return
     if as_json:
         print(json.dumps(result.results(), allow_nan=False))
-    _show_laser(result, output, progress)
-    if push_to_hub:
+    has_model = write_unchanged or not result.is_unchanged
+    _show_laser(result, output, progress, has_model=has_model)
+    if push_to_hub and not has_model:
+        progress.result("not pushed", "there is no model to push")
+    elif push_to_hub:
         progress.result("on the hub", push(output.expanduser().resolve(), push_to_hub))
 
 
@@ -258,7 +272,7 @@ def demo(
 
     progress = _progress(quiet, verbose, "cli.demo")
     result = run_demo(output, cache, overwrite=overwrite, progress=progress)
-    _show_laser(result, output, progress)
+    _show_laser(result, output, progress, has_model=not result.is_unchanged)
 
 
 @app.command(hidden=True)
@@ -325,7 +339,13 @@ def _show_comparison(found: Comparison, output: Path) -> None:
     console.print(escape(note), soft_wrap=True)
 
 
-def _show_laser(result: LaserResult, output: Path, progress: Progress) -> None:
+def _show_laser(result: LaserResult, output: Path, progress: Progress, *, has_model: bool) -> None:
+    if not has_model:
+        progress.result(
+            "model", "none was written: nothing was kept, so it would be the base again; --write-unchanged writes it"
+        )
+        progress.result("report", str(output / "report.html"))
+        return
     dense, stored = result.parameters
     if result.config.save == "factored":
         progress.result("parameters", f"{dense:,} before, {stored:,} after")

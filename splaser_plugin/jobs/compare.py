@@ -25,7 +25,7 @@ from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.statistics import RISK, can_reach, paired_bootstrap
 from splaser_plugin.tables import Table
-from splaser_plugin.weights.loading import ModelSource, find_model, load_model
+from splaser_plugin.weights.loading import ModelSource, find_model, load_model, pick_device
 
 SCHEMA = "splaser.comparison/1"
 OTHER_TOKENS = "its tokenizer cuts texts otherwise than the first model's, so figures a token can't be compared"
@@ -204,6 +204,7 @@ def compare(
     pair_set = read_pairs_from(pairs, **config.pair_limits)
     if len(pair_set) < 2:
         raise PairsError(f"{pair_set.source}: 1 pair, expected at least 2 for an interval. Give --pairs more of them.")
+    pick_device(config.device)
     check_scorers(config)
     progress.fact("pairs", pair_set.summary)
     if pair_set.warning:

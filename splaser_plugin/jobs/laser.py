@@ -45,6 +45,7 @@ def laser(
     tokenizer: Any = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    write_unchanged: bool = False,
     progress: Progress = SILENT,
 ) -> LaserResult:
     """Reduce the noisiest matrices of a model wherever that makes its answers better.
@@ -53,9 +54,10 @@ def laser(
     pairs: a file or data set name (see `load_pairs`), a PairSet, or rows in any format that `load_pairs` reads;
     needed by every scorer but perplexity.
     tokenizer: needed only with a loaded model.
-    output: folder to write, as `LaserResult.save` does. What was found is kept in its journal.jsonl until then, so
-    that after a crash the same call goes on where it stopped. overwrite: replace the output of an earlier run, and
-    throw away a journal of other settings.
+    output: folder to write, as `LaserResult.save` does, but without a model where nothing was kept: it would be a copy
+    of the base. What was found is kept in its journal.jsonl until then, so that after a crash the same call goes on
+    where it stopped. overwrite: replace the output of an earlier run, and throw away a journal of other settings.
+    write_unchanged: write that copy of the base.
     Raises a SplaserError before any weight is changed when something can't be used; whatever is raised later
     leaves the kept changes and no undecided one.
     """
@@ -68,7 +70,7 @@ def laser(
     path = check_output(output, overwrite=overwrite, inputs=given, goes_on=True)
     with closing(LaserJournal(path, anew=overwrite)) as journal:
         result = _laser(model, pairs, config, tokenizer, journal, path, progress)
-        result.save_held(path)
+        result.save_held(path, with_model=write_unchanged or not result.is_unchanged)
     return result
 
 
@@ -82,11 +84,6 @@ def _laser(
     progress: Progress,
 ) -> LaserResult:
     split = read_pairs(pairs, config)
-    if not isinstance(model, nn.Module):
-        pick_device(config.device)
-    check_scorers(config)
-    if config.scan:
-        Scan.load(path_of(config.scan))
     name, source = str(model), None
     if isinstance(model, nn.Module):
         if tokenizer is None:
@@ -94,6 +91,11 @@ def _laser(
         name = model_name(model)
     else:
         source = find_model(model, allow_pickle=config.allow_pickle)
+        pick_device(config.device)
+    check_scorers(config)
+    if config.scan:
+        Scan.load(path_of(config.scan))
+    if source is not None:
         stored = source.weight_bytes
         if output is not None and config.dtype == "auto":
             in_main(lambda: check_space(output, stored))

@@ -98,6 +98,11 @@ class LaserResult:
         return self.search.kept
 
     @property
+    def is_unchanged(self) -> bool:
+        """Whether nothing was kept, so that the model is as it came."""
+        return not self.recipe.steps
+
+    @property
     def verdict(self) -> str | None:
         """What the held-out pairs say: `better`, `worse` or `no difference ...`; None where none are held out."""
         return self.held_out.verdict if self.held_out else None
@@ -159,30 +164,34 @@ class LaserResult:
         def write() -> None:
             path = check_output(out, overwrite=overwrite, inputs=(self.recipe.model,))
             with held(path):
-                self._write(path, state)
+                self._write(path, state, with_model=True)
 
         in_main(write)
         return Path(out).expanduser().resolve()
 
-    def save_held(self, path: Path) -> None:
-        """The same as `save`, to a folder that this run has checked and holds."""
-        state = self.weights.state_dict()
-        in_main(lambda: self._write(path, state))
+    def save_held(self, path: Path, *, with_model: bool) -> None:
+        """The same as `save`, to a folder that this run has checked and holds.
 
-    def _write(self, path: Path, state: Mapping[str, Tensor] | None) -> None:
+        with_model: whether the model, its tokenizer and its card are written, too.
+        """
+        state = self.weights.state_dict() if with_model else None
+        in_main(lambda: self._write(path, state, with_model=with_model))
+
+    def _write(self, path: Path, state: Mapping[str, Tensor] | None, *, with_model: bool) -> None:
         record = self.record
-        with whole_folder(path, needed=self.weights.size) as folder:
-            save_model(self.weights, folder, state)
-            self.tokenizer.save_pretrained(folder)
+        with whole_folder(path, needed=self.weights.size if with_model else 0) as folder:
+            if with_model:
+                save_model(self.weights, folder, state)
+                self.tokenizer.save_pretrained(folder)
+                base = base_card(self.recipe.model, self.weights.model.config)
+                model_card(self.recipe, record, base).save(folder / "README.md")
+                if self.weights.rest is not None:
+                    self.weights.rest.write(folder)
             self.scan.save(folder / "scan.json")
             self.recipe.save(folder / "recipe.json")
             (folder / "run.yaml").write_text(self._run_file(), encoding="utf-8")
             record.save(folder / "results.json")
             write_report(folder / "report.html", self.scan, record)
-            base = base_card(self.recipe.model, self.weights.model.config)
-            model_card(self.recipe, record, base).save(folder / "README.md")
-            if self.weights.rest is not None:
-                self.weights.rest.write(folder)
 
     def _run_file(self) -> str:
         source = "" if self.pairs.source in (ROWS, NO_PAIRS) else self.pairs.source

@@ -33,6 +33,7 @@ from splaser_plugin.checkpoints.trust import (
 )
 from splaser_plugin.distributed import best_device
 from splaser_plugin.errors import CheckpointError, ConfigError, ModelError
+from splaser_plugin.files.output import MARK
 from splaser_plugin.files.sources import looks_like_path, path_of
 from splaser_plugin.files.text import first_line_of, shown
 from splaser_plugin.weights.factored_folder import load_factored
@@ -108,6 +109,11 @@ def _check_is_model(name: str | Path, folder: ModelFolder) -> None:
         if ADAPTER_CONFIG in folder.sizes:
             raise CheckpointError(
                 f"{name}: this folder has an adapter and no model. Give the base model, and this as --adapter."
+            )
+        if MARK in folder.sizes:
+            raise CheckpointError(
+                f"{name}: this laser run kept nothing, so it wrote no model. Give the base model: it would have "
+                "written that."
             )
         if "snapshots" in folder.names:
             raise CheckpointError(

@@ -38,6 +38,14 @@ def test_after_training_the_model_in_memory_on_disk_and_saved_later_are_the_same
         assert (tmp_path / "run" / "lasered" / name).is_file()
 
 
+def test_where_nothing_is_kept_what_was_trained_is_written_all_the_same(trainer_of, pairs, tmp_path):
+    model = tiny_llama()
+    callback = LaserCallback(when="after", pairs=pairs, config=dataclasses.replace(CONFIG, accept="confident"))
+    trainer_of(model, callback).train()
+    assert callback.result.is_unchanged
+    assert not changed(states(model), states(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "lasered")))
+
+
 class Closing(TrainerCallback):
     """A reporter that closes its run at the end of training, as MLflow's: keeps what came in time."""
 
