@@ -57,7 +57,7 @@ def check_adapters(selection: Selection, model: str, **values: Any) -> None:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         return
-    plain = {key: each for key, each in values.items() if key not in ("peft_type", "base_model_name_or_path")}
+    plain = {key: value for key, value in values.items() if key not in ("peft_type", "base_model_name_or_path")}
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")

@@ -106,7 +106,7 @@ def replaced(content: Any, old: str, new: str) -> Any:
     if isinstance(content, str):
         return content.replace(old, new)
     if isinstance(content, list):
-        return [replaced(each, old, new) for each in content]
+        return [replaced(value, old, new) for value in content]
     if isinstance(content, dict):
-        return {key: replaced(each, old, new) for key, each in content.items()}
+        return {key: replaced(value, old, new) for key, value in content.items()}
     return content

@@ -189,7 +189,7 @@ def main() -> None:
     for name in ways:
         for state in (AcceleratorState, PartialState, GradientState):
             state._reset_state()
-        for variable in [each for each in os.environ if each.startswith(("FSDP_", "ACCELERATE_USE_"))]:
+        for variable in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_USE_"))]:
             del os.environ[variable]
         print(f"--- {name}", file=sys.stderr, flush=True)
         way = Way(name, folder, source)

@@ -140,7 +140,7 @@ def flags_of(command):
 def known_flags():
     groups = [typer.main.get_command(app), typer.main.get_command(emit)]
     completion = {"--install-completion", "--show-completion"}  # typer adds them when the program starts
-    commands = [each for group in groups for each in (group, *group.commands.values())]
+    commands = [command for group in groups for command in (group, *group.commands.values())]
     return completion.union(*map(flags_of, commands))
 
 

@@ -21,7 +21,10 @@ def stored():
 def kinds(notebook):
     """Of the outputs of each cell of code, but for progress and warnings."""
     cells = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
-    return [[sorted(each.get("data", {"text": ""})) for each in cell if each.get("name") != "stderr"] for cell in cells]
+    return [
+        [sorted(output.get("data", {"text": ""})) for output in cell if output.get("name") != "stderr"]
+        for cell in cells
+    ]
 
 
 def pictures(notebook):

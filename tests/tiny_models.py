@@ -100,7 +100,7 @@ def saved(model, folder):
 def change(folder, changed):
     """Give the tensors of a saved model to `changed`, which returns those to be there."""
     file = folder / "model.safetensors"
-    save_file({name: each.contiguous() for name, each in changed(load_file(file)).items()}, file)
+    save_file({name: tensor.contiguous() for name, tensor in changed(load_file(file)).items()}, file)
 
 
 def configure(folder, **values):

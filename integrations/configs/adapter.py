@@ -37,7 +37,7 @@ def adapter_config(
         "target_modules": targets,
         "rank_pattern": ranks,
         # LoRA scales by alpha / rank: the same scale for every matrix
-        "alpha_pattern": {name: each * alpha / rank for name, each in ranks.items()},
+        "alpha_pattern": {name: matrix_rank * alpha / rank for name, matrix_rank in ranks.items()},
     }
 
 

@@ -146,7 +146,7 @@ def plugin_targets(plan: Plan, given: Mapping[str, Any], laser: str | None) -> d
         section["include_embeddings"] = True
     if laser is not None:
         section["laser"] = {"when": laser, "pairs": str(plan.dataset)}
-    plugins = [each for each in given.get("plugins") or [] if each != PLUGIN]
+    plugins = [plugin for plugin in given.get("plugins") or [] if plugin != PLUGIN]
     adapter = {} if plan.mode == "unfrozen" else _adapter(plan, given)
     return {**adapter, "plugins": [*plugins, PLUGIN], "splaser": section}
 
@@ -193,7 +193,7 @@ def _refuse_base(base: Path, given: Mapping[str, Any]) -> None:
 
 
 def _notes(values: Mapping[str, Any]) -> list[str]:
-    if any(isinstance(each.get("type"), dict) for each in values.get("datasets", ())):
+    if any(isinstance(dataset.get("type"), dict) for dataset in values.get("datasets", ())):
         return ["The data set's format is ChatML: change it for a model with another chat template."]
     return []
 

@@ -65,8 +65,8 @@ def base_card(name: str, config: Any, folder: str | Path | None = None) -> BaseC
     return BaseCard(
         hub_id=hub_id,
         **_license(said, hub_id, place),
-        datasets=tuple(each for each in _strings(said.get("datasets")) if is_repo_id(each)),
-        languages=tuple(each for each in _strings(said.get("language")) if _LANGUAGE.fullmatch(each)),
+        datasets=tuple(name for name in _strings(said.get("datasets")) if is_repo_id(name)),
+        languages=tuple(language for language in _strings(said.get("language")) if _LANGUAGE.fullmatch(language)),
         auto_class=answering_class(config).__name__,
     )
 
@@ -131,7 +131,7 @@ def _license(said: Mapping[str, Any], hub_id: str | None, folder: Path) -> dict[
 
 
 def _strings(value: Any) -> list[str]:
-    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
+    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
 
 
 def _first(value: Any) -> str:

@@ -79,7 +79,9 @@ def _say_place(card: Path, repo: str) -> None:
 def _public(config: LaserConfig) -> LaserConfig:
     """The same options, of paths only the last part."""
     options = config.to_dict().items()
-    return LaserConfig.from_dict({name: public_name(each) if isinstance(each, str) else each for name, each in options})
+    return LaserConfig.from_dict(
+        {name: public_name(value) if isinstance(value, str) else value for name, value in options}
+    )
 
 
 def _link(source: str, target: str) -> None:

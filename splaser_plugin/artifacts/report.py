@@ -223,7 +223,7 @@ def _noise_curve(shape: tuple[int, int]) -> list[list[float]]:
     squares = rows + columns + 2 * np.sqrt(rows * columns) * np.cos(np.linspace(np.pi, 0, CURVE_POINTS))
     values = np.sqrt(np.clip(squares, 0, None))
     curve = np.stack([values, mp_density(values, shape, 1.0)])
-    return [[float(f"{each:.4g}") for each in part] for part in curve.tolist()]
+    return [[float(f"{number:.4g}") for number in part] for part in curve.tolist()]
 
 
 def _short(value: float | None) -> float | None:

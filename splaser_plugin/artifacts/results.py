@@ -296,7 +296,7 @@ class Results:
     def exchanges(self) -> tuple[Exchange, ...]:
         """Those whose answers changed, most changed first."""
         changed = [answer for answer in self.answered if answer.before != answer.after]
-        return tuple(sorted(changed, key=lambda each: (-abs(each.change), each.asked.prompt)))
+        return tuple(sorted(changed, key=lambda answer: (-abs(answer.change), answer.asked.prompt)))
 
     def to_dict(self) -> dict[str, Any]:
         """The content of results.json."""

@@ -82,7 +82,7 @@ class PackedExperts(QuantisedWeight):
     def parts(self, expert: int | None) -> list[StoredTensor]:
         """Codes and scales, of one expert alone where it is given."""
         both = [self.codes, self.scales]
-        return both if expert is None else [each.rows(expert, expert + 1) for each in both]
+        return both if expert is None else [tensor.rows(expert, expert + 1) for tensor in both]
 
     def weights(self, codes: Tensor, scales: Tensor) -> Tensor:
         """The weights, (experts, rows, columns), in float32: by transformers' own conversion."""
@@ -114,18 +114,20 @@ def quantised_weights(checkpoint: Checkpoint) -> Mapping[str, QuantisedWeight]:
 
 def with_weights(checkpoint: Checkpoint, quantised: Mapping[str, QuantisedWeight]) -> Checkpoint:
     """The checkpoint as if it had the weights in float32 in the place of codes and scales; not to be read from."""
-    stored = {part.name for each in quantised.values() for part in each.parts(None)}
+    stored = {part.name for weight in quantised.values() for part in weight.parts(None)}
     weights = {
-        name: replace(each.codes, name=name, dtype=torch.float32, shape=each.shape) for name, each in quantised.items()
+        name: replace(weight.codes, name=name, dtype=torch.float32, shape=weight.shape)
+        for name, weight in quantised.items()
     }
     return replace(
-        checkpoint, tensors={name: each for name, each in checkpoint.tensors.items() if name not in stored} | weights
+        checkpoint,
+        tensors={name: tensor for name, tensor in checkpoint.tensors.items() if name not in stored} | weights,
     )
 
 
 def stored_as(quantised: Iterable[QuantisedWeight]) -> str:
     """How these weights are stored, for people; empty for none."""
-    counts = Counter(_dtype(each.codes) for each in quantised)
+    counts = Counter(_dtype(weight.codes) for weight in quantised)
     return ", ".join(f"{count:,} tensors in {dtype} with scales" for dtype, count in counts.items())
 
 
@@ -179,7 +181,7 @@ def _fp8(checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> dict[str
     for name, codes in tensors.items():
         if codes.dtype.itemsize > 1 or not codes.dtype.is_floating_point:
             continue
-        beside = [tensors[each] for each in (f"{name}_scale_inv", f"{name}_scale") if each in tensors]
+        beside = [tensors[scale] for scale in (f"{name}_scale_inv", f"{name}_scale") if scale in tensors]
         if codes.dtype != FP8 or len(codes.shape) != 2 or 0 in codes.shape or len(beside) != 1:
             raise _not_understood(codes, f"of shape {codes.shape} with {len(beside)} scale tensors beside it", "one")
         (scales,) = beside
@@ -197,7 +199,7 @@ def _fp8(checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> dict[str
                 f"float scales of shape {next(iter(shapes))}",
             )
         found[name] = QuantisedWeight(codes, scales, shapes[scales.shape])
-    used = {each.scales.name for each in found.values()}
+    used = {weight.scales.name for weight in found.values()}
     for name, stored in tensors.items():
         if name.endswith((".weight_scale_inv", ".weight_scale")) and name not in used:
             raise _not_understood(stored, "a scale without a weight in 8-bit floats", "both")

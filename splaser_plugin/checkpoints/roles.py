@@ -161,7 +161,7 @@ def language_model(model: Any) -> str | None:
 def _has_blocks(module: nn.Module) -> bool:
     from torch import nn
 
-    return any(isinstance(each, nn.ModuleList) for each in module.modules())
+    return any(isinstance(inner, nn.ModuleList) for inner in module.modules())
 
 
 def _foreign(model: Any) -> Iterator[tuple[str, str]]:
@@ -179,7 +179,7 @@ def _foreign(model: Any) -> Iterator[tuple[str, str]]:
     ]
     outer = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
     is_left = any(
-        isinstance(module, nn.ModuleList) and not any(f"{path}.".startswith(f"{each}.") for each in outer)
+        isinstance(module, nn.ModuleList) and not any(f"{path}.".startswith(f"{other}.") for other in outer)
         for path, module in model.named_modules()
     )
     if is_left and not getattr(config, "is_encoder_decoder", False):

@@ -55,7 +55,7 @@ class Conversion:
             if name in tensors:
                 converter.add_tensor(self.target, name, pattern, tensors[name])
         made = converter.convert(self.target, model=model, config=model.config)
-        return {name: each[0] if isinstance(each, list) else each for name, each in made.items()}
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
     def expert(self, index: int, count: int) -> tuple[str, ...] | None:
         """Stored names of what expert `index` of `count` alone is made of; None where they aren't stored one by one."""
@@ -123,7 +123,10 @@ def unplaced(model: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def _empty(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The stored tensors on the meta device."""
-    return {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in checkpoint.tensors.items()}
+    return {
+        name: torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+        for name, stored in checkpoint.tensors.items()
+    }
 
 
 def model_config(folder: Path) -> Any:
@@ -255,9 +258,9 @@ def _placed(model: Any, tensors: Mapping[str, Tensor], conversions: Sequence[Any
                 f"{shown(stored[0])} can't be made into {shown(target)} ({first_line_of(error)}). "
                 "config.json asks for another model than the weights are."
             ) from error
-        for name, each in made.items():
+        for name, tensor in made.items():
             sources[name] = Source(stored, conversion)
-            shapes[name] = tuple(each.shape)
+            shapes[name] = tuple(tensor.shape)
     mismatched = {
         name: (shape, tuple(state[name].shape))
         for name, shape in shapes.items()

@@ -170,7 +170,7 @@ class Generator:
 
     def _together(self, waiting: list[int], prompts: Sequence[Sequence[int]]) -> list[int]:
         """The next batch: prompts that the model answers alike beside each other and alone."""
-        sides = [side(self._turn, len(prompts[each]), len(prompts[each]) + self.max_new_tokens) for each in waiting]
+        sides = [side(self._turn, len(prompts[index]), len(prompts[index]) + self.max_new_tokens) for index in waiting]
         if sides[0] is None:
             return waiting[:1]
         return [index for index, beyond in zip(waiting, sides, strict=True) if beyond is sides[0]][: self.batch.now]

@@ -16,9 +16,9 @@ def turning_point(model: Any) -> int | None:
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
-    for each in (rope, *rope.values()):  # one for all layers, or one for each type of layer
-        if isinstance(each, dict) and each.get("rope_type") == "longrope":
-            return int(each["original_max_position_embeddings"])
+    for parameters in (rope, *rope.values()):  # one for all layers, or one for each type of layer
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+            return int(parameters["original_max_position_embeddings"])
     return None
 
 

@@ -356,11 +356,11 @@ def _predictions(run: Run, scorer: MarginScorer, candidates: Sequence[Candidate]
     tried = [matrix for matrix in run.matrices if matrix in reducible]
     found = sensitivities(run.weights, scorer, tried, progress=run.progress)
     values = [found[candidate.matrix].predicted(candidate.rank) for candidate in candidates]
-    for each, value in zip(candidates, values, strict=True):
+    for candidate, value in zip(candidates, values, strict=True):
         if not math.isfinite(value):
             raise ModelError(
-                f"{each.matrix.name}: its predicted change of the margin is {value}, so the model's gradient isn't "
-                "finite. Load it with --dtype float32 or bfloat16, or use --rank-by snr."
+                f"{candidate.matrix.name}: its predicted change of the margin is {value}, so the model's gradient "
+                "isn't finite. Load it with --dtype float32 or bfloat16, or use --rank-by snr."
             )
     return values
 

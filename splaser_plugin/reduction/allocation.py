@@ -94,7 +94,7 @@ def allocate(curves: Sequence[Curve], parameters: int) -> Allocation:
         return np.array([int(np.argmin(curve.costs + price * curve.sizes)) for curve in curves])
 
     def stored(places: np.ndarray) -> int:
-        return sum(int(each.sizes[place]) for each, place in zip(curves, places, strict=True))
+        return sum(int(curve.sizes[place]) for curve, place in zip(curves, places, strict=True))
 
     least = sum(int(curve.sizes.min()) for curve in curves)
     if least > parameters:
@@ -115,8 +115,8 @@ def allocate(curves: Sequence[Curve], parameters: int) -> Allocation:
         high = 0.0
     places = choice(high)
     return Allocation(
-        [int(each.ranks[place]) for each, place in zip(curves, places, strict=True)],
+        [int(curve.ranks[place]) for curve, place in zip(curves, places, strict=True)],
         stored(places),
-        float(sum(each.costs[place] for each, place in zip(curves, places, strict=True))),
+        float(sum(curve.costs[place] for curve, place in zip(curves, places, strict=True))),
         high,
     )

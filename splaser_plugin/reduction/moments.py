@@ -99,8 +99,8 @@ def measure(
     with progress.phase("statistics", len(groups) * len(my_part(rows))) as advance:
         for group in groups:
             sums = _add_up(weights, group, rows, samples, seed, advance)
-            for each in sums.values():
-                each.normalise(predictions, samples)
+            for moments in sums.values():
+                moments.normalise(predictions, samples)
             for matrix in group:
                 yield matrix, sums[matrix.name].moments(sums.get(sums[matrix.name].counts.short_of, sums[matrix.name]))
 
@@ -309,13 +309,13 @@ def _add_up(
         return [[sum.counts for sum in sums.values()]]
 
     counts = gather(add_up_mine)
-    for place, (name, each) in enumerate(sums.items()):
-        add_up(each.short)
-        add_up(each.gram)
-        each.counts = _Counts()
+    for place, (name, moments) in enumerate(sums.items()):
+        add_up(moments.short)
+        add_up(moments.gram)
+        moments.counts = _Counts()
         for process in counts:
-            each.counts.add(process[place])
-        if not (torch.isfinite(each.short).all() and torch.isfinite(each.gram).all()):
+            moments.counts.add(process[place])
+        if not (torch.isfinite(moments.short).all() and torch.isfinite(moments.gram).all()):
             raise ModelError(
                 f"{name} reads or gets inf or nan in the calibration rows: the model can't be reduced by what it "
                 "computes. Load it in float32 or bfloat16, or use --reduce svd."

@@ -62,7 +62,7 @@ class _Products(TorchFunctionMode):
         slices: list[tuple[Tensor, Tensor, int | None]] = [(weight, inputs, None)]
         if weight.ndim == 3 and inputs.ndim == 3:
             slices = [(weight[place], inputs[place], place) for place in range(len(weight))]
-        seen = [(*found, part, place) for each, part, place in slices if (found := self._find(each))]
+        seen = [(*found, part, place) for piece, part, place in slices if (found := self._find(piece))]
         if not seen:
             return outputs
         if not outputs.requires_grad:  # nothing that is watched comes before it
@@ -97,7 +97,7 @@ def watching(weights: Weights, matrices: Sequence[Matrix], see: See) -> Iterator
     No parameter gets a gradient, and the backward pass goes only as deep as the first of the matrices. Fused experts
     are computed one after the other meanwhile. All is afterwards as before.
     """
-    before = [(each, each.requires_grad) for each in weights.model.parameters()]
+    before = [(parameter, parameter.requires_grad) for parameter in weights.model.parameters()]
     try:
         for parameter, _ in before:
             parameter.requires_grad_(False)
@@ -112,7 +112,7 @@ def watching(weights: Weights, matrices: Sequence[Matrix], see: See) -> Iterator
 def one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
     """Inside, transformers' fused experts are a loop over slices of their parameters."""
     configs: dict[int, Any] = {
-        id(each): each for module in model.modules() if _switchable(each := getattr(module, "config", None))
+        id(config): config for module in model.modules() if _switchable(config := getattr(module, "config", None))
     }
     before = [(config, config._experts_implementation) for config in configs.values()]
     try:

@@ -119,7 +119,7 @@ def _entries(stored: dict[str, Any], source: str) -> Iterator[tuple[str, str, An
     for key, value in stored.items():
         if isinstance(value, dict) and "snr" in value:
             yield key, str(value.get("type") or type_in_block(key)), value["snr"]
-        elif isinstance(value, dict) and value and not any(isinstance(each, dict) for each in value.values()):
+        elif isinstance(value, dict) and value and not any(isinstance(inner, dict) for inner in value.values()):
             for name, figure in value.items():
                 yield name, key, figure
         else:
@@ -139,11 +139,11 @@ def _written(snr_ratio: float | None) -> float:
     return LARGEST if snr_ratio is None else snr_ratio
 
 
-def _rank_key(each: PublishedSnr) -> tuple[bool, float, str, int, str]:
+def _rank_key(found: PublishedSnr) -> tuple[bool, float, str, int, str]:
     return (
-        each.snr_ratio is None,
-        each.snr_ratio or 0.0,
-        each.type,
-        -1 if each.block is None else each.block,
-        each.name,
+        found.snr_ratio is None,
+        found.snr_ratio or 0.0,
+        found.type,
+        -1 if found.block is None else found.block,
+        found.name,
     )

@@ -64,7 +64,7 @@ class Judge:
     @property
     def baseline_size(self) -> int:
         """How many items are measured for the baseline, by all of its scorers together."""
-        return sum(each.size for each in (self._scorer, self._guard) if each)
+        return sum(scorer.size for scorer in (self._scorer, self._guard) if scorer)
 
     def measure_baseline(self) -> Scores:
         """Score the model as the base and the best so far, on every item."""

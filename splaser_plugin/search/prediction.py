@@ -182,7 +182,7 @@ class _Part:
         for process, (mine, _, _) in enumerate(sums):
             slopes[process :: len(sums)] = mine
         tokens = sum(seen for _, _, seen in sums)
-        squares = np.stack([each for _, each, _ in sums]).astype(np.float64).sum(0)
+        squares = np.stack([squared for _, squared, _ in sums]).astype(np.float64).sum(0)
         return Sensitivity(slopes, squares / tokens if tokens else self.values.double().cpu().numpy() ** 2)
 
 
@@ -235,7 +235,9 @@ def _gradients_given_to(weights: Weights, parts: Mapping[str, Sequence[_Part]]) 
             parameter.requires_grad_(id(parameter) in wanted)
             if id(parameter) in wanted:
                 takers = wanted[id(parameter)]
-                handle = parameter.register_post_accumulate_grad_hook(lambda each, takers=takers: consume(each, takers))
+                handle = parameter.register_post_accumulate_grad_hook(
+                    lambda ready, takers=takers: consume(ready, takers)
+                )
                 undo.callback(handle.remove)
         yield
 

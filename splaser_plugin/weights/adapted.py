@@ -84,9 +84,9 @@ class MergedWeights(Weights):
     def state_dict(self) -> dict[str, Tensor]:
         """What a plain checkpoint of the merged model holds."""
         reshard(self._root)
-        named = ((plain_name(name), each) for name, each in self.model.state_dict().items())
-        state = {name: each for name, each in named if name is not None}
-        state = {name: _for_saving(self, name) if name in self.parameters else each for name, each in state.items()}
+        named = ((plain_name(name), tensor) for name, tensor in self.model.state_dict().items())
+        state = {name: tensor for name, tensor in named if name is not None}
+        state = {name: _for_saving(self, name) if name in self.parameters else tensor for name, tensor in state.items()}
         self._gather_root()
         return state
 
@@ -107,16 +107,16 @@ class BaseWeights(Weights):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model.get_base_model(), root=model)
-        named = ((_base_name(name), each) for name, each in self.model.named_parameters(remove_duplicate=False))
-        self.parameters = {name: each for name, each in named if name is not None}
+        named = ((_base_name(name), tensor) for name, tensor in self.model.named_parameters(remove_duplicate=False))
+        self.parameters = {name: tensor for name, tensor in named if name is not None}
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
         """What a plain checkpoint of the base model holds."""
         reshard(self._root)
-        named = ((_base_name(name), each) for name, each in self.model.state_dict().items())
-        state = {name: each for name, each in named if name is not None}
-        return {name: _for_saving(self, name) if name in self.parameters else each for name, each in state.items()}
+        named = ((_base_name(name), tensor) for name, tensor in self.model.state_dict().items())
+        state = {name: tensor for name, tensor in named if name is not None}
+        return {name: _for_saving(self, name) if name in self.parameters else tensor for name, tensor in state.items()}
 
 
 def restore_base(model: Any, folder: Path) -> None:
@@ -131,7 +131,7 @@ def restore_base(model: Any, folder: Path) -> None:
     recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
     settings, steps = recipe["settings"], {step["name"] for step in recipe["steps"]}
     weights = BaseWeights(model)
-    kind: Any = next(each for each in type(weights.model).__mro__ if not issubclass(each, FSDPModule))
+    kind: Any = next(base for base in type(weights.model).__mro__ if not issubclass(base, FSDPModule))
     stored = kind.from_pretrained(folder, dtype=next(iter(weights.parameters.values())).dtype)
     matrices, _ = weights.matrices(settings.get("include", ()), settings.get("exclude", ()))
     for matrix in matrices:
@@ -168,9 +168,9 @@ class _Delta(nn.Module):
 
 
 def _delta_of(layer: nn.Module, adapter: str) -> Tensor:
-    adapters = {f"layer.{name}": each for name, each in layer.named_parameters() if name.startswith("lora_")}
+    adapters = {f"layer.{name}": tensor for name, tensor in layer.named_parameters() if name.startswith("lora_")}
     return functional_call(
-        _Delta(layer), {name: gathered(each.detach()) for name, each in adapters.items()}, (adapter,)
+        _Delta(layer), {name: gathered(tensor.detach()) for name, tensor in adapters.items()}, (adapter,)
     )
 
 

@@ -70,7 +70,7 @@ def install(model: Any, layers: Mapping[str, Stored], where: str) -> None:
         module = dict(model.named_modules()).get(experts) if experts else None
         if module is not None and not isinstance(module, FactoredExperts) and can_be_split(module):
             _put(model, experts, FactoredExperts(module))
-    known: dict[str, Any] = {name: each for name, each in model.named_modules() if _is_layer(each)}
+    known: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_layer(module)}
     tied = getattr(model, "all_tied_weights_keys", {})
     tied = {*tied, *tied.values()}
     for name, stored in layers.items():
@@ -101,7 +101,7 @@ def expand(model: Any) -> Any:
 
 def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
     """The model's factored layers by their names."""
-    return {name: each for name, each in model.named_modules() if isinstance(each, FactoredLinear)}
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, FactoredLinear)}
 
 
 def settle(model: Any) -> None:
@@ -114,7 +114,7 @@ def settle(model: Any) -> None:
             _put(model, name, module.dense())
             for owner in model.modules():  # those that loading used know no stacks; saving finds the model's own
                 owner.__dict__.pop("_weight_conversions", None)
-    layers = {name: Stored(each.form, each.rank) for name, each in factored_layers(model).items()}
+    layers = {name: Stored(layer.form, layer.rank) for name, layer in factored_layers(model).items()}
     if layers:
         model.config.quantization_config = FactoredConfig(written(layers))
     elif isinstance(getattr(model.config, "quantization_config", None), FactoredConfig):
@@ -138,9 +138,9 @@ _CALLED: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 def _called_anew(model: Any) -> frozenset[str]:
     from transformers.pytorch_utils import Conv1D
 
-    layers = {name: each for name, each in model.named_modules() if isinstance(each, (nn.Linear, Conv1D))}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D))}
     called: set[str] = set()
-    hooks = [each.register_forward_hook(lambda *_, name=name: called.add(name)) for name, each in layers.items()]
+    hooks = [layer.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -94,17 +94,17 @@ def gauge(left: Tensor, right: Tensor, dtype: torch.dtype) -> Gauge:
     Returns:
         The form with the smaller Frobenius error, on the factors' device.
     """
-    wide = [each.detach().cpu().double() for each in (left, right)]
+    wide = [factor.detach().cpu().double() for factor in (left, right)]
     exact = wide[0] @ wide[1]
     forms = []
     for by_rows, side, matrix in ((True, wide[0], exact), (False, wide[1].mT, exact.mT)):
         pivots, coefficients = map(torch.from_numpy, interpolative(side.numpy()))
-        skeleton, interpolation = (_rounded(each, dtype) for each in (matrix[pivots], coefficients))
+        skeleton, interpolation = (_rounded(part, dtype) for part in (matrix[pivots], coefficients))
         form = Gauge(pivots, skeleton, interpolation, by_rows=True)
         forms.append(form if by_rows else form.mT)
     best = min(forms, key=lambda form: float((form.product().double() - exact).norm()))
     pivots, skeleton, interpolation = (
-        each.to(left.device) for each in (best.pivots, best.skeleton, best.interpolation)
+        part.to(left.device) for part in (best.pivots, best.skeleton, best.interpolation)
     )
     return Gauge(pivots, skeleton, interpolation, best.by_rows)
 

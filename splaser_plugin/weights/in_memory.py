@@ -94,7 +94,7 @@ class Weights:
             if id(parameter) not in whole:
                 value = self.effective(name)
                 whole[id(parameter)] = value.cpu() if is_main() else torch.empty(0)
-        buffers = {name: each for name, each in self.model.state_dict().items() if name not in self.parameters}
+        buffers = {name: tensor for name, tensor in self.model.state_dict().items() if name not in self.parameters}
         return {**buffers, **{name: whole[id(parameter)] for name, parameter in self.parameters.items()}}
 
     @torch.no_grad()

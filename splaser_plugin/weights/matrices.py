@@ -135,14 +135,14 @@ def sharers(found: Iterable[Role]) -> dict[int, list[str]]:
 
 def other_of(name: str, names: Iterable[str]) -> str | None:
     """The first of the names that is another one."""
-    return next((each for each in names if each != name), None)
+    return next((other for other in names if other != name), None)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter by its name, tied ones under each of theirs. Under PEFT: by the base model's own names."""
     from splaser_plugin.checkpoints.roles import plain_name
 
-    plain = ((plain_name(name), each) for name, each in model.named_parameters(remove_duplicate=False))
+    plain = ((plain_name(name), parameter) for name, parameter in model.named_parameters(remove_duplicate=False))
     return {name: parameter for name, parameter in plain if name is not None}
 
 

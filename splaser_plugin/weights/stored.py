@@ -78,7 +78,7 @@ class StoredWeights:
         among those left out.
         """
         candidates = _by_name(self._weights) if self.skeleton is None else self._candidates(self.skeleton)
-        candidates = [replace(each, stored=self._on_disk(each.stored)) for each in candidates]
+        candidates = [replace(matrix, stored=self._on_disk(matrix.stored)) for matrix in candidates]
         matrices, skipped = choose_matrices(candidates, include=include, exclude=exclude, towers=towers)
         if self.skeleton is not None:
             skipped += [Skipped(name, NOT_IN_MODEL) for name in self.skeleton.unexpected]
@@ -92,7 +92,7 @@ class StoredWeights:
         first: dict[str, int] = {}
         for matrix in matrices:
             first.setdefault(matrix.parameter, min(places[name] for name in matrix.stored))
-        matrices.sort(key=lambda each: (first[each.parameter], each.parameter, each.expert or 0))
+        matrices.sort(key=lambda matrix: (first[matrix.parameter], matrix.parameter, matrix.expert or 0))
         return matrices, skipped
 
     def identity(self) -> str:

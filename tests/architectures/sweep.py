@@ -132,10 +132,10 @@ def _scan(folder: Path) -> str:
     model = _loaded(folder)
     matrices = stored.matrices(towers=True)[0]
     live = {model_matrice.name: model_matrice for model_matrice in model_matrices(model, towers=True)[0]}
-    if {each.name: each for each in matrices} != live:
-        names = {each.name for each in matrices} ^ live.keys()
+    if {matrix.name: matrix for matrix in matrices} != live:
+        names = {matrix.name for matrix in matrices} ^ live.keys()
         return f"differs from the loaded model in {len(names)} names: {min(names, default='types or shapes')}"
-    if any(not each.type for each in matrices):
+    if any(not matrix.type for matrix in matrices):
         return "an empty type"
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for matrix, weight in stored.stream(matrices, matrices):
@@ -184,17 +184,17 @@ def _reduce(folder: Path) -> str:
     from splaser_plugin.weights.in_memory import Weights
 
     model = _loaded(folder)
-    before = {name: each.clone() for name, each in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     weights = Weights(model)
-    by_type = {each.type: each for each in weights.matrices()[0] if min(each.shape) > 1}
+    by_type = {matrix.type: matrix for matrix in weights.matrices()[0] if min(matrix.shape) > 1}
     for matrix in by_type.values():
         weights.reduce(matrix, 1)
     again = folder.parent / "reduced"
     model.save_pretrained(again)
     after = _loaded(again).state_dict()
-    changed = {name for name, each in after.items() if not torch.equal(each, before[name])}
-    reduced = {name for name, each in model.state_dict().items() if not torch.equal(each, before[name])}
-    expected = {each.parameter for each in by_type.values()} & reduced
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    reduced = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    expected = {matrix.parameter for matrix in by_type.values()} & reduced
     if changed != expected:
         return f"after loading again {min(changed ^ expected)} is another"
     return "ok"
@@ -203,8 +203,8 @@ def _reduce(folder: Path) -> str:
 def table(results: dict[str, dict[str, str]]) -> str:
     """The results as a Markdown table, with counts above it."""
     columns = ("scan", "lora", "unfrozen", "reduce")
-    built = {kind: each for kind, each in results.items() if each["built"] == "ok"}
-    counts = {column: Counter(_word(each.get(column, "")) for each in built.values()) for column in columns}
+    built = {kind: result for kind, result in results.items() if result["built"] == "ok"}
+    counts = {column: Counter(_word(result.get(column, "")) for result in built.values()) for column in columns}
     lines = [
         "# Architectures",
         "",
@@ -220,7 +220,8 @@ def table(results: dict[str, dict[str, str]]) -> str:
     ]
     lines += ["", f"| type | {' | '.join(columns)} |", "|" + " --- |" * (len(columns) + 1)]
     lines += [
-        f"| {kind} | {' | '.join(_cell(each.get(column, '')) for column in columns)} |" for kind, each in built.items()
+        f"| {kind} | {' | '.join(_cell(result.get(column, '')) for column in columns)} |"
+        for kind, result in built.items()
     ]
     return "\n".join(lines) + "\n"
 

@@ -163,7 +163,10 @@ def test_the_training_targets_are_those_of_emit():
 
 
 def run_on(source, rejected="No."):
-    texts = {part: [{**each, "rejected": rejected} for each in asked] for part, asked in RESULTS["texts"].items()}
+    texts = {
+        part: [{**texts_of_pair, "rejected": rejected} for texts_of_pair in asked]
+        for part, asked in RESULTS["texts"].items()
+    }
     return Results.from_dict({**RESULTS, "pairs": {**RESULTS["pairs"], "source": str(source)}, "texts": texts})
 
 
@@ -210,7 +213,7 @@ def test_thousands_of_experts_are_drawn_from_fewer_values_each():
     page = render(scan)
     assert len(scan.matrices) > 10_000
     assert len(page) < 12e6
-    assert {len(each["spectrum"]) for each in Page(page).data["matrices"]} == {18}
+    assert {len(matrix["spectrum"]) for matrix in Page(page).data["matrices"]} == {18}
 
 
 EVIL = "</script><script>pwned=1</script><img src=x onerror=pwned=1>"

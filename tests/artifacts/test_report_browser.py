@@ -127,7 +127,7 @@ def test_the_edge_can_be_switched(open_page, run_page):
         assert f"SNR {float(f'{noisiest.edges[edge].snr:.4g}'):g}" in it.text("#noisiest li:first-child")
         assert it.text("#fits .current").startswith(edge)
         drawn = it.page.evaluate("document.getElementById('heat-map').data[0].z.flat()")
-        lowest = min(10**each for each in drawn if each is not None)
+        lowest = min(10**value for value in drawn if value is not None)
         assert lowest == pytest.approx(min(m.edges[edge].snr or 9e9 for m in SCAN.matrices), rel=1e-3)
 
 
@@ -288,8 +288,8 @@ def test_on_a_phone_the_heat_map_goes_down_and_is_clicked_as_well(open_page, run
 
 def test_a_cell_is_chosen_by_touch(open_page, run_page):
     it = open_page(run_page, has_touch=True)
-    matrix = next(each for each in SCAN.matrices if each.block == 2)
-    it.page.touchscreen.tap(*it.scroll_to_cell(2, sorted({each.type for each in SCAN.matrices}).index(matrix.type)))
+    matrix = next(matrix for matrix in SCAN.matrices if matrix.block == 2)
+    it.page.touchscreen.tap(*it.scroll_to_cell(2, sorted({matrix.type for matrix in SCAN.matrices}).index(matrix.type)))
     it.wait_for_matrix(matrix.name)
 
 

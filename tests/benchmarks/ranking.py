@@ -175,11 +175,11 @@ def predict(study: Study, edits: Sequence[tuple[Matrix, int]]) -> dict[str, np.n
     values = [(study.scans[matrix].edges["iqr"].snr or np.inf, found[matrix], rank) for matrix, rank in edits]
     return {
         SNR: np.array([-snr for snr, _, _ in values]),
-        "share of components kept": np.array([rank / len(each.energies) for _, each, rank in values]),
-        "output lost": np.array([-each.output_lost(rank) for _, each, rank in values]),
-        "gradient": np.array([each.first_order(rank) for _, each, rank in values]),
+        "share of components kept": np.array([rank / len(sensitivity.energies) for _, sensitivity, rank in values]),
+        "output lost": np.array([-sensitivity.output_lost(rank) for _, sensitivity, rank in values]),
+        "gradient": np.array([sensitivity.first_order(rank) for _, sensitivity, rank in values]),
         "gradient - 2 SE": np.array(
-            [each.first_order(rank) - 2 * each.standard_error(rank) for _, each, rank in values]
+            [sensitivity.first_order(rank) - 2 * sensitivity.standard_error(rank) for _, sensitivity, rank in values]
         ),
     }
 
@@ -238,7 +238,7 @@ def report(study: Study, edits: Sequence[tuple[Matrix, int]], measured: Measured
         *table(predicted, changes, np.full(len(edits), True), f"All {len(edits)} truncations"),
         *table(predicted, changes, judged, f"The {int(judged.sum())} at depths {blocks[1::2]}"),
     ]
-    default, snr, change = (each[judged] for each in (predicted[DEFAULT], predicted[SNR], changes["unseen"]))
+    default, snr, change = (values[judged] for values in (predicted[DEFAULT], predicted[SNR], changes["unseen"]))
     above = rank_correlation(default, change) - rank_correlation(snr, change)
     low, high = interval(default, change, snr)
     lines.append(f"\nThere, on other pairs, '{DEFAULT}' is above '{SNR}' by {above:+.2f} ({low:+.2f} to {high:+.2f}).")

@@ -170,8 +170,8 @@ class Study:
             return {matrix: uniform_rank(matrix, method.storage, budget) for matrix in self.matrices}, None
         in_nats = method.reduce == "fisher"
         curves = [
-            curve(each.shape, found[each].costs / (1 if in_nats else found[each].costs[0]), method.storage)
-            for each in self.matrices
+            curve(matrix.shape, found[matrix].costs / (1 if in_nats else found[matrix].costs[0]), method.storage)
+            for matrix in self.matrices
         ]
         allocation = allocate(curves, int((1 - budget) * self.dense))
         return dict(zip(self.matrices, allocation.ranks, strict=True)), allocation.cost if in_nats else None
@@ -242,7 +242,9 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     measured = read(arguments.measured)
-    left = [(name, each) for name in arguments.methods for each in arguments.budgets if (name, each) not in measured]
+    left = [
+        (name, budget) for name in arguments.methods for budget in arguments.budgets if (name, budget) not in measured
+    ]
     if left:
         statistics = arguments.measured.with_suffix(".pt")
         study = Study(arguments.text, statistics, arguments.calibration_tokens, arguments.judged_tokens)

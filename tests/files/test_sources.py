@@ -62,7 +62,7 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(home, name):
         (load_pairs, PairsError),
         (open_text, TextError),
         (find_model, CheckpointError),
-        (lambda each: SentenceEmbedder(each, "cpu"), EmbedderError),
+        (lambda name: SentenceEmbedder(name, "cpu"), EmbedderError),
     ):
         with pytest.raises(error, match="no such"):
             load(name)

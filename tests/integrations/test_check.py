@@ -61,7 +61,7 @@ def test_what_peft_has_no_layer_for_and_names_of_another_model_are_refused(tmp_p
     other = saved(llava(), tmp_path / "llava")
     selection = chosen(other, "self_attn")
     on_disk = [matrix.name.replace("model.language_model.", "language_model.model.") for matrix in selection.matrices]
-    old = tuple(replace(each, name=name) for each, name in zip(selection.matrices, on_disk, strict=True))
+    old = tuple(replace(matrix, name=name) for matrix, name in zip(selection.matrices, on_disk, strict=True))
     with pytest.raises(MatrixError, match=r"language_model\.model\.layers.* is not in the model that is loaded from"):
         check(replace(selection, matrices=old), other)
 

@@ -55,7 +55,7 @@ EXAMPLE_COMMANDS = {
 
 def modules_of_smollm2() -> list[str]:
     scan = Scan.load(SCAN)
-    return [matrix.name for matrix in scan.matrices] + [each.name for each in scan.skipped]
+    return [matrix.name for matrix in scan.matrices] + [skipped.name for skipped in scan.skipped]
 
 
 def check_against(expected: Path, text: str) -> None:

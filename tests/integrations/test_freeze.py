@@ -19,14 +19,16 @@ def small_llama():
 def test_only_the_named_matrices_are_left_to_train():
     model = small_llama()
     freeze_all_but(model, NAMES)
-    assert [name for name, each in model.named_parameters() if each.requires_grad] == [f"{n}.weight" for n in NAMES]
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
+        f"{n}.weight" for n in NAMES
+    ]
     check_trained(model, NAMES)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_trainer_with_the_callback_changes_the_named_matrices_alone(checkpointing, tmp_path):
     model = small_llama()
-    before = {name: each.clone() for name, each in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rows = [{"input_ids": torch.arange(8) + n, "labels": torch.arange(8) + n} for n in range(4)]
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
@@ -39,7 +41,7 @@ def test_a_trainer_with_the_callback_changes_the_named_matrices_alone(checkpoint
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[FreezeCallback(NAMES)]).train()
-    changed = [name for name, each in model.state_dict().items() if not torch.equal(each, before[name])]
+    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
     assert changed == [f"{name}.weight" for name in NAMES]
 
 

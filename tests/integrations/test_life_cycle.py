@@ -23,7 +23,7 @@ def adapted(**changes):
 
 
 def base_of(model):
-    return {name: each for name, each in states(model).items() if "lora_" not in name}
+    return {name: tensor for name, tensor in states(model).items() if "lora_" not in name}
 
 
 @torch.no_grad()
@@ -173,7 +173,7 @@ def test_models_that_write_no_text_are_refused_at_once_but_may_be_frozen(trainer
             trainer_of(LlamaForSequenceClassification(config), LaserCallback(when=when, pairs=pairs, config=CONFIG))
     model = LlamaForSequenceClassification(config)
     trainer_of(model, LaserCallback(when=None, freeze_to="top", top=1))
-    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert "score.weight" in trained
     assert len(trained) == 8
 

@@ -86,12 +86,12 @@ def test_with_the_trainer_metrics_reach_all_its_reporters_while_their_runs_are_o
         "laser/score_after": found.final.mean,
         "laser/matrices_tried": 4,
         "laser/matrices_kept": len(found.kept),
-        "laser/rank_removed": sum(min(each.matrix.shape) - each.rank for each in found.kept),
+        "laser/rank_removed": sum(min(candidate.matrix.shape) - candidate.rank for candidate in found.kept),
     }
     assert expected.items() <= logs.seen.items()
     assert logs.seen["laser/seconds"] > 0
     assert any(expected.items() <= logged.items() for logged in trainer.state.log_history)
-    names = [type(each).__name__ for each in trainer.callback_handler.callbacks]
+    names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
     assert names[-1] == "LaserCallback"
     assert len(names) == len(set(names))
 
@@ -234,7 +234,7 @@ def test_freezing_trains_exactly_the_matrices_of_highest_snr(trainer_of):
     chosen = {name + ".weight" for name in callback.selection.names}
     assert len(chosen) == 7
     assert changed(before, states(model)) == chosen
-    trained = {id(each) for group in trainer.optimizer.param_groups for each in group["params"]}
+    trained = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
     assert trained == {id(model.get_parameter(name)) for name in chosen}
 
 
@@ -259,7 +259,7 @@ def test_under_lora_the_merged_weights_are_lasered_and_saved_whole(trainer_of, p
     for step in callback.result.recipe.steps:
         weight = lasered.get_parameter(step.name + ".weight")
         assert torch.linalg.matrix_rank(weight.double(), rtol=1e-4) == step.rank
-    assert not changed(taken["adapters"], {name: each for name, each in states(model).items() if "lora_" in name})
+    assert not changed(taken["adapters"], {name: tensor for name, tensor in states(model).items() if "lora_" in name})
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(ids).logits, lasered(ids).logits, rtol=1e-3, atol=1e-3)

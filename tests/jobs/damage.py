@@ -70,8 +70,10 @@ def shard(folder, weight_map=dict):
     names = sorted(tensors)
     halves = {SHARD: names[::2], OTHER_SHARD: names[1::2]}
     for name, half in halves.items():
-        safetensors.torch.save_file({each: tensors[each] for each in half}, folder / name, metadata={"format": "pt"})
-    where = {each: name for name, half in halves.items() for each in half}
+        safetensors.torch.save_file(
+            {tensor: tensors[tensor] for tensor in half}, folder / name, metadata={"format": "pt"}
+        )
+    where = {tensor: name for name, half in halves.items() for tensor in half}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map(where)}))
 
 

@@ -192,7 +192,7 @@ def test_the_command_prints_a_table_and_writes_the_same_as_json(
     stored = json.loads(out.read_text())
     assert json.loads(printed) == stored
     assert stored["schema"] == "splaser.comparison/1"
-    assert [each["model"] for each in stored["models"]] == [str(command[place]) for place in (1, 2, 3, 4)]
+    assert [model["model"] for model in stored["models"]] == [str(command[place]) for place in (1, 2, 3, 4)]
     assert stored["models"][0]["figures"]["margin"]["difference"] is None
     assert stored["models"][1]["figures"]["perplexity"]["ratio"] > 0
     assert len(stored["models"][1]["per_window"]) == 9

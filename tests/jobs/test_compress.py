@@ -114,8 +114,8 @@ def test_what_is_held_out_is_never_measured_on(tiny_folder, text):
     assert {tuple(window) for window in measures.searched.windows} <= rows
     assert not {tuple(window) for window in measures.unseen.windows} & rows
     told = [tokenizer.decode(row) for row in rows]
-    assert all(any(pair.chosen[:40] in each for each in told) for pair in measures.searched.pairs)
-    assert not any(pair.chosen[:40] in each for pair in measures.unseen.pairs for each in told)
+    assert all(any(pair.chosen[:40] in text for text in told) for pair in measures.searched.pairs)
+    assert not any(pair.chosen[:40] in text for pair in measures.unseen.pairs for text in told)
 
 
 def test_a_recipe_that_was_measured_is_refused_with_what_to_do(compressed, tiny_folder):

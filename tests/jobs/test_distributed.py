@@ -86,9 +86,11 @@ def test_two_processes_order_by_the_same_gradient_as_one_and_refuse_it_on_a_shar
     two = run(torchrun(), "gradient", tmp_path / "two", tiny_folder)
     assert same_steps(one, two)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
-    orders = [json.loads((tmp_path / each / "results.json").read_text())["candidates"] for each in ("one", "two")]
-    assert [(each["name"], each["rank"]) for each in orders[0]] == [(each["name"], each["rank"]) for each in orders[1]]
-    predicted = [[each["predicted"] for each in order] for order in orders]
+    orders = [json.loads((tmp_path / run / "results.json").read_text())["candidates"] for run in ("one", "two")]
+    assert [(candidate["name"], candidate["rank"]) for candidate in orders[0]] == [
+        (candidate["name"], candidate["rank"]) for candidate in orders[1]
+    ]
+    predicted = [[candidate["predicted"] for candidate in order] for order in orders]
     assert predicted[0] == pytest.approx(predicted[1], abs=1e-4)
     refused = [path.read_text() for path in (tmp_path / "two").glob("refused-*.txt")]
     assert len(refused) == 2

@@ -149,7 +149,7 @@ def test_a_damaged_recipe_is_refused(tmp_path, content, message):
 def test_a_scan_takes_folders_and_loaded_models_alike(tiny_folder):
     from_disk = run_scan(str(tiny_folder))
     loaded = run_scan(load_model(tiny_folder, device="cpu")[0])
-    assert {matrix.name: matrix for matrix in from_disk.matrices} == {each.name: each for each in loaded.matrices}
+    assert {matrix.name: matrix for matrix in from_disk.matrices} == {matrix.name: matrix for matrix in loaded.matrices}
 
 
 @pytest.mark.slow

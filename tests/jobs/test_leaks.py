@@ -45,7 +45,7 @@ def test_no_command_on_local_files_uses_the_network_or_tells_the_token(tiny_fold
     data = tmp_path / "data"
     data.mkdir()
     (data / "train.jsonl").write_bytes(Path(pairs_file).read_bytes())
-    model, fast = str(tiny_folder), [each for each in FLAGS if each not in ("--embedder", "self")]
+    model, fast = str(tiny_folder), [flag for flag in FLAGS if flag not in ("--embedder", "self")]
     with_minilm = ["--embedder", str(minilm), *fast]
     commands = [
         ["scan", model, "-o", "scan.json", "--top-json", "top.json"],

@@ -67,7 +67,7 @@ ADAPTERS = {
         r"adapter_model\.safetensors: tensor '.*' ends at byte",
     ),
     "missing tensor": (
-        adapter_tensors(lambda tensors: {name: each for name, each in tensors.items() if name != LORA}),
+        adapter_tensors(lambda tensors: {name: tensor for name, tensor in tensors.items() if name != LORA}),
         rf"adapter_model\.safetensors: tensor '{LORA}' is missing",
     ),
     "tensor of another model": (

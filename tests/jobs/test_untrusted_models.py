@@ -99,7 +99,7 @@ FOR_LASER = {
 
 
 def spectra(scan):
-    return {each["name"]: each["spectrum"] for each in scan["matrices"]}
+    return {matrix["name"]: matrix["spectrum"] for matrix in scan["matrices"]}
 
 
 def peak_bytes():

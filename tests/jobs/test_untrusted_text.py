@@ -94,7 +94,7 @@ def test_hostile_pairs_are_scored_or_dropped_without_reaching_the_terminal(splas
     rows = [{"prompt": text, "chosen": text + " yes", "rejected": text + " no"} for text in texts]
     file = tmp_path / f"p\x1b[31m.{kind}"
     if kind == "csv":
-        quoted = [",".join('"' + each.replace('"', '""') + '"' for each in row.values()) for row in rows]
+        quoted = [",".join('"' + value.replace('"', '""') + '"' for value in row.values()) for row in rows]
         file.write_text("prompt,chosen,rejected\n" + "\n".join(quoted) + "\n", newline="")
     elif kind == "json":
         file.write_text(json.dumps([*rows, HOSTILE, None, {"prompt": 1, "chosen": HOSTILE, "rejected": HOSTILE}]))
@@ -182,9 +182,9 @@ WRONG = st.one_of(
 def places(value, path=()):
     """The path of every value inside, lists' by their first two items."""
     inside = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
-    for key, each in inside:
+    for key, content in inside:
         yield (*path, key)
-        yield from places(each, (*path, key))
+        yield from places(content, (*path, key))
 
 
 def damaged(draw, stored):

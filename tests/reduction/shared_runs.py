@@ -19,5 +19,5 @@ join_processes()
 weights = Weights(tiny_fused("mixtral"))
 rows = window_rows([range(start, start + 20) for start in (3, 140, 77)])
 found = measure(weights, weights.matrices()[0], rows)
-measured = {matrix.name: (each.short, each.gram) for matrix, each in found if isinstance(each, Moments)}
+measured = {matrix.name: (moments.short, moments.gram) for matrix, moments in found if isinstance(moments, Moments)}
 torch.save(measured, f"{sys.argv[1]}-{process_index()}.pt")

@@ -25,9 +25,9 @@ def random_curves(seed, count=4, short=6, storage=gauge_storage):
 def best_of_all(curves, parameters):
     """The least cost of every choice there is."""
     return min(
-        sum(each.costs[place] for each, place in zip(curves, places, strict=True))
+        sum(cost_curve.costs[place] for cost_curve, place in zip(curves, places, strict=True))
         for places in itertools.product(*(range(len(curve.ranks)) for curve in curves))
-        if sum(each.sizes[place] for each, place in zip(curves, places, strict=True)) <= parameters
+        if sum(cost_curve.sizes[place] for cost_curve, place in zip(curves, places, strict=True)) <= parameters
     )
 
 
@@ -66,7 +66,7 @@ def test_the_price_of_a_parameter_bounds_what_the_rest_of_the_budget_could_save(
 
 def test_a_matrix_whose_loss_is_dear_keeps_its_full_rank():
     cheap = np.array([10, 6, 1.5, 0.5, 0.0])
-    found = allocate([curve((4, 4), each, gauge_storage) for each in (cheap, 100 * cheap)], 28)
+    found = allocate([curve((4, 4), costs, gauge_storage) for costs in (cheap, 100 * cheap)], 28)
     assert found.ranks == [2, 4]
     assert found.parameters == 12 + 16
 

@@ -61,7 +61,7 @@ def test_svd_is_the_plain_truncation_bit_for_bit(weights):
 def test_what_no_token_reaches_is_left_out_with_the_reason(weights):
     matrices, _ = weights.matrices(include=["model.embed_tokens", "layers.0.self_attn.q_proj"])
     reducer = measured_reducer(weights, matrices, ROWS, way="fisher")
-    assert [each.name for each in reducer.left_out] == ["model.embed_tokens"]
+    assert [matrix.name for matrix in reducer.left_out] == ["model.embed_tokens"]
     assert [matrix.name for matrix in reducer.costs] == ["model.layers.0.self_attn.q_proj"]
 
 

@@ -48,7 +48,7 @@ def bounded(values):
 
 def measured_slowly(model, rows, samples=1):
     """C and G of every linear layer, from each token's own input and gradient, in float64."""
-    layers = {name: each for name, each in model.named_modules() if isinstance(each, (nn.Linear, Conv1D))}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D))}
     inputs = {name: [] for name in layers}
     gradients = {name: [] for name in layers}
     for row in rows:
@@ -169,9 +169,9 @@ def test_a_matrix_that_no_product_reads_is_told_with_the_reason(fixed_labels):
         "...i,oi->...o", functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight
     )
     fixed_labels(ROWS)
-    found = {matrix.name: each for matrix, each in measure(weights, matrices, ROWS)}
+    found = {matrix.name: moments for matrix, moments in measure(weights, matrices, ROWS)}
     assert found.pop("model.layers.0.mlp.down_proj").reason.startswith("the model never multiplies by this matrix")
-    assert all(isinstance(each, Moments) for each in found.values())
+    assert all(isinstance(moments, Moments) for moments in found.values())
 
 
 def test_labels_are_drawn_as_often_as_the_model_expects_them():
@@ -240,7 +240,7 @@ def test_two_processes_share_the_rows_and_both_get_the_numbers_of_one(tmp_path):
 
 def test_what_several_matrices_read_is_added_up_once():
     weights = Weights(tiny_llama(vocabulary=512, num_key_value_heads=4))
-    found = {matrix.name: each for matrix, each in measure(weights, weights.matrices()[0], ROWS)}
+    found = {matrix.name: moments for matrix, moments in measure(weights, weights.matrices()[0], ROWS)}
     for block in (0, 1):
         q, k, v, o = (found[f"model.layers.{block}.self_attn.{name}_proj"] for name in "qkvo")
         gate, up, down = (found[f"model.layers.{block}.mlp.{name}_proj"] for name in ("gate", "up", "down"))

@@ -114,7 +114,7 @@ def test_everything_is_afterwards_as_before(fails):
     for place, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(place % 2 == 0)
         parameter.grad = torch.ones_like(parameter) if place % 3 == 0 else None
-    before = [(each.requires_grad, each.grad) for each in model.parameters()]
+    before = [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     weights = Weights(model)
 
     def see(*_):

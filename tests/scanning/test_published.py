@@ -125,7 +125,7 @@ def test_a_written_scan_has_no_infinity_and_leads_a_stable_sort_to_our_choice(tm
     assert [name for name, _ in ranked[:3]] == choose(scan, top=3).by_type["mlp.down_proj"]
 
     again = load_scan(tmp_path / "snr.json")
-    assert {each.name for each in again.matrices if each.snr_ratio is None} == {near.name, far.name}
+    assert {matrix.name for matrix in again.matrices if matrix.snr_ratio is None} == {near.name, far.name}
 
 
 def test_the_chosen_edge_is_written():

@@ -121,8 +121,8 @@ def test_head_and_embeddings_come_only_when_asked_for_ranked_or_not():
 def test_of_an_old_scan_what_is_tied_is_known_by_its_reason():
     scan = scan_of(*blocks({"mlp.down_proj": [1.0, 2.0]}), skipped=(TIED_HEAD, EMBEDDING))
     stored = scan.to_dict()
-    for each in stored["skipped"]:
-        del each["tied_to"]
+    for skipped in stored["skipped"]:
+        del skipped["tied_to"]
     assert Scan.from_dict(stored).skipped == scan.skipped
 
 
@@ -262,4 +262,4 @@ def test_a_matched_rank_needs_shapes():
 )
 def test_what_a_name_stands_for(name, role):
     roles = {"head": is_head(name), "embedding": is_embedding(name), "norm": is_norm(name)}
-    assert [each for each, holds in roles.items() if holds] == ([] if role == "matrix" else [role])
+    assert [name for name, holds in roles.items() if holds] == ([] if role == "matrix" else [role])

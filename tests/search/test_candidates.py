@@ -72,20 +72,23 @@ def test_each_matrix_comes_from_gentle_to_hard_and_matrices_by_snr(scanned, rank
     scan, matrices = scanned
     chosen = choose_candidates(scan, matrices, ranks)
     places = {found.name: place for place, found in enumerate(scan.ranked("snr"))}
-    keys = [(places[each.matrix.name], -each.rank) for each in chosen]
+    keys = [(places[candidate.matrix.name], -candidate.rank) for candidate in chosen]
     assert keys == sorted(keys)
     assert len(set(keys)) == len(keys), "no rank of a matrix twice"
-    assert all(1 <= each.rank < min(each.matrix.shape) for each in chosen)
+    assert all(1 <= candidate.rank < min(candidate.matrix.shape) for candidate in chosen)
     by_name = {found.name: found for found in scan.matrices}
-    for each in chosen:
-        edges = by_name[each.matrix.name].edges
-        if each.edge in EDGES:
-            assert (each.rank, each.threshold) == (max(1, edges[each.edge].rank), edges[each.edge].threshold)
+    for candidate in chosen:
+        edges = by_name[candidate.matrix.name].edges
+        if candidate.edge in EDGES:
+            assert (candidate.rank, candidate.threshold) == (
+                max(1, edges[candidate.edge].rank),
+                edges[candidate.edge].threshold,
+            )
         else:
-            assert each.rank == max(1, round(float(each.edge) * min(each.matrix.shape)))
-            assert each.threshold is None
-        assert each.snr == edges[scan.edge].snr
-        assert each.predicted is None
+            assert candidate.rank == max(1, round(float(candidate.edge) * min(candidate.matrix.shape)))
+            assert candidate.threshold is None
+        assert candidate.snr == edges[scan.edge].snr
+        assert candidate.predicted is None
 
 
 def test_the_scans_edge_alone_is_the_published_order(scanned):
@@ -109,10 +112,13 @@ def test_predicted_candidates_come_best_first(scanned, ranks, seed):
     values = torch.randint(-3, 3, (len(plain),), generator=torch.Generator().manual_seed(seed)).double().tolist()
     ordered = by_prediction(plain, values)
     predicted = {(candidate.matrix, candidate.rank): value for candidate, value in zip(plain, values, strict=True)}
-    assert [each.predicted for each in ordered] == sorted(values, reverse=True)
-    assert all(each.predicted == predicted[each.matrix, each.rank] for each in ordered)
-    places = {(each.matrix, each.rank): place for place, each in enumerate(plain)}
-    keys = [(-predicted[each.matrix, each.rank], places[each.matrix, each.rank]) for each in ordered]
+    assert [candidate.predicted for candidate in ordered] == sorted(values, reverse=True)
+    assert all(candidate.predicted == predicted[candidate.matrix, candidate.rank] for candidate in ordered)
+    places = {(candidate.matrix, candidate.rank): place for place, candidate in enumerate(plain)}
+    keys = [
+        (-predicted[candidate.matrix, candidate.rank], places[candidate.matrix, candidate.rank])
+        for candidate in ordered
+    ]
     assert keys == sorted(keys), "equals stay in the published order"
 
 
@@ -172,7 +178,8 @@ def test_a_matrix_that_was_reduced_twice_is_rebuilt_bit_for_bit(tmp_path):
     assert [kept for _, _, kept in trials] == [True] * 3
     original = Weights(tiny_llama())
     steps = tuple(
-        Step(each.matrix.name, each.rank, each.edge, each.threshold, each.matrix.shape) for each in found.kept
+        Step(candidate.matrix.name, candidate.rank, candidate.edge, candidate.threshold, candidate.matrix.shape)
+        for candidate in found.kept
     )
     Recipe("tiny", original.identity(), "float32", steps, {}, LaserConfig(), {}).save(tmp_path / "recipe.json")
     again, expected = tiny_llama(), tiny_llama()
@@ -189,7 +196,7 @@ def test_a_planted_harmful_component_is_predicted_best(tokenizer, pairs):
     model = tiny_llama()
     weights = Weights(model)
     scorer = MarginScorer(model, Prompter(tokenizer, "chatml", 512), pairs_from_rows(pairs).pairs, batch_size=4)
-    matrix = next(each for each in weights.matrices()[0] if each.name == "model.layers.1.mlp.up_proj")
+    matrix = next(matrix for matrix in weights.matrices()[0] if matrix.name == "model.layers.1.mlp.up_proj")
     weights.reduce(matrix, 16)
     left, values, right = torch.linalg.svd(weights.read(matrix), full_matrices=False)
     healthy = scorer.score(range(4)).mean
@@ -204,7 +211,7 @@ def test_a_planted_harmful_component_is_predicted_best(tokenizer, pairs):
     scan = scan_source(weights)
     chosen = choose_candidates(scan, weights.matrices()[0], [0.5])
     found = sensitivities(weights, scorer, weights.matrices()[0])
-    best = by_prediction(chosen, [found[each.matrix].predicted(each.rank) for each in chosen])[0]
+    best = by_prediction(chosen, [found[candidate.matrix].predicted(candidate.rank) for candidate in chosen])[0]
     assert best.matrix == matrix
     assert best.predicted > 0
 
@@ -269,12 +276,14 @@ def test_compressing_tries_the_matrices_that_may_lose_the_most_first(scanned):
     ordered = by_size(candidates)
     assert set(ordered) == {candidate for candidate in candidates if candidate.parameters_removed}
     most = {
-        each.matrix: max(other.parameters_removed for other in ordered if other.matrix == each.matrix)
-        for each in ordered
+        candidate.matrix: max(other.parameters_removed for other in ordered if other.matrix == candidate.matrix)
+        for candidate in ordered
     }
-    assert [most[each.matrix] for each in ordered] == sorted((most[each.matrix] for each in ordered), reverse=True)
+    assert [most[candidate.matrix] for candidate in ordered] == sorted(
+        (most[candidate.matrix] for candidate in ordered), reverse=True
+    )
     for matrix in most:
-        ranks = [each.rank for each in ordered if each.matrix == matrix]
+        ranks = [candidate.rank for candidate in ordered if candidate.matrix == matrix]
         assert ranks == sorted(ranks, reverse=True)
 
 
@@ -283,11 +292,15 @@ def test_with_predictions_the_least_loss_a_parameter_comes_first(scanned):
     candidates = choose_candidates(scan, matrices, (0.4, 0.2))
     predicted = torch.randn(len(candidates), generator=torch.Generator().manual_seed(0)).tolist()
     ordered = by_size(by_prediction(candidates, predicted))
-    losses = [max(0.0, -each.predicted) / each.parameters_removed for each in ordered]
+    losses = [max(0.0, -candidate.predicted) / candidate.parameters_removed for candidate in ordered]
     assert losses == sorted(losses)
-    harmless = [each.parameters_removed for each in ordered if each.predicted >= 0]
+    harmless = [candidate.parameters_removed for candidate in ordered if candidate.predicted >= 0]
     assert len(harmless) > 2
-    assert harmless == [each.parameters_removed for each in ordered[: len(harmless)]] == sorted(harmless, reverse=True)
+    assert (
+        harmless
+        == [candidate.parameters_removed for candidate in ordered[: len(harmless)]]
+        == sorted(harmless, reverse=True)
+    )
 
 
 def test_compressing_is_refused_where_nothing_can_be_stored_as_factors(scanned):
@@ -309,7 +322,7 @@ def test_what_is_stored_whole_counts_as_no_parameters_removed(tokenizer, pairs, 
     result = laser(
         tiny_llama(tie_word_embeddings=False), pairs, config=config, tokenizer=tokenizer, output=tmp_path / "out"
     )
-    kept = {each.matrix.name: each.parameters_removed for each in result.search.kept}
+    kept = {candidate.matrix.name: candidate.parameters_removed for candidate in result.search.kept}
     assert kept["model.embed_tokens"] == 0
     before, after = result.parameters
     assert before - after == result.search.parameters_removed == sum(kept.values()) > 0

@@ -283,7 +283,9 @@ def test_compressing_by_ranks_keeps_what_is_harmless_and_counts_the_parameters(t
     result = laser(tiny_llama(), EXAMPLE_PAIRS, config=settings, tokenizer=tokenizer, progress=progress)
     assert len(result.search.kept) == 6
     stored = result.results()
-    assert stored["parameters_removed"] == sum(each["parameters_removed"] for each in stored["candidates"]) > 0
+    assert (
+        stored["parameters_removed"] == sum(candidate["parameters_removed"] for candidate in stored["candidates"]) > 0
+    )
     assert stored["held_out"]["loss_verdict"] == "loses less than the tolerance of 10 (97.5 % sure)"
     unseen = 100 * (1 - (0.05 / 2**6) ** (1 / len(result.split.search)))
     found = f"a loss on up to {unseen:.0f} % of all pairs can go unseen on {len(result.split.search)} of them"

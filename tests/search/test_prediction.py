@@ -129,7 +129,7 @@ def test_the_output_lost_is_the_mean_square_of_what_the_truncation_changes(model
         with weights.trying(matrix) as attempt:
             attempt.reduce(6)
             change = weights.read(matrix) - weight
-        outputs, changes = (inputs @ (each if matrix.transposed else each.mT) for each in (weight, change))
+        outputs, changes = (inputs @ (factor if matrix.transposed else factor.mT) for factor in (weight, change))
         lost = changes.square().sum(1).mean()
         assert found[matrix].energies[6:].sum() == pytest.approx(lost.item(), rel=1e-8), matrix.name
         share = lost / outputs.square().sum(1).mean()
@@ -169,7 +169,10 @@ def test_gradients_switches_and_modes_are_as_before(tiny_model, scorer_of, fails
     for place, parameter in enumerate(parameters):
         parameter.requires_grad_(place % 3 != 0)
         parameter.grad = torch.full_like(parameter, place) if place % 2 else None
-    before = [(each.requires_grad, each.grad, None if each.grad is None else each.grad.clone()) for each in parameters]
+    before = [
+        (parameter.requires_grad, parameter.grad, None if parameter.grad is None else parameter.grad.clone())
+        for parameter in parameters
+    ]
     modes = [module.training for module in tiny_model.modules()]
     weights, scorer = Weights(tiny_model), scorer_of(tiny_model)
     if fails:
@@ -187,7 +190,7 @@ def test_gradients_switches_and_modes_are_as_before(tiny_model, scorer_of, fails
         assert gradient is None or torch.equal(gradient, values)
     for module in tiny_model.modules():
         assert not module._forward_pre_hooks
-    assert not any(each._post_accumulate_grad_hooks for each in parameters)
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in parameters)
 
 
 def test_matrices_in_many_groups_get_the_numbers_of_one(tiny_model, scorer_of, monkeypatch):
@@ -219,13 +222,13 @@ def test_under_lora_the_merged_weights_are_what_is_predicted(scorer_of):
     beside, plain = MergedWeights(adapted), Weights(merged)
     found = sensitivities(beside, scorer_of(beside.model), beside.matrices()[0])
     expected = sensitivities(plain, scorer_of(merged), plain.matrices()[0])
-    by_name = {matrix.name: each for matrix, each in found.items()}
+    by_name = {matrix.name: sensitivity for matrix, sensitivity in found.items()}
     assert len(by_name) == len(expected) == 14
-    for matrix, each in expected.items():
-        assert by_name[matrix.name].slopes.mean(0) == pytest.approx(each.slopes.mean(0), rel=1e-2, abs=1e-4), (
+    for matrix, sensitivity in expected.items():
+        assert by_name[matrix.name].slopes.mean(0) == pytest.approx(sensitivity.slopes.mean(0), rel=1e-2, abs=1e-4), (
             matrix.name
         )
-        assert by_name[matrix.name].energies.sum() == pytest.approx(each.energies.sum(), rel=1e-4)
+        assert by_name[matrix.name].energies.sum() == pytest.approx(sensitivity.energies.sum(), rel=1e-4)
 
 
 @settings(deadline=None)

@@ -89,7 +89,9 @@ def test_an_interrupted_search_leaves_no_undecided_weight(tiny_model, candidates
     scorer = Breaks(tiny_model, {candidates[0].matrix.name: 1.0})
     with pytest.raises(raised):
         search(Weights(tiny_model), candidates, Judge(scorer))
-    changed = [name for name, each in tiny_model.named_parameters() if not torch.equal(each, scorer.before[name])]
+    changed = [
+        name for name, parameter in tiny_model.named_parameters() if not torch.equal(parameter, scorer.before[name])
+    ]
     assert changed == [candidates[0].matrix.parameter]
 
 

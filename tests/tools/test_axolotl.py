@@ -188,6 +188,6 @@ def test_axolotls_own_spectrum_plugin_reads_what_is_emitted(folder, run_in, smal
     run = train(run_in, axolotl_on_cpu("c.yml"))
     assert run.code == 0, last_lines(run)
     published = load_scan("model_snr_results/snr_results_small-model.json")
-    highest = {each.type: each.name for each in published.ranked()}
+    highest = {matrix.type: matrix.name for matrix in published.ranked()}
     # it always trains head and embeddings, which are one weight here
     assert trained_whole(small_smollm2, folder / "out") == {*highest.values(), "model.embed_tokens"}

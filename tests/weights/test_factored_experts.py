@@ -109,12 +109,16 @@ def test_lora_trains_on_experts_and_merges_into_them(tmp_path):
     config = LoraConfig(r=2, target_modules=layers_of(loaded), init_lora_weights=False, task_type="CAUSAL_LM")
     adapted = get_peft_model(loaded, config).eval()
     adapted(ids, labels=ids).loss.backward()
-    gradients = [each.grad for name, each in adapted.named_parameters() if "each_gate_up_proj.0.lora_A" in name]
+    gradients = [
+        parameter.grad for name, parameter in adapted.named_parameters() if "each_gate_up_proj.0.lora_A" in name
+    ]
     assert gradients and gradients[0].abs().sum() > 0
     after = adapted(ids).logits
     merged = merge_and_unload(adapted)
     torch.testing.assert_close(merged(ids).logits, after, rtol=1e-4, atol=1e-4)
-    ranks = {name.split("experts.")[-1]: each.rank for name, each in merged.named_modules() if hasattr(each, "rank")}
+    ranks = {
+        name.split("experts.")[-1]: module.rank for name, module in merged.named_modules() if hasattr(module, "rank")
+    }
     assert ranks["each_gate_up_proj.0"] == 5 + 2
     expanded = expand(merged)
     assert not any(isinstance(module, FactoredExperts) for module in expanded.modules())

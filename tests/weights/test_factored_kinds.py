@@ -40,4 +40,4 @@ def test_expanding_gives_back_the_kind_of_model_and_its_names(tmp_path):
     assert kinds == ["exaone", "exaone"]
     assert load_file(tmp_path / "dense" / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    assert all(torch.equal(again.get_parameter(name), each) for name, each in model.named_parameters())
+    assert all(torch.equal(again.get_parameter(name), parameter) for name, parameter in model.named_parameters())

@@ -93,7 +93,7 @@ def test_a_configuration_of_another_model_is_refused(saved, key, value, message)
 
 
 def without(name):
-    return lambda state: {each: tensor for each, tensor in state.items() if each != name}
+    return lambda state: {key: tensor for key, tensor in state.items() if key != name}
 
 
 def with_changed(name, change):

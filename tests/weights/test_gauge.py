@@ -163,6 +163,6 @@ def test_a_layer_joined_with_an_adapter_has_both_ranks(by_rows):
     full = layer.joined(torch.eye(before.shape[0]).double(), torch.randn(*before.shape).double())
     assert type(full) is torch.nn.Linear
     old = TwoFactorLinear(15, 24, 7, dtype=torch.float64)
-    for each, values in zip((old.weight, old.right_factor), factors_of(24, 15, 7), strict=True):
-        each.data.copy_(values)
+    for parameter, values in zip((old.weight, old.right_factor), factors_of(24, 15, 7), strict=True):
+        parameter.data.copy_(values)
     assert old.joined(left[:24, :1].new_ones(24, 1), right.new_ones(1, 15)).rank == 8

@@ -79,7 +79,8 @@ def test_codes_without_a_configuration_are_not_taken_for_weights(tokenizer, tmp_
     folder = spoken(build("llama", large(TEXT)), tokenizer, tmp_path / "fp8")
     name = "model.layers.0.self_attn.q_proj.weight"
     change(
-        folder, lambda each: each | {name: each[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(16, 1)}
+        folder,
+        lambda tensors: tensors | {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(16, 1)},
     )
     with pytest.raises(CheckpointError, match="float8_e4m3fn with scales beside it: quantised weights"):
         load_model(folder, device="cpu")

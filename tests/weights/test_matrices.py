@@ -75,7 +75,7 @@ def test_finds_exactly_the_matrices_of_each_family(family):
     assert len(matrices) == 2 * len(types)
     assert {matrix.block for matrix in matrices} == {0, 1}
     assert all(matrix.transposed == (family == "gpt2") for matrix in matrices)
-    assert any("embed" in each.name or "wte" in each.name for each in skipped)
+    assert any("embed" in matrix.name or "wte" in matrix.name for matrix in skipped)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,7 +119,7 @@ def test_include_and_exclude_narrow_the_choice():
     model = AutoModelForCausalLM.from_config(FAMILIES["llama"][0])
     matrices, skipped = model_matrices(model, include=["mlp", "layers.1.self_attn"], exclude=["up_proj"])
     assert len(matrices) == 2 * 2 + 4
-    reasons = {each.name: each.reason for each in skipped}
+    reasons = {matrix.name: matrix.reason for matrix in skipped}
     assert reasons["model.layers.0.mlp.up_proj"] == "in --exclude"
     assert reasons["model.layers.0.self_attn.q_proj"] == "not in --include"
 

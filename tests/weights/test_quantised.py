@@ -89,7 +89,7 @@ def test_eight_bit_floats_are_read_as_the_weights_they_stand_for(layout, tmp_pat
     assert stored.note == ""
     matrices, skipped = stored.matrices()
     assert {matrix.parameter for matrix in matrices} == set(meant)
-    assert not any("scale" in each.name for each in [*matrices, *skipped])
+    assert not any("scale" in entry.name for entry in [*matrices, *skipped])
     for matrix, weight in stored.stream(matrices, matrices):
         assert weight.dtype == torch.float32
         torch.testing.assert_close(weight, meant[matrix.parameter], rtol=1e-6, atol=0)
@@ -115,7 +115,9 @@ def test_a_scan_is_that_of_the_weights_and_says_how_they_are_stored(tmp_path):
     saved(model, tmp_path / "plain")
     change(tmp_path / "plain", lambda tensors: tensors | meant)
     found, plain = scan(tmp_path / "codes"), scan(tmp_path / "plain")
-    assert {each.name: each.edges for each in found.matrices} == {each.name: each.edges for each in plain.matrices}
+    assert {matrix.name: matrix.edges for matrix in found.matrices} == {
+        matrix.name: matrix.edges for matrix in plain.matrices
+    }
     assert found.stored_as == "14 tensors in float8_e4m3fn with scales"
     assert plain.stored_as == ""
     found.save(tmp_path / "scan.json")
@@ -127,7 +129,7 @@ def test_experts_in_eight_bit_floats_are_put_together_from_their_own_scales(tmp_
     meant = quantised(tmp_path, "blocks", build("mixtral", CAUSAL["mixtral"]))
     stored = StoredWeights(open_checkpoint(tmp_path))
     matrices, skipped = stored.matrices()
-    assert not any("scale" in each.name for each in [*matrices, *skipped])
+    assert not any("scale" in entry.name for entry in [*matrices, *skipped])
     weights = {matrix.name: weight for matrix, weight in stored.stream(matrices, matrices)}
     assert len(weights) == 2 * (4 + 2 * 4)
     disk = "model.layers.1.block_sparse_moe.experts.3"
@@ -138,7 +140,7 @@ def test_experts_in_eight_bit_floats_are_put_together_from_their_own_scales(tmp_
 
 
 def without(name):
-    return lambda tensors: {key: each for key, each in tensors.items() if key != name}
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
 
 
 def with_one(name, made):
@@ -209,7 +211,7 @@ def test_a_quantised_model_is_lasered_and_written_in_the_dtype_that_is_said(toke
     )
     codes = (torch.randn(16, 32) * 10).to(torch.float8_e4m3fn)
     last = "model.layers.2.eh_proj.weight"
-    change(tmp_path / "in", lambda each: each | {last: codes, f"{last}_scale_inv": torch.full((2, 2), 0.5)})
+    change(tmp_path / "in", lambda tensors: tensors | {last: codes, f"{last}_scale_inv": torch.full((2, 2), 0.5)})
     facts = Facts()
     result = laser(
         with_tokenizer(tmp_path / "in", tokenizer), pairs, config=QUICK, output=tmp_path / "out", progress=facts
@@ -234,7 +236,7 @@ def test_mxfp4_experts_are_loaded_as_the_weights_they_stand_for(tokenizer, tmp_p
     matrices, _ = stored.matrices()
     in_memory = weights_of(loaded)
     for matrix, weight in stored.stream(matrices, matrices):
-        there = next(each for each in in_memory.matrices()[0] if each.name == matrix.name)
+        there = next(other for other in in_memory.matrices()[0] if other.name == matrix.name)
         assert torch.equal(in_memory.read(there), weight), matrix.name
 
 
@@ -267,7 +269,7 @@ def test_mxfp4_experts_are_read_as_the_weights_they_stand_for(tmp_path):
     stored = StoredWeights(open_checkpoint(tmp_path))
     assert stored.note == ""
     matrices, skipped = stored.matrices()
-    assert not any("scales" in each.name or "blocks" in each.name for each in [*matrices, *skipped])
+    assert not any("scales" in entry.name or "blocks" in entry.name for entry in [*matrices, *skipped])
     experts = [matrix for matrix in matrices if matrix.expert is not None]
     assert len(experts) == 2 * 2 * 3
     for matrix, weight in stored.stream(experts, experts):

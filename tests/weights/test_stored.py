@@ -29,7 +29,7 @@ def both(folder, auto=AutoModelForCausalLM, **options):
 def check_same(folder, auto=AutoModelForCausalLM, **options):
     """On disk as loaded: the same matrices by name, type and shape, and bit for bit the same weights."""
     matrices, loaded = both(folder, auto, **options)
-    assert sorted(matrices, key=lambda each: each.name) == sorted(loaded, key=lambda each: each.name)
+    assert sorted(matrices, key=lambda matrix: matrix.name) == sorted(loaded, key=lambda matrix: matrix.name)
     model = auto.from_pretrained(folder)
     parameters = dict(model.named_parameters())
     stored = StoredWeights(open_checkpoint(folder))
@@ -58,7 +58,7 @@ def test_experts_are_one_matrix_each_however_they_are_stored(tmp_path):
         "dbrx": "transformer.blocks.1.ffn.experts.mlp.w1[3]",
     }.items():
         model = build(kind, CAUSAL[kind])
-        matrices = {each.name: each for each in check_same(saved(model, tmp_path / kind))}
+        matrices = {matrix.name: matrix for matrix in check_same(saved(model, tmp_path / kind))}
         assert matrices[name].shape == ((24, 16) if kind == "dbrx" else (48, 16))
         assert sum("experts" in matrix for matrix in matrices) == 2 * 4 * (3 if kind == "dbrx" else 2)
 
@@ -76,7 +76,7 @@ def test_routers_state_and_gates_are_no_matrices_and_the_reason_is_given(tmp_pat
         folder = tmp_path / kind
         model = build(kind, CAUSAL[kind])
         for skipped in (StoredWeights(open_checkpoint(saved(model, folder))).matrices()[1], model_matrices(model)[1]):
-            (found,) = [each.reason for each in skipped if each.name == name]
+            (found,) = [matrix.reason for matrix in skipped if matrix.name == name]
             assert found.startswith(reason)
 
 
@@ -88,12 +88,12 @@ def test_of_a_composite_model_the_language_model_is_scanned_and_towers_when_aske
     assert all(matrix.name.startswith("model.language_model.layers.") for matrix in matrices)
     assert {matrix.type for matrix in matrices} >= {"mlp.down_proj", "self_attn.q_proj"}
     everything = check_same(folder, AutoModelForImageTextToText, towers=True)
-    in_tower = {each.type for each in everything if each.tower}
+    in_tower = {matrix.type for matrix in everything if matrix.tower}
     assert in_tower
     assert not in_tower & {matrix.type for matrix in matrices}
-    (tower,) = {each.tower for each in everything} - {""}
+    (tower,) = {matrix.tower for matrix in everything} - {""}
     named = StoredWeights(open_checkpoint(folder)).matrices(include=[tower])[0]
-    assert {each.tower for each in named} == {tower}
+    assert {matrix.tower for matrix in named} == {tower}
     reasons = {matrix.reason for matrix in StoredWeights(open_checkpoint(folder)).matrices()[1]}
     assert f"in {tower}, beside the language model (--towers takes it in)" in reasons
 
@@ -103,7 +103,7 @@ def test_an_encoder_decoder_is_scanned_with_types_of_its_own_for_either(tmp_path
     folder = saved(build("t5", settings, AutoModelForSeq2SeqLM), tmp_path)
     matrices, skipped = StoredWeights(open_checkpoint(folder)).matrices()
     assert {matrix.type.split(".")[0] for matrix in matrices} == {"encoder", "decoder"}
-    reasons = {each.name: each.reason for each in skipped}
+    reasons = {matrix.name: matrix.reason for matrix in skipped}
     assert reasons["encoder.block.0.layer.0.SelfAttention.relative_attention_bias"] == "an embedding"
 
 
@@ -133,13 +133,13 @@ def test_layers_for_multi_token_prediction_and_surplus_ones_are_left_out_with_a_
     change(folder, lambda tensors: tensors | more)
     matrices, skipped = StoredWeights(open_checkpoint(folder)).matrices()
     assert {matrix.block for matrix in matrices} == {0, 1}
-    assert {each.name for each in skipped if each.reason == NOT_IN_MODEL} == set(more)
+    assert {matrix.name for matrix in skipped if matrix.reason == NOT_IN_MODEL} == set(more)
 
     folder = saved(build("llama", TEXT | {"num_hidden_layers": 3}), tmp_path / "short")
     configure(folder, num_hidden_layers=2)
     matrices, skipped = StoredWeights(open_checkpoint(folder)).matrices()
     assert {matrix.block for matrix in matrices} == {0, 1}
-    assert sum(each.reason == NOT_IN_MODEL for each in skipped) == 9
+    assert sum(matrix.reason == NOT_IN_MODEL for matrix in skipped) == 9
 
 
 def test_tied_weights_are_known_where_only_the_class_ties_them(tmp_path):

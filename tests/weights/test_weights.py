@@ -37,7 +37,7 @@ def test_the_parameter_object_stays_the_same(tiny_model):
     before = {name: (id(parameter), parameter.data_ptr()) for name, parameter in tiny_model.named_parameters()}
     weights = Weights(tiny_model)
     weights.reduce(weights.matrices()[0][0], 3)
-    assert before == {name: (id(each), each.data_ptr()) for name, each in tiny_model.named_parameters()}
+    assert before == {name: (id(parameter), parameter.data_ptr()) for name, parameter in tiny_model.named_parameters()}
 
 
 @pytest.mark.parametrize("raised", [None, ValueError, KeyboardInterrupt])
