@@ -1,11 +1,13 @@
-"""Ways to reduce SmolLM2 at several budgets: loss on unseen text, bytes, seconds and memory.
+"""Ways to reduce SmolLM2 at several budgets: loss on unseen text, margin on unseen pairs, size, speed, seconds, memory.
 
     python tests/benchmarks/reduction.py --text FILE --measured FILE.jsonl [--methods NAME ...] [--budgets SHARE ...]
-        [--calibration-tokens N] [--judged-tokens N] [--threads N]
+        [--pairs FILE] [--speed] [--singles N] [--calibration-tokens N] [--judged-tokens N] [--threads N]
 
 The text's first half is what the reductions are calibrated on, its second half what they are judged on. Each row is
 one model, measured once and kept in the file of measurements: run the command again to go on where it was stopped.
-The statistics are kept beside it, in FILE.pt; both are for one text and one choice of tokens.
+The statistics are kept beside it, in FILE.pt; both are for one text and one choice of tokens. `--singles` truncates one
+matrix at a time, to ranks whose predicted costs span a hundredfold, and sets them beside the divergence (KL) that is
+measured on one window of the judging half; those are kept in FILE.singles.jsonl.
 Ranks are `uniform` (each matrix loses the same share) or `allocated` over all matrices at once: by predicted nats for
 `fisher`, by the share of the lost output or weight energy of the matrix for the others. `gauge` stores r (n + m - r)
 numbers for a rank, the rest r (n + m). Bytes are those of the blocks' matrices in the model's dtype.
@@ -14,33 +16,46 @@ numbers for a rank, the rest r (n + m). Bytes are those of the blocks' matrices 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.stats import spearmanr
+from torch import Tensor, nn
 
 from splaser_plugin.cli.demo import prepare_model
+from splaser_plugin.data.pairs import load_pairs
 from splaser_plugin.data.windows import open_text
+from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.reduction.allocation import Storage, allocate, curve, gauge_storage, plain_storage
 from splaser_plugin.reduction.calibration import window_rows
 from splaser_plugin.reduction.moments import Moments, measure
 from splaser_plugin.reduction.truncation import Decomposition, decompose_by_moments, decompose_plainly
+from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.perplexity import PerplexityScorer
+from splaser_plugin.weights.factored_layers import FactoredLinear, GaugeLinear, TwoFactorLinear
+from splaser_plugin.weights.gauge import gauge
 from splaser_plugin.weights.in_memory import Weights
-from splaser_plugin.weights.loading import load_model
+from splaser_plugin.weights.loading import context_length, load_model
 from splaser_plugin.weights.matrices import Matrix
 
 ROOT = Path(__file__).parents[2]
 WINDOW = 512
+ROUNDS = 3
+FORWARD = (2, 256)
+"""Sequences and tokens of the forward pass whose time is taken."""
+SINGLE_COSTS = (0.001, 0.1)
+"""Least and largest predicted cost of a single truncation, in nats a token."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +96,27 @@ class Row:
     seconds: dict[str, float]
     peak_bytes: int
     """Of the whole process so far."""
+    margin: float | None = None
+    """Change of the preference margin on the pairs, in nats a token; None without pairs."""
+    margin_error: float | None = None
+    """Standard error of `margin`, over pairs."""
+    speed: float | None = None
+    """Tokens a second of a forward pass through the factored layers, over those of the dense model; None where it
+    wasn't asked for."""
+
+
+CELLS: dict[str, Callable[[Row], str]] = {
+    "loss": lambda row: f"{row.loss:+.4f} +- {row.standard_error:.4f}",
+    "margin": lambda row: "" if row.margin is None else f"{row.margin:+.4f} +- {row.margin_error or 0:.4f}",
+    "speed, of the dense model's": lambda row: "" if row.speed is None else f"{row.speed:.2f}",
+    "MB": lambda row: f"{row.bytes / 1e6:.0f}",
+}
 
 
 class Study:
     """SmolLM2, its statistics, and the text to judge on."""
 
-    def __init__(self, text: str, statistics: Path, calibration_tokens: int, judged_tokens: int) -> None:
+    def __init__(self, text: str, pairs: str, statistics: Path, calibration_tokens: int, judged_tokens: int) -> None:
         self.statistics = statistics
         self.model, tokenizer = load_model(prepare_model(ROOT / ".cache"), device="cpu", dtype="float32")
         self.weights = Weights(self.model)
@@ -97,9 +127,13 @@ class Study:
         half = len(tokens) // 2
         self.calibration = windows(tokens[:half], calibration_tokens)
         self.judge = PerplexityScorer(self.model, windows(tokens[half:], judged_tokens), batch_size=1)
+        prompter = Prompter(tokenizer, "auto", context_length(self.model))
+        found = load_pairs(pairs).pairs if pairs else ()
+        self.pairs = MarginScorer(self.model, prompter, found, batch_size=16) if pairs else None
         self.seconds: dict[str, float] = {}
         with self.timed("judging the base"):
-            self.base = self.losses()
+            self.base, self.base_margins = self.losses(), self.margins()
+        self._base_logs: Tensor | None = None
         self._moments: dict[Matrix, Moments] = {}
         self._decomposed: tuple[str, dict[Matrix, Decomposition]] = ("", {})
 
@@ -113,6 +147,10 @@ class Study:
     def losses(self) -> np.ndarray:
         """Of each judged window, in nats a token."""
         return -np.array(self.judge.score(range(self.judge.size)).values)
+
+    def margins(self) -> np.ndarray | None:
+        """Of each pair, in nats a token."""
+        return np.array(self.pairs.score(range(self.pairs.size)).values) if self.pairs else None
 
     def decompositions(self, reduce: str) -> dict[Matrix, Decomposition]:
         if reduce != "svd" and not self._moments:
@@ -145,9 +183,11 @@ class Study:
             for matrix, rank in ranks.items():
                 self.weights.write(matrix, found[matrix].truncated(self.originals[matrix], rank))
         with self.timed("judging"):
-            change = self.losses() - self.base
+            change, margins = self.losses() - self.base, self.margins()
         for matrix in ranks:
             self.weights.write(matrix, self.originals[matrix])
+        moved = margins - self.base_margins if margins is not None else None
+        speed = self._speed(found, ranks, method.storage) if self.takes_time else None
         stored = sum(stored_numbers(matrix, rank, method.storage) for matrix, rank in ranks.items())
         stages = ["allocation", "reduction", f"decomposition ({method.reduce})"]
         stages += ["statistics"] if method.reduce != "svd" else []
@@ -156,12 +196,59 @@ class Study:
             budget,
             1 - stored / self.dense,
             float(change.mean()),
-            float(change.std(ddof=1) / math.sqrt(len(change))),
+            standard_error(change),
             predicted,
             stored * self.originals[self.matrices[0]].element_size(),
             {stage: round(self.seconds[stage], 2) for stage in stages},
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            float(moved.mean()) if moved is not None else None,
+            standard_error(moved) if moved is not None else None,
+            speed,
         )
+
+    @torch.no_grad()
+    def _speed(self, found: dict[Matrix, Decomposition], ranks: dict[Matrix, int], storage: Storage) -> float:
+        """The model with factored layers and the dense one take turns; the best of the rounds counts."""
+        reduced = {matrix: rank for matrix, rank in ranks.items() if rank < min(matrix.shape)}
+        dense = {matrix.name: self.model.get_submodule(matrix.name) for matrix in reduced}
+        factored = {
+            matrix.name: layer(*found[matrix].factors(self.originals[matrix], rank), storage)
+            for matrix, rank in reduced.items()
+        }
+        ids = torch.randint(1000, 40000, FORWARD, generator=torch.Generator().manual_seed(0))
+        best = {"dense": math.inf, "factored": math.inf}
+        for _ in range(ROUNDS + 1):  # the first warms up, and is hardly ever the best
+            for name, layers in (("factored", factored), ("dense", dense)):
+                for place, module in layers.items():
+                    parent, _, child = place.rpartition(".")
+                    setattr(self.model.get_submodule(parent), child, module)
+                started = time.perf_counter()
+                self.model(ids)
+                best[name] = min(best[name], time.perf_counter() - started)
+        return best["dense"] / best["factored"]
+
+    def singles(self, count: int) -> Iterator[tuple[Matrix, int, float]]:
+        """Matrices from all over the model, each with a rank and its predicted cost in nats a token."""
+        found = self.decompositions("fisher")
+        wanted = np.geomspace(*SINGLE_COSTS, count)
+        np.random.default_rng(0).shuffle(wanted)
+        for place, cost in enumerate(wanted):
+            matrix = self.matrices[len(self.matrices) * place // count]
+            costs = found[matrix].costs[1:-1]
+            rank = 1 + int(np.argmin(np.abs(np.log(np.maximum(costs, 1e-12) / cost))))
+            yield matrix, rank, float(costs[rank - 1])
+
+    @torch.no_grad()
+    def divergence(self, matrix: Matrix, rank: int) -> float:
+        """KL(model || model with that matrix truncated), in nats a token, on one window of the judging half."""
+        original = self.originals[matrix]
+        ids = torch.tensor(self.judge.windows[:1])
+        if self._base_logs is None:
+            self._base_logs = self.model(ids).logits.log_softmax(-1)
+        self.weights.write(matrix, self.decompositions("fisher")[matrix].truncated(original, rank))
+        logs = self.model(ids).logits.log_softmax(-1)
+        self.weights.write(matrix, original)
+        return float(nn.functional.kl_div(logs, self._base_logs, log_target=True, reduction="sum")) / ids.numel()
 
     def _ranks(
         self, found: dict[Matrix, Decomposition], method: Method, budget: float
@@ -175,6 +262,19 @@ class Study:
         ]
         allocation = allocate(curves, int((1 - budget) * self.dense))
         return dict(zip(self.matrices, allocation.ranks, strict=True)), allocation.cost if in_nats else None
+
+
+def layer(left: Tensor, right: Tensor, storage: Storage) -> FactoredLinear:
+    """A factored layer of left @ right."""
+    if storage is gauge_storage:
+        return GaugeLinear.of(gauge(left, right, left.dtype))
+    made = TwoFactorLinear(right.shape[1], *left.shape, bias=False)
+    made.weight.data, made.right_factor.data = left.contiguous(), right.contiguous()
+    return made
+
+
+def standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def windows(tokens: Sequence[int], count: int) -> list[list[int]]:
@@ -201,21 +301,25 @@ def read(path: Path) -> dict[tuple[str, float], Row]:
 
 
 def table(rows: dict[tuple[str, float], Row]) -> str:
+    """One table each of loss, margin, speed and bytes, as far as they were measured, and what each method took."""
     budgets = sorted({budget for _, budget in rows})
-    lines = [
-        "| method | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " | seconds, all stages | peak GB |",
-        "| --- |" + " ---: |" * (len(budgets) + 2),
-    ]
+    shown = []
+    for title, cell in CELLS.items():
+        told = {place: text for place, row in rows.items() if (text := cell(row))}
+        names = [name for name in METHODS if any(name == method for method, _ in told)]
+        if names:
+            shown += [f"| {title} | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |"]
+            shown += ["| --- |" + " ---: |" * len(budgets)]
+            shown += [
+                f"| {name} | " + " | ".join(told.get((name, each), "") for each in budgets) + " |" for name in names
+            ]
+            shown += [""]
     for name in METHODS:
-        mine = [rows[name, budget] for budget in budgets if (name, budget) in rows]
-        if not mine:
-            continue
-        found = [rows.get((name, budget)) for budget in budgets]
-        cells = [f"{row.loss:+.4f} +- {row.standard_error:.4f}" if row else "" for row in found]
-        seconds = max(sum(row.seconds.values()) for row in mine)
-        peak = max(row.peak_bytes for row in mine)
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {seconds:.0f} | {peak / 1e9:.1f} |")
-    return "\n".join(lines)
+        mine = [row for row in rows.values() if row.method == name]
+        if mine:
+            seconds, peak = max(sum(row.seconds.values()) for row in mine), max(row.peak_bytes for row in mine)
+            shown.append(f"{name}: {seconds:.0f} s in all stages, at most {peak / 1e9:.1f} GB")
+    return "\n".join(shown)
 
 
 def predictions(rows: dict[tuple[str, float], Row]) -> str:
@@ -229,31 +333,55 @@ def predictions(rows: dict[tuple[str, float], Row]) -> str:
     return "\n".join([*lines, f"rank correlation over {len(found)} rows: {correlation:.2f}"])
 
 
+def measured_singles(path: Path, study: Callable[[], Study], count: int) -> str:
+    """Predicted costs and measured divergences of single truncations: their rank correlation and the ratio."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if len(rows) < count:
+        for matrix, rank, predicted in list(study().singles(count))[len(rows) :]:
+            rows.append([matrix.name, rank, predicted, study().divergence(matrix, rank)])
+            with path.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+    predicted, measured = np.array([row[2:] for row in rows]).T
+    ratios = np.quantile(measured / predicted, [0.1, 0.5, 0.9])
+    return (
+        f"{len(rows)} single truncations: rank correlation {spearmanr(predicted, measured).statistic:.3f}, measured "
+        f"over predicted {ratios[1]:.2f} ({ratios[0]:.2f} to {ratios[2]:.2f} for four of five)"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Ways to reduce SmolLM2 at several budgets, as a table.")
     parser.add_argument("--text", required=True, help="UTF-8 file: one half to calibrate on, the other to judge on")
+    parser.add_argument("--pairs", default="", help="pairs to measure the margin on; nothing is calibrated on them")
     parser.add_argument("--measured", type=Path, required=True, help="file that keeps the measurements")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.05, 0.1, 0.2, 0.3], help="shares to remove")
+    parser.add_argument("--speed", action="store_true", help="also take the time of forward passes in factored layers")
+    parser.add_argument("--singles", type=int, default=0, help="single truncations to compare with their predictions")
     parser.add_argument("--calibration-tokens", type=int, default=12_288)
     parser.add_argument("--judged-tokens", type=int, default=8_192)
     parser.add_argument("--threads", type=int, help="threads of torch")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    measured = read(arguments.measured)
-    left = [
-        (name, budget) for name in arguments.methods for budget in arguments.budgets if (name, budget) not in measured
-    ]
-    if left:
-        statistics = arguments.measured.with_suffix(".pt")
-        study = Study(arguments.text, statistics, arguments.calibration_tokens, arguments.judged_tokens)
-    for name, budget in left:
-        row = measured[name, budget] = study.measure(name, budget)
-        with arguments.measured.open("a") as file:
+    path = arguments.measured
+    measured = read(path)
+
+    @cache
+    def study() -> Study:
+        tokens = arguments.calibration_tokens, arguments.judged_tokens
+        return Study(arguments.text, arguments.pairs, path.with_suffix(".pt"), *tokens, arguments.speed)
+
+    for name, budget in itertools.product(arguments.methods, arguments.budgets):
+        if (name, budget) in measured:
+            continue
+        row = measured[name, budget] = study().measure(name, budget)
+        with path.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
     print(table(measured))
     print(predictions(measured))
+    if arguments.singles:
+        print(measured_singles(path.with_suffix(".singles.jsonl"), study, arguments.singles))
 
 
 if __name__ == "__main__":
