@@ -67,6 +67,13 @@ def paired_bootstrap(
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
+def trimmed_mean(differences: Sequence[float]) -> float:
+    """Their mean without the lowest and the highest tenth, which a few pairs can't rule."""
+    from scipy import stats
+
+    return float(stats.trim_mean(differences, 0.1))
+
+
 def least_significant_mean(sample: Sequence[float], size: int, log_risk: float) -> float:
     """The mean of `size` values from which a one-sided t test says that the true mean is above zero.
 

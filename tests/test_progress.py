@@ -37,7 +37,7 @@ class Phases(Progress):
         ({"batch_size": 4}, 17),
         ({"batch_size": 4, "race": False}, 17),
         ({"batch_size": 4, "guard": "perplexity:1.5"}, 17 + 24),
-        ({"batch_size": 4, "scorer": "margin"}, 17),
+        ({"batch_size": 4, "scorer": "margin"}, 17 + 17 + 24),
         ({"batch_size": 4, "scorer": "perplexity"}, 17),
         ({"scorer": "tests.planted.shorter_is_better"}, 17),
     ],

@@ -18,6 +18,7 @@ from splaser_plugin.statistics import (
     least_significant_mean,
     paired_bootstrap,
     t_critical,
+    trimmed_mean,
     upper_bound,
 )
 
@@ -148,3 +149,9 @@ def test_a_few_changed_pairs_among_many_equal_ones_show_nothing(risk, fewest):
     for changed in (fewest - 1, fewest):
         differences = [0.1] * changed + [0.0] * (100 - changed)
         assert can_reach(differences, risk) is (changed == fewest)
+
+
+def test_a_few_pairs_far_out_do_not_move_the_trimmed_mean():
+    values = [0.1] * 18 + [50.0, -3.0]
+    assert trimmed_mean(values) == pytest.approx(0.1)
+    assert trimmed_mean(list(range(10))) == pytest.approx(np.mean(range(1, 9)))

@@ -256,9 +256,10 @@ def _verdict(run: Results | None) -> str:
 
 def _interval(verdict: Verdict) -> str:
     low, high = verdict.interval
+    trimmed = "" if verdict.trimmed is None else f"; {verdict.trimmed:+.4f} without the outer tenths"
     return (
-        f"Mean difference {verdict.difference:+.4f} (95 % interval {low:+.4f} to {high:+.4f}): {verdict.better} "
-        f"better, {verdict.worse} worse, {verdict.equal} equal."
+        f"Mean difference {verdict.difference:+.4f} (95 % interval {low:+.4f} to {high:+.4f}{trimmed}): "
+        f"{verdict.better} better, {verdict.worse} worse, {verdict.equal} equal."
     )
 
 

@@ -97,6 +97,8 @@ class Tried:
     verdict: str
     score: Number | None = None
     best_before: Number | None = None
+    guard: str | None = None
+    """Name of the guard that `guard_loss` is of; None where none was asked, and in files that don't say."""
     guard_loss: Number | None = None
     reason: str | None = None
     pairs_scored: tuple[Whole, ...]
@@ -123,6 +125,8 @@ class TriedBudget:
     text_score: Number | None = None
     """Mean log-probability of the text, in nats a token; None where it wasn't asked."""
     text_base_score: Number | None = None
+    guard: str | None = None
+    """Name of the guard that `guard_loss` is of; None where none was asked, and in files that don't say."""
     guard_loss: Number | None = None
     reason: str | None = None
     items: Whole = 0
@@ -154,6 +158,8 @@ class Verdict:
     """Whether a loss of the tolerance can be ruled out; None where there is no tolerance."""
     difference: Number
     interval: Interval
+    trimmed: Number | None = None
+    """Mean without the lowest and the highest tenth of the differences; None in files that don't say."""
     better: Whole
     worse: Whole
     equal: Whole
@@ -342,7 +348,8 @@ class Results:
             if self.compared_with == "best"
             else "by its test not worse than the base by the tolerance"
         )
-        guarded = (
+        guarded = f"of {tried.guard} " if tried.guard else ""
+        guarded += (
             f"measured {tried.guard_loss:.4f}, over its limit"
             if tried.guard_loss is not None
             else f"says that {tried.reason}"

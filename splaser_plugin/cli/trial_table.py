@@ -121,7 +121,7 @@ def _outcome(judgement: Judgement, stopped: str) -> Text:
     if judgement.verdict == "stopped" and judgement.scores:
         return Text("stopped" + stopped.format(len(judgement.scores.items)))
     if judgement.verdict == "guarded" and judgement.guard_loss is not None:
-        return Text(f"guarded at {judgement.guard_loss:.4f}")
+        return Text(f"guarded at {judgement.guard} {judgement.guard_loss:.4f}")
     return Text(judgement.verdict)
 
 

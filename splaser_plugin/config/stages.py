@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
+from splaser_plugin.config.guards import AUTO, parse_guards
 from splaser_plugin.config.options import Options, stage
 from splaser_plugin.config.template_kwargs import parse_template_kwargs
 from splaser_plugin.errors import ConfigError
@@ -189,9 +190,11 @@ class LaserConfig(ScanConfig, MeasureConfig):
     """What is measured: semantic, margin, perplexity, or the dotted path of a function of your own
     (package.module.function): it gets (model, tokenizer, pairs) and returns one number a pair, higher is better.
     auto is semantic, and margin with --objective compress."""
-    guard: str = ""
+    guard: str = "auto"
     """Keep nothing that is worse than the base by more than this: perplexity:1.02 allows a perplexity 2 % higher,
-    margin:0.05 or semantic:0.05 a mean score that much lower."""
+    margin:0.05, semantic:0.05 or chosen:0.05 (the log-probability of the chosen answers alone) a mean that much lower;
+    several with commas, or none. auto watches what a search by margin doesn't see: the chosen answers, and --text if
+    given, each within --tolerance."""
     objective: Literal["quality", "compress"] = "quality"
     """Make the score better, or remove parameters while it stays as good."""
     accept: Literal["auto", "improve", "confident", "harmless"] = "auto"
@@ -229,8 +232,8 @@ class LaserConfig(ScanConfig, MeasureConfig):
                 "Leave --accept out, or give --accept harmless."
             )
         self._refuse_contradictions()
-        asked = {"--scorer perplexity": self.scored_by, "--guard perplexity": self.guard_scorer}
-        for flag in [flag for flag, scorer in asked.items() if scorer == "perplexity" and not self.text]:
+        asked = {"--scorer": self.scored_by == "perplexity", "--guard": "perplexity" in self.guards}
+        for flag in [f"{flag} perplexity" for flag in asked if asked[flag] and not self.text]:
             raise ConfigError(f"{flag} needs a text: give --text FILE, or a hub data set's name.")
 
     def _refuse_contradictions(self) -> None:
@@ -255,7 +258,7 @@ class LaserConfig(ScanConfig, MeasureConfig):
             "candidates": self.tries_budgets,
             "rank_by": self.tries_budgets,
             "calibration_tokens": self.reducer == "svd",
-            "tolerance": self.acceptance != "harmless",
+            "tolerance": self.acceptance != "harmless" and not (self.guard == AUTO and self.guards),
             "alpha": self.acceptance == "improve",
             "text": not reads_text,
             "window": not reads_text,
@@ -307,24 +310,26 @@ class LaserConfig(ScanConfig, MeasureConfig):
     @property
     def needs_pairs(self) -> bool:
         """Whether anything that is measured takes preference pairs."""
-        guarded = self.guard_scorer not in ("", "perplexity")
-        return self.unit == "pairs" or self.orders_by_gradient or guarded
+        return self.unit == "pairs" or self.orders_by_gradient or bool(self.guards.keys() - {"perplexity"})
 
     @property
     def scorers(self) -> set[str]:
         """Names of all that the model is measured by."""
         margin = "margin" if self.orders_by_gradient else ""
-        return {self.scored_by, self.guard_scorer, margin} - {""}
+        return {self.scored_by, *self.guards, margin} - {""}
 
     @property
-    def guard_scorer(self) -> str:
-        """Name of the guard's scorer; empty for none."""
-        return _guard(self.guard)[0]
+    def guards(self) -> dict[str, float]:
+        """The guards' scorers and their limits, with `auto` resolved: see `parse_guards`.
 
-    @property
-    def guard_limit(self) -> float:
-        """Largest ratio of perplexities, candidate to base, or largest fall of the mean score."""
-        return _guard(self.guard)[1]
+        The margin rises where rejected answers lose more than chosen ones, though both lose, and a text with them.
+        """
+        if self.guard != AUTO:
+            return parse_guards(self.guard)
+        if self.scored_by != "margin":
+            return {}
+        guards_text = self.text and not self.tries_budgets  # those test the text by themselves
+        return {"chosen": self.tolerance} | ({"perplexity": math.exp(self.tolerance)} if guards_text else {})
 
 
 def parse_ranks(text: str) -> tuple[Edge | float, ...]:
@@ -356,20 +361,3 @@ def edge_or_fraction(text: str) -> Edge | float | None:
     except ValueError:
         return None
     return value if 0 < value < 1 else None
-
-
-def _guard(text: str) -> tuple[str, float]:
-    if not text:
-        return "", 0.0
-    scorer, _, number = text.partition(":")
-    least = 1.0 if scorer == "perplexity" else 0.0
-    try:
-        limit = float(number)
-    except ValueError:
-        limit = math.nan
-    if scorer not in SCORERS or not least <= limit < math.inf:
-        raise ConfigError(
-            f"--guard: got '{text}', expected perplexity:RATIO with a ratio of at least 1 (perplexity:1.02), or "
-            "margin:FALL or semantic:FALL with a fall of at least 0 (margin:0.05)."
-        )
-    return scorer, limit

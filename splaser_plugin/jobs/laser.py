@@ -146,8 +146,7 @@ def laser_weights(
 def _references(measures: Measures) -> References | None:
     """What the embedder sees of all reference answers; None where none are embedded."""
     scorers = [measures.scorer, measures.held_out]
-    if measures.guard is not None and measures.guard.name != measures.scorer.name:
-        scorers.append(measures.guard.scorer)
+    scorers += [guard.scorer for guard in measures.guards if guard.name != measures.scorer.name]
     plain = [scorer.scorer for scorer in scorers if isinstance(scorer, RecordedScorer)]
     seen = [scorer.references for scorer in plain if isinstance(scorer, SemanticScorer)]
     return sum(seen[1:], seen[0]) if seen else None

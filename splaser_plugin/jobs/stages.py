@@ -74,7 +74,7 @@ class Measures:
     """What is held out; None for nothing."""
     scorer: Scorer
     held_out: Scorer | None
-    guard: Guard | None
+    guards: tuple[Guard, ...]
     predictor: MarginScorer | None
     """Of the margin whose gradient orders the candidates."""
     text: Scorer | None
@@ -136,7 +136,7 @@ def prepare_measures(run: Run, split: Split) -> Measures:
         unseen=unseen,
         scorer=make(config.scored_by, searched),
         held_out=make(config.scored_by, unseen) if unseen and (unseen.pairs or config.unit == "windows") else None,
-        guard=Guard(make(config.guard_scorer, searched), config.guard_limit) if config.guard else None,
+        guards=tuple(Guard(make(name, searched), limit) for name, limit in config.guards.items()),
         predictor=_predictor(run, scorers, split) if config.orders_by_gradient else None,
         text=make("perplexity", searched) if config.judges_text else None,
         held_out_text=make("perplexity", unseen) if config.judges_text and unseen and unseen.windows else None,
@@ -334,7 +334,7 @@ def _calibration(run: Run, scorers: Scorers, searched: Material) -> list[Row]:
 def _materials(split: Split, scorers: Scorers, config: LaserConfig) -> tuple[Split, Material, Material | None]:
     """What is searched on and, if anything, held out; the split's reason is that of the windows where they decide."""
     if config.unit == "pairs" and not config.judges_text:
-        windows = scorers.windows() if config.guard_scorer == "perplexity" else []
+        windows = scorers.windows() if "perplexity" in config.guards else []
         return split, Material(split.search, windows), Material(split.held_out) if split.held_out else None
     parts = split_windows(scorers.windows(), config.held_out_fraction, config.seed)
     if config.unit == "windows":
@@ -378,7 +378,7 @@ def _judge(run: Run, measures: Measures, candidates: int) -> Judge:
         measures.scorer,
         acceptance=acceptance,
         race=Race(size, seed=config.seed) if config.race else None,
-        guard=measures.guard,
+        guards=measures.guards,
     )
 
 

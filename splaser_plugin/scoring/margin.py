@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from splaser_plugin.data.pairs import Pair
@@ -47,6 +48,15 @@ class MarginScorer:
         return mean_log_probabilities(
             self.model, prompts, answers, batch_size=self.batch_size, done=lambda count: measured(count * an_answer)
         )
+
+
+class ChosenScorer(MarginScorer):
+    """Mean log-probability of the chosen answer's tokens alone, in nats a token."""
+
+    name = "chosen"
+
+    def __init__(self, model: Any, prompter: Prompter, pairs: Sequence[Pair], *, batch_size: int) -> None:
+        super().__init__(model, prompter, [replace(pair, rejected=None) for pair in pairs], batch_size=batch_size)
 
 
 def _answer_tokens(prompter: Prompter, prompt: list[int], text: str) -> list[int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from splaser_plugin.config.guards import GUARDS
 from splaser_plugin.config.stages import SCORERS, CompareConfig, LaserConfig, MeasureConfig
 from splaser_plugin.config.template_kwargs import parse_template_kwargs
 from splaser_plugin.data.pairs import Pair
@@ -14,7 +15,7 @@ from splaser_plugin.data.windows import open_text, read_windows
 from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.prompts import Prompter, prepared
 from splaser_plugin.scoring.embedding import Embedder, SelfEmbedder, SentenceEmbedder, find_embedder
-from splaser_plugin.scoring.margin import MarginScorer
+from splaser_plugin.scoring.margin import ChosenScorer, MarginScorer
 from splaser_plugin.scoring.own_scorer import CallableScorer, load_function
 from splaser_plugin.scoring.perplexity import PerplexityScorer
 from splaser_plugin.scoring.scores import Scorer
@@ -49,11 +50,13 @@ class Scorers:
         self.batch_size = config.batch_size or FORWARD_BATCH
 
     def make(self, name: str, material: Material) -> Scorer:
-        """The scorer of that name: `semantic`, `margin`, `perplexity`, or the dotted path of a function."""
+        """The scorer of that name: `semantic`, `margin`, `chosen`, `perplexity`, or the dotted path of a function."""
         if name == "semantic":
             return SemanticScorer(self.generator, self.embedder, material.pairs)
         if name == "margin":
             return MarginScorer(self.model, self.prompter, material.pairs, batch_size=self.batch_size)
+        if name == "chosen":
+            return ChosenScorer(self.model, self.prompter, material.pairs, batch_size=self.batch_size)
         if name == "perplexity":
             return PerplexityScorer(self.model, material.windows, batch_size=self.batch_size)
         tokenizer = prepared(self.tokenizer, self._variables)
@@ -95,7 +98,7 @@ class Scorers:
 def check_scorers(config: LaserConfig | CompareConfig) -> None:
     """Raise now what a missing text, function or embedder would raise once the model is there."""
     used = config.scorers if isinstance(config, LaserConfig) else {"semantic"}
-    for name in used - {*SCORERS}:
+    for name in used - {*SCORERS, *GUARDS}:
         load_function(name)
     if config.text:
         next(open_text(config.text), None)

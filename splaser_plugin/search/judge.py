@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from splaser_plugin.errors import ScoreError
@@ -25,9 +26,11 @@ class Judgement:
     best_before: float | None
     """Mean score that it was compared with, on the same items: the best model's, or under `harmless` the base's."""
     guard_loss: float | None = None
-    """What the guard measured, in its limit's unit; None where it wasn't asked, and with a reason."""
+    """What the guard that was asked last measured, in its limit's unit; None where none was, and with a reason."""
     reason: str | None = None
     """Why it failed, or why the guard has no number."""
+    guard: str = ""
+    """Name of the guard that was asked last: the one that turned it down, where one did. Empty where none was."""
 
 
 def judged(judge: Judge) -> Judgement:
@@ -42,8 +45,8 @@ class Judge:
     """Compares the model as it is with the best so far or the base, and holds what is known of both.
 
     acceptance: the rule; the published one if not given. race: stop scoring a candidate that can't win any more.
-    guard: asked last, about what would be kept. With the scorer alone every candidate is scored on every item, as in
-    the published laser scripts.
+    guards: asked last, one after the other, about what would be kept. With the scorer alone every candidate is scored
+    on every item, as in the published laser scripts.
     """
 
     def __init__(
@@ -52,27 +55,27 @@ class Judge:
         *,
         acceptance: Acceptance | None = None,
         race: Race | None = None,
-        guard: Guard | None = None,
+        guards: Sequence[Guard] = (),
     ) -> None:
         self._scorer = scorer
         self._acceptance = acceptance or Improve()
         self._race = race
-        self._guard = guard
+        self._guards = guards
         self.baseline = Scores((), ())
         self.best = Scores((), ())
 
     @property
     def baseline_size(self) -> int:
         """How many items are measured for the baseline, by all of its scorers together."""
-        return sum(scorer.size for scorer in (self._scorer, self._guard) if scorer)
+        return self._scorer.size + sum(guard.size for guard in self._guards)
 
     def measure_baseline(self) -> Scores:
         """Score the model as the base and the best so far, on every item."""
         everything = range(self._scorer.size)
         self.best = self._race.measure(self._scorer) if self._race else self._scorer.score(everything)
         self.baseline = self.best
-        if self._guard:
-            self._guard.measure_baseline()
+        for guard in self._guards:
+            guard.measure_baseline()
         return self.best
 
     def judge(self) -> Judgement:
@@ -84,13 +87,15 @@ class Judge:
             return Judgement("stopped", scores, before)
         if not self._acceptance.accepts(scores, other):
             return Judgement("restored", scores, before)
-        guard_loss = self._guard.loss() if self._guard else None
-        if self._guard and guard_loss is None:
-            return Judgement("guarded", scores, before, reason=UNBOUNDED)
-        if self._guard and guard_loss is not None and guard_loss > self._guard.limit:
-            return Judgement("guarded", scores, before, guard_loss)
+        loss, name = None, ""
+        for guard in self._guards:
+            loss, name = guard.loss(), guard.name
+            if loss is None:
+                return Judgement("guarded", scores, before, reason=UNBOUNDED, guard=name)
+            if loss > guard.limit:
+                return Judgement("guarded", scores, before, loss, guard=name)
         self.best = scores
-        return Judgement("kept", scores, before, guard_loss)
+        return Judgement("kept", scores, before, loss, guard=name)
 
     def _scores(self, other: Scores) -> Scores:
         if self._race:

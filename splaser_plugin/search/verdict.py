@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from splaser_plugin.scoring.scores import Scores
-from splaser_plugin.statistics import RISK, can_reach, largest_share, paired_bootstrap
+from splaser_plugin.statistics import RISK, can_reach, largest_share, paired_bootstrap, trimmed_mean
 
 SURE = f"{100 * (1 - RISK / 2):g} % sure"
 """Of what one end of the interval says."""
@@ -32,6 +32,8 @@ class HeldOut:
     """`better`, `worse`, or `no difference` and what that means."""
     unit: str = "pairs"
     """What the items are: `pairs`, or `windows` of text."""
+    trimmed: float = 0.0
+    """Mean without the lowest and the highest tenth of the differences."""
     loss_verdict: str = ""
     """Whether a loss of the tolerance can be ruled out, where there is a tolerance and something was kept."""
 
@@ -81,6 +83,7 @@ def compare(
         equal=len(differences) - better - worse,
         verdict=verdict,
         unit=unit,
+        trimmed=trimmed_mean(differences),
         loss_verdict="" if tolerance is None or result is base else _loss_verdict(differences, low, tolerance, unit),
     )
 

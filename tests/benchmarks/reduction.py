@@ -116,7 +116,10 @@ CELLS: dict[str, Callable[[Row], str]] = {
 class Study:
     """SmolLM2, its statistics, and the text to judge on."""
 
-    def __init__(self, text: str, pairs: str, statistics: Path, calibration_tokens: int, judged_tokens: int) -> None:
+    def __init__(
+        self, text: str, pairs: str, statistics: Path, calibration_tokens: int, judged_tokens: int, takes_time: bool
+    ) -> None:
+        self.takes_time = takes_time
         self.statistics = statistics
         self.model, tokenizer = load_model(prepare_model(ROOT / ".cache"), device="cpu", dtype="float32")
         self.weights = Weights(self.model)
@@ -311,7 +314,7 @@ def table(rows: dict[tuple[str, float], Row]) -> str:
             shown += [f"| {title} | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |"]
             shown += ["| --- |" + " ---: |" * len(budgets)]
             shown += [
-                f"| {name} | " + " | ".join(told.get((name, each), "") for each in budgets) + " |" for name in names
+                f"| {name} | " + " | ".join(told.get((name, budget), "") for budget in budgets) + " |" for name in names
             ]
             shown += [""]
     for name in METHODS:

@@ -49,7 +49,10 @@ def drawn(width, level=Level.NORMAL):
         (Judgement("kept", SCORES, 0.25), "score +0.3750 (+0.1250)  kept"),
         (Judgement("restored", SCORES, 0.5), "score +0.3750 (-0.1250)  restored"),
         (Judgement("stopped", SCORES, 0.5), "score +0.3750 (-0.1250)  stopped after 2 items"),
-        (Judgement("guarded", SCORES, 0.25, 1.0375), "score +0.3750 (+0.1250)  guarded at 1.0375"),
+        (
+            Judgement("guarded", SCORES, 0.25, 1.0375, guard="perplexity"),
+            "score +0.3750 (+0.1250)  guarded at perplexity 1.0375",
+        ),
         (Judgement("failed", None, None, reason="answers \x1b are empty"), "failed: answers \\x1b are empty"),
     ],
 )

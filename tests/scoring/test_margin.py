@@ -5,7 +5,7 @@ import torch
 
 from splaser_plugin.data.pairs import pairs_from_rows
 from splaser_plugin.generation.prompts import Prompter
-from splaser_plugin.scoring.margin import MarginScorer
+from splaser_plugin.scoring.margin import ChosenScorer, MarginScorer
 from tests.builders import tiny_llama
 from tests.reference import one_token_at_a_time
 
@@ -74,3 +74,11 @@ def test_models_that_predict_every_place_are_scored_alike(tiny_model, tokenizer,
     assert MarginScorer(Wrapped(), prompter, usable, batch_size=4).score(range(5)).values == pytest.approx(
         expected, abs=1e-6
     )
+
+
+@torch.no_grad()
+def test_the_chosen_answers_alone_score_as_one_token_at_a_time_does(tiny_model, tokenizer, usable):
+    prompter = Prompter(tokenizer, context=512)
+    scores = ChosenScorer(tiny_model, prompter, usable, batch_size=4).score(range(5))
+    expected = [one_token_at_a_time(tiny_model, prompter, pair, pair.chosen) for pair in usable]
+    assert scores.values == pytest.approx(expected, abs=1e-4)

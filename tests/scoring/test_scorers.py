@@ -1,4 +1,4 @@
-"""Scorers by name, the guard, and what is said of a text or a function that can't be used."""
+"""Scorers by name, and what is said of a text or a function that can't be used."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from splaser_plugin.scoring.own_scorer import CallableScorer, load_function
 from splaser_plugin.scoring.perplexity import PerplexityScorer, perplexity
 from splaser_plugin.scoring.scorers import Material, Scorers
 from splaser_plugin.scoring.scores import Scores
-from splaser_plugin.search.guard import Guard
 from splaser_plugin.search.judge import Judge
 from splaser_plugin.search.search import search
 from splaser_plugin.weights.in_memory import Weights
-from tests.builders import EXAMPLE_PAIRS, PROSE, QUICK, tiny_llama
-from tests.planted import Facts, Planted, shorter_is_better, verdicts
+from tests.builders import EXAMPLE_PAIRS, PROSE, QUICK
+from tests.planted import Facts, shorter_is_better, verdicts
 
 
 def test_windows_are_the_text_from_its_beginning_and_do_not_overlap(text, tokenizer):
@@ -245,6 +244,8 @@ def test_a_function_that_is_not_there_is_refused_before_the_model_is_loaded(path
         ({"guard": "margin:-1"}, "guard: got 'margin:-1'.*fall of at least 0"),
         ({"guard": "margin:nan"}, "guard: got 'margin:nan'"),
         ({"guard": "speed:2"}, "guard: got 'speed:2'"),
+        ({"guard": "margin:0.1,chosen"}, "guard: got 'chosen', expected"),
+        ({"guard": "margin:0.1,margin:0.2"}, "guard: 'margin' stands twice"),
         ({"objective": "compress", "accept": "improve"}, "accept improve with objective compress"),
         ({"objective": "small"}, "objective: got 'small', expected one of quality, compress"),
         ({"tolerance": -0.1}, "tolerance: got -0.1, expected at least 0"),
@@ -271,6 +272,8 @@ def test_options_that_can_not_be_meant_are_refused(options, message):
         ({"reduce": "whitened", "calibration_tokens": 9, "text": "t"}, ()),
         ({"guard": "perplexity:1.02", "text": "t", "window": 9}, ()),
         ({"scorer": "margin", "embedder": "self"}, ("--embedder",)),
+        ({"scorer": "margin", "tolerance": 0.5, "text": "t"}, ()),
+        ({"scorer": "margin", "tolerance": 0.5, "text": "t", "guard": "none"}, ("--tolerance", "--text")),
         ({"scorer": "margin", "guard": "semantic:0.1", "embedder": "self"}, ()),
     ],
 )
@@ -281,8 +284,8 @@ def test_flags_that_a_run_does_not_use_are_known(options, flags):
 def test_a_run_says_which_flags_have_no_effect(tiny_folder, pairs):
     progress = Facts()
     options = {**QUICK, "candidates": 1, "scorer": "margin", "embedder": LaserConfig().embedder}
-    laser(tiny_folder, pairs, config=LaserConfig(**options, tolerance=0.5), progress=progress)
-    assert ("has no effect", "--tolerance, with the other options of this run") in progress.facts
+    laser(tiny_folder, pairs, config=LaserConfig(**options, alpha=0.1), progress=progress)
+    assert ("has no effect", "--alpha, with the other options of this run") in progress.facts
 
 
 def test_without_pairs_only_perplexity_can_be_searched_by():
@@ -303,55 +306,3 @@ def test_auto_scorers_and_reducers_follow_the_objective():
     given = LaserConfig(objective="compress", scorer="semantic", reduce="whitened")
     assert (given.scored_by, given.reducer) == ("semantic", "whitened")
     assert compress.tries_budgets and not LaserConfig(objective="compress", ranks="0.5").tries_budgets
-
-
-def guarded_search(candidates, gains, losses, limit, name):
-    """A search in which each change has a planted gain of the score and a planted fall of the guard's score."""
-    model = tiny_llama()
-    names = [candidate.matrix.name for candidate in candidates]
-    scorer = Planted(model, dict(zip(names, gains, strict=True)), size=32)
-    watched = Planted(model, dict(zip(names, [-loss for loss in losses], strict=True)), size=8)
-    watched.name = name
-    return search(Weights(model), candidates, Judge(scorer, guard=Guard(watched, limit)))
-
-
-def test_the_guard_refuses_what_loses_more_than_its_limit_against_the_base(candidates):
-    found = guarded_search(candidates, [0.1, 0.1, -0.1, 0.1, 0.1], [0.2, 0.15, 0.0, 0.05, 0.04], 0.25, "margin")
-    assert verdicts(found) == ["kept", "guarded", "restored", "kept", "guarded"]
-    losses = [trial.judgement.guard_loss for trial in found.trials]
-    assert losses[2] is None
-    assert [loss for loss in losses if loss is not None] == pytest.approx([0.2, 0.35, 0.25, 0.29])
-    assert found.final.mean == pytest.approx(0.2)
-
-
-def test_a_guard_of_perplexity_measures_the_ratio(candidates):
-    losses = [np.log(1.01), np.log(1.03), 0.0, 0.0, 0.0]
-    found = guarded_search(candidates, [0.1] * 5, losses, 1.02, "perplexity")
-    assert verdicts(found) == ["kept", "guarded", "kept", "kept", "kept"]
-    assert found.trials[1].judgement.guard_loss == pytest.approx(1.01 * 1.03)
-
-
-def test_a_guard_refuses_a_ratio_of_perplexities_that_is_too_large_for_a_number(candidates):
-    found = guarded_search(candidates, [0.1] * 5, [0.0, 900.0, 0.0, 0.0, 0.0], 1.02, "perplexity")
-    assert verdicts(found) == ["kept", "guarded", "kept", "kept", "kept"]
-    judgement = found.trials[1].judgement
-    assert judgement.guard_loss is None
-    assert judgement.reason == "the ratio of perplexities is too large for a number"
-
-
-def test_many_small_losses_do_not_pass_the_guard_one_by_one(candidates):
-    found = guarded_search(candidates, [0.1] * 5, [0.011] * 5, 0.03, "margin")
-    assert verdicts(found) == ["kept", "kept", "guarded", "guarded", "guarded"]
-
-
-@pytest.mark.slow
-def test_a_guard_of_perplexity_keeps_fewer_changes_of_the_answers(text, tiny_folder, pairs):
-    options = {**QUICK, "text": text, "window": 16}
-    free = laser(tiny_folder, pairs, config=LaserConfig(**options))
-    config = LaserConfig(**options, guard="perplexity:1.0001")
-    result = laser(tiny_folder, pairs, config=config)
-    judged = [(trial["verdict"], trial["guard_loss"]) for trial in result.results()["candidates"]]
-    assert "guarded" in [verdict for verdict, _ in judged]
-    assert all((loss > 1.0001) == (verdict == "guarded") for verdict, loss in judged if loss is not None)
-    assert all((loss is None) == (verdict not in ("kept", "guarded")) for verdict, loss in judged)
-    assert len(result.search.kept) < len(free.search.kept)

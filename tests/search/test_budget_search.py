@@ -134,7 +134,7 @@ def test_the_text_and_the_guard_have_to_accept_a_budget_too(planned):
     assert found.kept_budget == "4 %"
     for matrix in found.ranks:
         weights.parameters[matrix.parameter].data.copy_(before[matrix.parameter])
-    guarded = search_budgets(weights, budgets, judge_of([0.0] * 5, guard=Guard(Losing([0.0, 0.4]), 0.1)))
+    guarded = search_budgets(weights, budgets, judge_of([0.0] * 5, guards=[Guard(Losing([0.0, 0.4]), 0.1)]))
     assert [trial.verdict for trial in guarded.budgets] == ["kept", "guarded"]
 
 
