@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
 from dataclasses import replace
@@ -40,8 +41,11 @@ def push_to_hub(folder: Path, repo: str) -> str:
     """Upload the model, its card, recipe and scan in one commit; gives the repository's address.
 
     A repository that doesn't exist yet is made private. Paths in recipe and scan become bare names, and what holds
-    the texts of the pairs stays here. Raises OutputError when the hub can't be reached or refuses.
+    the texts of the pairs stays here. Raises OutputError when there is no model, or the hub is out of reach or refuses.
     """
+    folder = folder.expanduser().resolve()
+    if not (folder / "recipe.json").is_file() or not (folder / "README.md").is_file():
+        raise OutputError(f"{folder}: there is no lasered model. Give the output folder of splaser laser.")
     api = HfApi()
     try:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
@@ -52,7 +56,7 @@ def push_to_hub(folder: Path, repo: str) -> str:
     except hub_errors() as error:
         raise OutputError(
             f"--push-to-hub {repo}: {first_line_of(error)}. The model is whole in {folder}; push it with "
-            f"hf upload {repo} {folder}"
+            f"{shlex.join(['splaser', 'push', str(folder), repo])}"
         ) from error
     return str(created)
 

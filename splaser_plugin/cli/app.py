@@ -10,6 +10,7 @@ import signal
 import sys
 import textwrap
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,20 +19,16 @@ from typer.core import TyperGroup
 
 from splaser_plugin import __version__
 from splaser_plugin.cli.options import options
+from splaser_plugin.cli.summaries import show_comparison, show_laser, show_scan
 from splaser_plugin.config.stages import ApplyConfig, CompareConfig, LaserConfig, ScanConfig
 from splaser_plugin.errors import ConfigError, SplaserError, on_command_line
 from splaser_plugin.files.text import printable
 
 if TYPE_CHECKING:
-    from splaser_plugin.jobs.compare import Comparison
-    from splaser_plugin.jobs.laser import LaserResult
     from splaser_plugin.progress import Progress
-    from splaser_plugin.scanning.scan import Scan
 
 STOPPED = 130
 """Exit code after Ctrl-C or SIGTERM."""
-SHOWN = 5
-"""Matrices at either end of a scan that are shown."""
 RESUMED = ("scan", "laser")
 """Commands that go on where they were stopped."""
 
@@ -44,12 +41,11 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            again = shlex.join(["splaser", *sys.argv[1:]])
             resumed = ctx.invoked_subcommand in RESUMED
             next_step = "What is finished is kept; go on with" if resumed else "Start again with"
             launched = ", under the launcher of this run" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
             if _is_first():
-                print(f"stopped. {next_step}{launched}: {printable(again)}", file=sys.stderr)
+                print(_stopped(f"stopped. {next_step}{launched}:", ["splaser", *sys.argv[1:]]), file=sys.stderr)
             raise typer.Exit(STOPPED) from None
 
 
@@ -126,7 +122,7 @@ def scan(
         write_json(top_json, top_by_type(found, top))
     if as_json:
         print(json.dumps(found.to_dict(), allow_nan=False))
-    _show_scan(found, output, progress)
+    show_scan(found, output, progress)
 
 
 @app.command()
@@ -153,7 +149,7 @@ def laser(
     """Reduce the noisiest matrices, one at a time, and keep what makes the model's own answers better."""
     progress = _progress(quiet, verbose, "jobs.laser")
     from splaser_plugin.artifacts.hub import check_repo
-    from splaser_plugin.artifacts.hub import push_to_hub as push
+    from splaser_plugin.artifacts.hub import push_to_hub as push_model
     from splaser_plugin.distributed import is_main, join_processes
     from splaser_plugin.jobs.laser import laser as run_laser
 
@@ -174,11 +170,24 @@ def laser(
     if as_json:
         print(json.dumps(result.results(), allow_nan=False))
     has_model = write_unchanged or not result.is_unchanged
-    _show_laser(result, output, progress, has_model=has_model)
+    show_laser(result, output, progress, has_model=has_model)
     if push_to_hub and not has_model:
         progress.result("not pushed", "there is no model to push")
     elif push_to_hub:
-        progress.result("on the hub", push(output.expanduser().resolve(), push_to_hub))
+        progress.result("on the hub", push_model(output, push_to_hub))
+
+
+@app.command()
+def push(
+    *,
+    folder: Annotated[Path, typer.Argument(help="Output folder of laser.")],
+    repo: Annotated[str, typer.Argument(help="Repository of the hub, OWNER/NAME; a new one is private.")],
+) -> None:
+    """Upload a lasered model as laser --push-to-hub does: without the texts of the pairs and paths of this machine."""
+    from splaser_plugin.artifacts.hub import check_repo, push_to_hub
+
+    check_repo(repo)
+    _progress(False, False, "artifacts.hub", transformers=False).result("on the hub", push_to_hub(folder, repo))
 
 
 @app.command()
@@ -221,7 +230,7 @@ def compare(
     found = run_compare(models, pairs, config=config, output=output, progress=progress)
     if as_json:
         print(json.dumps(found.to_dict(), allow_nan=False))
-    _show_comparison(found, output)
+    show_comparison(found, output)
 
 
 @app.command()
@@ -272,7 +281,7 @@ def demo(
 
     progress = _progress(quiet, verbose, "cli.demo")
     result = run_demo(output, cache, overwrite=overwrite, progress=progress)
-    _show_laser(result, output, progress, has_model=not result.is_unchanged)
+    show_laser(result, output, progress, has_model=not result.is_unchanged)
 
 
 @app.command(hidden=True)
@@ -312,63 +321,25 @@ def _progress(quiet: bool, verbose: bool, module: str, *, transformers: bool = T
     return progress
 
 
-def _show_scan(found: Scan, output: Path, progress: Progress) -> None:
-    for left_out in found.skipped:
-        progress.detail("left out", f"{left_out.name}: {left_out.reason}")
-    progress.result("scanned", f"{len(found.matrices)} matrices; {len(found.skipped)} parameters were left out")
-    ranked = found.ranked("snr")
-    for label, matrices in (("noisiest", ranked[:SHOWN]), ("best", ranked[SHOWN:][::-1][:SHOWN])):
-        for matrix in matrices:
-            fit = matrix.edges[found.edge]
-            snr = "no noise" if fit.snr is None else f"snr {fit.snr:.3f}"
-            progress.fact(label, f"{matrix.name}  {snr}  rank {fit.rank} of {min(matrix.shape)}")
-    progress.result("scan", str(output))
-    progress.command("look at it", ["splaser", "report", str(output), "-o", "report.html"])
+def _stopped(sentence: str, command: Sequence[str]) -> str:
+    """The sentence and the command, which can be copied from a terminal however it had to be wrapped."""
+    words = [printable(shlex.quote(word)) for word in command]
+    if not sys.stderr.isatty():
+        return f"{sentence} {' '.join(words)}"
+    unbroken = " ".join(word.replace(" ", "\0") for word in words)
+    return f"{_fitted(sentence)}\n" + _fitted(unbroken, mark=" \\").replace("\0", " ")
 
 
-def _show_comparison(found: Comparison, output: Path) -> None:
-    from rich.console import Console
+def _fitted(line: str, mark: str = "") -> str:
+    """In lines that a terminal doesn't break inside a word; elsewhere as it is. Paths stay whole, to be copied.
 
-    from splaser_plugin.cli.terminal import comparison_tables, escape
-
-    console = Console(stderr=True)
-    names = [Path(model.model).name or model.model for model in found.models]
-    for table in comparison_tables(names, found.figures()):
-        console.print(table)
-    note = f"Changes and their 95 % intervals are against {names[0]}. Written to {output}."
-    console.print(escape(note), soft_wrap=True)
-
-
-def _show_laser(result: LaserResult, output: Path, progress: Progress, *, has_model: bool) -> None:
-    if not has_model:
-        progress.result(
-            "model", "none was written: nothing was kept, so it would be the base again; --write-unchanged writes it"
-        )
-        progress.result("report", str(output / "report.html"))
-        return
-    dense, stored = result.parameters
-    if result.config.save == "factored":
-        progress.result("parameters", f"{dense:,} before, {stored:,} after")
-    else:
-        removed = result.search.parameters_removed
-        progress.result("parameters", f"{removed:,} of {dense:,} removed, if stored as factors")
-    progress.result("model", str(output))
-    progress.result("report", str(output / "report.html"))
-    if stored < dense:
-        progress.command("dense model", ["splaser", "expand", str(output), "-o", "ANOTHER_FOLDER"])
-    if result.config.reducer != "svd":
-        progress.command("again", ["splaser", "laser", "--config", str(output / "run.yaml"), "-o", "ANOTHER_FOLDER"])
-        return
-    recipe = str(output / "recipe.json")
-    progress.command("rebuild", ["splaser", "apply", recipe, result.recipe.model, "-o", "ANOTHER_FOLDER"])
-
-
-def _fitted(line: str) -> str:
-    """In lines that a terminal doesn't break inside a word; elsewhere as it is. Paths stay whole, to be copied."""
+    mark: ends every line but the last.
+    """
     if not sys.stderr.isatty():
         return line
     columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    return textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(line, columns - len(mark), break_long_words=False, break_on_hyphens=False)
+    return f"{mark}\n".join(lines)
 
 
 def main() -> None:

@@ -122,7 +122,7 @@ class TerminalProgress(Progress):
 
     def _wrapped(self, words: Sequence[str], mark: str) -> list[str]:
         """The words in lines, one where stderr is no terminal. mark: ends every line but the last."""
-        words = printable(" ".join(words)).split(" ")
+        words = [printable(word) for word in words]
         room = self.console.width - MARGIN - len(mark) if self.console.is_terminal else sys.maxsize
         lines = [words[0]]
         for word in words[1:]:

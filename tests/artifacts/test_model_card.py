@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -208,12 +209,31 @@ def test_a_hub_that_refuses_or_is_out_of_reach_is_one_line_and_the_model_stays(h
         raise OSError("403 Forbidden\nmany more lines")
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
-    with pytest.raises(OutputError, match=r"^push_to_hub mine: 403 Forbidden\. The model is whole in .*hf upload"):
+    with pytest.raises(
+        OutputError, match=r"^push_to_hub mine: 403 Forbidden\. The model is whole in .*splaser push "
+    ) as failed:
         push_to_hub(finished, "mine")
+    assert str(failed.value).endswith(shlex.join(["splaser", "push", str(finished), "mine"]))
     assert (finished / "model.safetensors").is_file()
     monkeypatch.undo()
     with pytest.raises(OutputError, match=r"push_to_hub mine: .*offline"):  # HF_HUB_OFFLINE is set by conftest
         push_to_hub(finished, "mine")
+
+
+def test_the_command_that_pushes_later_uploads_the_same(hub, finished, splaser):
+    push_to_hub(finished, "mine")
+    uploaded = hub.files
+    hub.files = {}
+    code, _, stderr = splaser("push", finished, "mine")
+    assert code == 0 and "on the hub" in stderr
+    assert hub.files == uploaded and "results.json" not in uploaded
+
+
+def test_a_folder_without_a_lasered_model_is_not_pushed(hub, finished, splaser):
+    (finished / "README.md").unlink()
+    code, _, stderr = splaser("push", finished, "mine")
+    assert code == 1 and "there is no lasered model. Give the output folder of splaser laser." in stderr
+    assert not hub.repos
 
 
 def test_what_cannot_be_pushed_to_is_known_before_the_work(monkeypatch):

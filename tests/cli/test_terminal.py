@@ -11,7 +11,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from splaser_plugin.cli.app import _show_scan
+from splaser_plugin.cli.summaries import show_scan
 from splaser_plugin.cli.terminal import Level, TerminalProgress
 from splaser_plugin.cli.trial_table import shortened
 from splaser_plugin.scanning.records import Scan, matrix_scan
@@ -109,7 +109,7 @@ def test_a_scan_shows_both_ends_with_whole_names(count):
     ]
     found = Scan("a-model", "0", "mp", tuple(matrices), ())
     progress, printed = drawn(80)
-    _show_scan(found, Path("scan.json"), progress)
+    show_scan(found, Path("scan.json"), progress)
     lines = printed.getvalue().splitlines()
     ranked = [matrix.name for matrix in found.ranked("snr")]
     shown = {label: [line.split()[1] for line in lines if line.split()[0] == label] for label in ("noisiest", "best")}

@@ -13,7 +13,7 @@ import time
 import pytest
 import typer
 
-from splaser_plugin.cli.app import Commands
+from splaser_plugin.cli.app import Commands, _stopped
 from tests.builders import FLAGS, SPLASER
 
 pytestmark = pytest.mark.slow
@@ -84,3 +84,15 @@ def test_a_stopped_command_without_a_journal_says_to_start_again(rank, processes
         signal.signal(signal.SIGTERM, before)
     assert stop.value.code == 130
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_on_a_terminal_the_command_that_goes_on_can_be_copied(columns, monkeypatch):
+    command = ["splaser", "laser", "my model/" * 3, *["--pairs", "a-file.jsonl"] * 6, "-o", "it's"]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
+    monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((columns, 24)))
+    sentence, _, copied = _stopped("stopped. Go on with:", command).partition("\n")
+    assert sentence == "stopped. Go on with:"
+    assert shlex.split(copied.replace("\\\n", "")) == command
+    assert max(map(len, copied.splitlines())) <= columns
