@@ -20,8 +20,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from splaser_plugin.artifacts.results import Results
-from splaser_plugin.config.stages import EDGES
+from splaser_plugin.artifacts.measurement import answer_counts, measurement
+from splaser_plugin.artifacts.recipe import Recipe
+from splaser_plugin.artifacts.results import Exchange, Results
+from splaser_plugin.config.stages import EDGES, LaserConfig
 from splaser_plugin.errors import RecipeError, SplaserError
 from splaser_plugin.files.output import check_file, whole_file
 from splaser_plugin.files.sources import looks_like_path, path_of
@@ -30,7 +32,7 @@ from splaser_plugin.integrations.configs.axolotl import axolotl_yaml
 from splaser_plugin.integrations.configs.llamafactory import llamafactory_yaml
 from splaser_plugin.integrations.configs.plan import Plan
 from splaser_plugin.scanning.records import MatrixScan, Scan
-from splaser_plugin.scanning.selection import choose
+from splaser_plugin.scanning.selection import Selection, choose
 from splaser_plugin.spectra.edges import EdgeFit, mp_density
 
 MARK = 'name="generator" content="splaser report'
@@ -40,10 +42,10 @@ SPECTRUM_VALUES = 200_000
 """Most singular values of all spectra together: a scan of thousands of experts draws each from fewer."""
 LEAST_POINTS = 16
 TRAINED_PER_TYPE = 16
-EXCHANGES = 12
-"""Most prompts whose answers stand side by side."""
+EXCHANGES = 1000
+"""Most prompts of a part, held out or searched on, whose answers stand side by side."""
 
-SCRIPT = ("page.js", "heat_map.js", "spectrum.js", "verdict.js", "lists.js", "controls.js")
+SCRIPT = ("page.js", "heat_map.js", "spectrum.js", "verdict.js", "lists.js", "answers.js", "controls.js")
 """Parts of the page's own script, in the order in which they need each other."""
 TARGETS = (
     ("Axolotl", "axolotl", "--rl", axolotl_yaml),
@@ -61,42 +63,78 @@ def report(source: str | Path, output: str | Path = "report.html") -> Path:
     check_file(output, replaceable=MARK)
     path = path_of(source)
     if not path.is_dir():
-        scan, run, name = Scan.load(path), None, path.name
+        write_report(output, Scan.load(path), scan_name=path.name)
     else:
         if not (path / "scan.json").is_file():
             raise RecipeError(f"{source}: has no scan.json. Give the output folder of splaser laser, or a scan.json.")
-        results = path / "results.json"
-        scan = Scan.load(path / "scan.json")
-        run, name = (Results.load(results) if results.is_file() else None), "scan.json"
-    write_report(output, scan, run, scan_name=name)
+        results, recipe = path / "results.json", path / "recipe.json"
+        write_report(
+            output,
+            Scan.load(path / "scan.json"),
+            Results.load(results) if results.is_file() else None,
+            config=Recipe.load(recipe).config if recipe.is_file() else None,
+            output=path,
+        )
     return Path(output)
 
 
-def write_report(output: str | Path, scan: Scan, run: Results | None = None, *, scan_name: str = "scan.json") -> None:
-    """Write the page, whole or not at all. scan_name: what its commands call the scan.
+def write_report(
+    file: str | Path,
+    scan: Scan,
+    run: Results | None = None,
+    *,
+    config: LaserConfig | None = None,
+    output: Path | None = None,
+    scan_name: str = "scan.json",
+) -> None:
+    """Write the page, whole or not at all.
 
-    Raises OutputError when it can't be written.
+    Args:
+        file: The page.
+        scan: Where the noise is.
+        run: What a search did.
+        config: The options of that run.
+        output: Folder of the lasered model.
+        scan_name: What the page's commands call the scan.
+
+    Raises:
+        OutputError: The file can't be written.
     """
-    page = render(scan, run, scan_name=scan_name)
-    with whole_file(output) as file:
-        file.write(page)
+    page = render(scan, run, config=config, output=output, scan_name=scan_name)
+    with whole_file(file) as opened:
+        opened.write(page)
 
 
-def render(scan: Scan, run: Results | None = None, *, scan_name: str = "scan.json") -> str:
-    """The page as HTML."""
+def render(
+    scan: Scan,
+    run: Results | None = None,
+    *,
+    config: LaserConfig | None = None,
+    output: Path | None = None,
+    scan_name: str = "scan.json",
+) -> str:
+    """The page as HTML; see `write_report`."""
     environment = _environment()
     scripts = [Markup(text) for text in (get_plotlyjs(), "\n".join(map(_template_file, SCRIPT)))]
+    selection = _selection(scan, scan_name)
+    trained = _trained(run, config, output)
     return environment.get_template("report.html").render(
         scan=scan,
         title=_title(scan.model),
         run=run,
         edges=EDGES,
         blocks=len({matrix.block for matrix in scan.matrices if matrix.block is not None}),
-        exchanges=run.exchanges[:EXCHANGES] if run else (),
+        measurement=measurement(run, config) if run else (),
+        answer_counts=answer_counts(run) if run else (),
+        answers=_answers(run) if run else (),
+        most_answers=EXCHANGES,
         attempts_axis=_axis([attempt.interval for attempt in run.attempts if attempt.interval]) if run else None,
-        trained=TRAINED_PER_TYPE,
-        targets=_targets(scan, run, scan_name),
-        chart_data=_chart_data(scan, run),
+        per_type=TRAINED_PER_TYPE,
+        trained=trained,
+        is_factored=config is not None and config.save == "factored",
+        chosen=_chosen(scan, selection),
+        targets=_targets(selection, run, scan_name, trained),
+        chart_data=_chart_data(scan, run, selection),
         style=Markup(_template_file("report.css")),
         scripts=scripts,
         script_hashes=[_sha256(script) for script in scripts],
@@ -131,7 +169,39 @@ def _sha256(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _targets(scan: Scan, run: Results | None, scan_name: str) -> list[dict[str, str]]:
+def _answers(run: Results) -> list[tuple[str, str, tuple[Exchange, ...]]]:
+    """Those to held-out prompts and those that were searched on: an id, a title, and what is shown, if there is any."""
+    parts = [("held-out", "Held out", True), ("searched", "Searched on", False)]
+    found = [(key, title, run.exchanges(is_held_out=is_held_out)) for key, title, is_held_out in parts]
+    return [part for part in found if part[2]]
+
+
+def _selection(scan: Scan, scan_name: str) -> Selection | SplaserError:
+    """The matrices to train, or why there are none."""
+    try:
+        return choose(scan, top=TRAINED_PER_TYPE, source=scan_name)
+    except SplaserError as error:
+        return error
+
+
+def _chosen(scan: Scan, selection: Selection | SplaserError) -> list[tuple[str, list[str]]]:
+    """Module type and names of the matrices to train, as they come in the model."""
+    if isinstance(selection, SplaserError):
+        return []
+    place = {matrix.name: index for index, matrix in enumerate(scan.matrices)}
+    return [(kind, sorted(names, key=place.__getitem__)) for kind, names in sorted(selection.by_type.items())]
+
+
+def _trained(run: Results | None, config: LaserConfig | None, output: Path | None) -> str:
+    """The folder of the model to train: the lasered one, as a plain model; empty where the search changed nothing."""
+    if run is None or output is None or not (run.kept or run.kept_budget):
+        return ""
+    return f"{output.resolve()}{'-plain' if config and config.save == 'factored' else ''}"
+
+
+def _targets(
+    selection: Selection | SplaserError, run: Results | None, scan_name: str, trained: str
+) -> list[dict[str, str]]:
     """For each tool its name, the command, and the YAML or why there is none.
 
     They train on the run's own pairs, where these are a file that is still there, and DPO where pairs were rejected.
@@ -140,13 +210,14 @@ def _targets(scan: Scan, run: Results | None, scan_name: str) -> list[dict[str, 
     is_dpo = run is not None and any(pair.rejected is not None for pair in (*run.texts.search, *run.texts.held_out))
     found = []
     for tool, command, dpo, write in TARGETS:
-        words = ["splaser", "emit", command, scan_name, *([dpo, "dpo"] if is_dpo else [])]
-        words += [*(["--dataset", str(dataset)] if dataset else []), "-o", f"{command}.yml"]
-        target = {"tool": tool, "command": shlex.join(words), "yaml": "", "error": ""}
+        words = ["splaser", "emit", command, scan_name, *(["--model", trained] if trained else [])]
+        words += [*([dpo, "dpo"] if is_dpo else []), *(["--dataset", str(dataset)] if dataset else [])]
+        target = {"tool": tool, "command": shlex.join([*words, "-o", f"{command}.yml"]), "yaml": "", "error": ""}
         try:
-            selection = choose(scan, top=TRAINED_PER_TYPE, source=scan_name)
-            plan = Plan(selection=selection, mode="lora", stage="dpo" if is_dpo else "sft", dataset=dataset)
-            target["yaml"] = write(plan)
+            if isinstance(selection, SplaserError):
+                raise selection
+            stage = "dpo" if is_dpo else "sft"
+            target["yaml"] = write(Plan(selection=selection, mode="lora", stage=stage, model=trained, dataset=dataset))
         except SplaserError as error:
             target["error"] = str(error)
         found.append(target)
@@ -167,7 +238,7 @@ def _axis(intervals: Sequence[tuple[float, float]]) -> dict[str, float] | None:
     return {"low": low, "span": high - low} if high > low else None
 
 
-def _chart_data(scan: Scan, run: Results | None) -> dict[str, Any]:
+def _chart_data(scan: Scan, run: Results | None, selection: Selection | SplaserError) -> dict[str, Any]:
     """What the script draws from. Numbers are rounded to 4 digits, texts made visible."""
     types = sorted({matrix.type for matrix in scan.matrices})
     shapes = {matrix.shape for matrix in scan.matrices}
@@ -176,13 +247,18 @@ def _chart_data(scan: Scan, run: Results | None) -> dict[str, Any]:
         if tried.get(attempt.name) != "kept":
             tried[attempt.name] = attempt.verdict
     verdict = run.verdict if run else None
+    chosen = set() if isinstance(selection, SplaserError) else set(selection.names)
     points = max(LEAST_POINTS, SPECTRUM_VALUES // len(scan.matrices))
     return {
         "edges": EDGES,
         "edge": scan.edge,
         "types": [visible(kind) for kind in types],
         "matrices": [
-            _matrix(matrix, types.index(matrix.type), tried.get(matrix.name), points) for matrix in scan.matrices
+            {
+                **_matrix(matrix, types.index(matrix.type), tried.get(matrix.name), points),
+                "chosen": matrix.name in chosen,
+            }
+            for matrix in scan.matrices
         ],
         "noise": {f"{rows}x{columns}": _noise_curve((rows, columns)) for rows, columns in shapes},
         "verdict": verdict

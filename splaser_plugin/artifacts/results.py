@@ -206,6 +206,11 @@ class Compared:
     explanation: str
     """Why it ended as it did, for people."""
 
+    @property
+    def score_before(self) -> float | None:
+        """Mean of the model that it was compared with, over the same items."""
+        return None if self.score is None or self.change is None else self.score - self.change
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -217,6 +222,10 @@ class Exchange:
     change: float
     """Score after minus before."""
     is_held_out: bool
+
+    @property
+    def is_changed(self) -> bool:
+        return self.before != self.after
 
     @property
     def shared(self) -> int:
@@ -243,6 +252,8 @@ class Results:
     baseline: Measured
     final: Measured
     generated_tokens: Whole = 0
+    elapsed_s: Number | None = None
+    """From the loaded model to the verdict, in this process; None in files that don't say."""
     parameters_removed: Whole = 0
     """How many parameters fewer the kept matrices have, stored as factors."""
     candidates: tuple[Tried, ...]
@@ -298,11 +309,10 @@ class Results:
             return searched
         return searched + _exchanges(self.texts.held_out, self.verdict.base, self.verdict.result, is_held_out=True)
 
-    @property
-    def exchanges(self) -> tuple[Exchange, ...]:
-        """Those whose answers changed, most changed first."""
-        changed = [answer for answer in self.answered if answer.before != answer.after]
-        return tuple(sorted(changed, key=lambda answer: (-abs(answer.change), answer.asked.prompt)))
+    def exchanges(self, *, is_held_out: bool) -> tuple[Exchange, ...]:
+        """The answers to held-out prompts or to those that were searched on, the most changed score first."""
+        part = [answer for answer in self.answered if answer.is_held_out == is_held_out]
+        return tuple(sorted(part, key=lambda each: (-abs(each.change), not each.is_changed, each.asked.prompt)))
 
     def to_dict(self) -> dict[str, Any]:
         """The content of results.json."""

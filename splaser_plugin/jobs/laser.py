@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,7 @@ def laser_weights(
     progress: Progress = SILENT,
 ) -> LaserResult:
     """The job of `laser` on weights that are loaded already, wherever they live. name: how the model is called."""
+    started = time.monotonic()
     run = begin(weights, tokenizer, name=name, config=config, journal=journal, progress=progress)
     measures = prepare_measures(run, split)
     references = _references(measures)
@@ -139,7 +141,16 @@ def laser_weights(
     found, verdicts = search_and_compare(run, measures, scan)
     recipe = make_recipe(run, scan, found)
     return LaserResult(
-        weights, tokenizer, scan, recipe, found, measures.split, verdicts.scored, verdicts.text, references
+        weights,
+        tokenizer,
+        scan,
+        recipe,
+        found,
+        measures.split,
+        verdicts.scored,
+        verdicts.text,
+        references,
+        time.monotonic() - started,
     )
 
 

@@ -67,6 +67,8 @@ class LaserResult:
     """The verdict of held-out windows of text, where they are judged beside the pairs."""
     references: References | None = None
     """What the embedder sees of the reference answers; None where none are embedded."""
+    elapsed_s: float | None = None
+    """From the loaded model to the verdict."""
 
     def __repr__(self) -> str:
         score = f"{self.score_before:+.4f} -> {self.score_after:+.4f}"
@@ -140,6 +142,7 @@ class LaserResult:
             baseline=_measured(self.search.baseline),
             final=_measured(self.search.final),
             generated_tokens=self.search.generated_tokens,
+            elapsed_s=None if self.elapsed_s is None else round(self.elapsed_s, 3),
             parameters_removed=self.search.parameters_removed,
             candidates=tuple(map(_tried, self.search.trials)),
             budgets=tuple(map(_tried_budget, self.search.budgets)),
@@ -191,7 +194,7 @@ class LaserResult:
             self.recipe.save(folder / "recipe.json")
             (folder / "run.yaml").write_text(self._run_file(), encoding="utf-8")
             record.save(folder / "results.json")
-            write_report(folder / "report.html", self.scan, record)
+            write_report(folder / "report.html", self.scan, record, config=self.config, output=path)
 
     def _run_file(self) -> str:
         source = "" if self.pairs.source in (ROWS, NO_PAIRS) else self.pairs.source

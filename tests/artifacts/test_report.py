@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 from splaser_plugin.artifacts.report import render, report
 from splaser_plugin.artifacts.results import Results
+from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.errors import OutputError, RecipeError
 from splaser_plugin.files.json import write_json
 from splaser_plugin.files.text import visible
@@ -22,56 +22,22 @@ from splaser_plugin.integrations.configs.plan import Plan
 from splaser_plugin.scanning.records import Scan, matrix_scan
 from splaser_plugin.scanning.selection import choose
 from splaser_plugin.weights.matrices import Matrix
+from tests.artifacts.page import Page, squeezed
 from tests.report_data import made_up_results, made_up_scan, replaced
 
 SCAN = made_up_scan(4)
 RESULTS = made_up_results(SCAN)
 
 
-class Page(HTMLParser):
-    """A page as a browser's parser reads it: its tags, and its text but that of scripts and style."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.scripts: list[str] = []
-        self.text = ""
-        self._inside = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self._inside = tag
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag):
-        self._inside = ""
-
-    def handle_data(self, data):
-        if self._inside == "script":
-            self.scripts[-1] += data
-        elif self._inside != "style":
-            self.text += data
-
-    @property
-    def data(self):
-        """What the charts are drawn from."""
-        return json.loads(self.scripts[0])
-
-
-def squeezed(text):
-    return " ".join(text.split())
-
-
 def test_a_report_answers_in_the_order_of_the_questions():
     text = squeezed(Page(render(SCAN, Results.from_dict(RESULTS))).text)
     sentences = [
+        "Yes: better on 8 pairs that the search never saw.",
+        "What the score is",
         "1 of 4 candidates kept",
         "better than the best before it, on all 20 pairs",
         "after 10 pairs a bound said that it can't be accepted any more",
         "it can't be scored: answers are empty",
-        "Yes: better on 8 pairs that the search never saw.",
         "28 of 28 answers changed",
         "An edge splits the singular values",
         "LoRA on these and nothing else",
@@ -93,16 +59,32 @@ def test_the_interval_of_a_candidate_is_that_of_its_differences_to_the_best_befo
     assert failed.change is None and failed.interval is None
 
 
-def test_what_changed_most_comes_first_and_what_did_not_change_is_left_out():
+def test_all_answers_are_there_held_out_ones_apart_what_changed_most_first():
     stored = json.loads(json.dumps(RESULTS))
     stored["final"]["answers"][3] = stored["baseline"]["answers"][3]
     run = Results.from_dict(stored)
-    changes = [abs(exchange.change) for exchange in run.exchanges]
-    assert changes == sorted(changes, reverse=True)
-    assert len(changes) == 27
-    assert "Question 3?" not in [exchange.asked.prompt for exchange in run.exchanges]
-    assert run.exchanges[0].before[: run.exchanges[0].shared].endswith(" is ")
-    assert Page(render(SCAN, run)).tags.count("article") == 12
+    for is_held_out, count in ((True, 8), (False, 20)):
+        exchanges = run.exchanges(is_held_out=is_held_out)
+        assert len(exchanges) == count
+        changes = [abs(exchange.change) for exchange in exchanges]
+        assert changes == sorted(changes, reverse=True)
+    assert [each.asked.prompt for each in run.exchanges(is_held_out=False) if not each.is_changed] == ["Question 3?"]
+    changed = exchanges[1] if not exchanges[0].is_changed else exchanges[0]
+    assert changed.before[: changed.shared].endswith(" is ")
+    page = Page(render(SCAN, run))
+    assert page.tags.count("article") == 28
+    assert squeezed(page.text).count("Before and after") == 1
+
+
+def test_a_stopped_candidate_stands_beside_the_best_model_on_the_same_pairs():
+    stored = json.loads(json.dumps(RESULTS))
+    stored["candidates"][2]["per_pair"] = [value - 0.05 for value in stored["final"]["per_pair"][:10]]
+    run = Results.from_dict(stored)
+    before = np.mean(stored["final"]["per_pair"][:10])
+    assert run.attempts[2].change == pytest.approx(-0.05)
+    assert run.attempts[2].score_before == pytest.approx(before)
+    sentence = f"-0.0500 -0.0500 to -0.0500 {before - 0.05:+.4f} against {before:+.4f} on the same 10 pairs"
+    assert sentence in squeezed(Page(render(SCAN, run)).text)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +122,7 @@ def test_a_run_on_windows_of_text_by_the_harmless_rule_has_words_of_its_own():
         "better on 8 windows that the search never saw. Loses less than the tolerance of 0.02.",
     ):
         assert sentence in text
-    assert "pair" not in text.split("The answers, before and after")[0]
+    assert "pair" not in text.split("The answers, before and after")[0].replace("Intel/orca_dpo_pairs", "")
     stopped = run.attempts[2]
     gained = np.subtract(stored["final"]["per_pair"], stored["baseline"]["per_pair"])[:10]
     assert stopped.change == pytest.approx(gained.mean())
@@ -160,6 +142,27 @@ def test_the_training_targets_are_those_of_emit():
     selection = choose(SCAN, top=16, source="scan.json")
     assert axolotl_yaml(Plan(selection=selection, mode="lora")) in page.text
     assert "splaser emit llamafactory scan.json -o llamafactory.yml" in page.text
+
+
+def test_the_chosen_matrices_are_listed_and_marked():
+    page = Page(render(SCAN))
+    names = choose(SCAN, top=16).names
+    listed = page.text.split("# mlp.down_proj: 4\n")[1]
+    assert [name for name in names if name not in listed] == []
+    assert "# self_attn.q_proj: 4\nmodel.layers.0.self_attn.q_proj\nmodel.layers.1.self_attn.q_proj\n" in page.text
+    assert {each["name"] for each in page.data["matrices"] if each["chosen"]} == set(names)
+
+
+@pytest.mark.parametrize("save", ["dense", "factored"])
+def test_what_is_trained_is_the_lasered_model_where_anything_was_kept(tmp_path, save):
+    config = LaserConfig(save=save)
+    text = Page(render(SCAN, Results.from_dict(RESULTS), config=config, output=tmp_path)).text
+    place = f"{tmp_path}-plain" if save == "factored" else str(tmp_path)
+    assert f"base_model: {place}\n" in text and f"model_name_or_path: {place}\n" in text
+    assert f"splaser emit axolotl scan.json --model {place} -o axolotl.yml" in text
+    assert (f"splaser expand {tmp_path} -o {place}" in text) == (save == "factored")
+    nothing = Results.from_dict({**RESULTS, "candidates": RESULTS["candidates"][1:]})
+    assert "base_model: somebody/model\n" in Page(render(SCAN, nothing, config=config, output=tmp_path)).text
 
 
 def run_on(source, rejected="No."):

@@ -45,6 +45,10 @@ function start() {
   showTheme();
   drawAll();
 
+  filterAnswers();
+  byId("answer-filter")?.addEventListener("change", filterAnswers);
+  byId("answer-words")?.addEventListener("input", filterAnswers);
+
   selectByPointer();
   byId("heat-map").addEventListener("keydown", moveOnHeatMap);
   byId("edges").addEventListener("change", (event) => {
@@ -69,6 +73,7 @@ function start() {
   });
   matchMedia(`(max-width: ${NARROW - 1}px)`).addEventListener("change", (event) => {
     state.isNarrow = event.matches;
+    Plotly.purge("heat-map"); // or the colour bar's old place stays reserved
     drawHeatMap();
   });
 }

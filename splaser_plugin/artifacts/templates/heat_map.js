@@ -23,7 +23,8 @@ function cellText(indices) {
   const matrix = data.matrices[order[0]];
   const found = fit(matrix);
   const many = order.length > 1 ? `${order.length} matrices here; the noisiest:<br>` : "";
-  const tried = matrix.tried ? `<br>tried by the search: ${plain(matrix.tried)}` : "";
+  const chosen = matrix.chosen ? "<br>chosen to be trained" : "";
+  const tried = `${matrix.tried ? `<br>tried by the search: ${plain(matrix.tried)}` : ""}${chosen}`;
   return (
     `${many}<b>${plain(matrix.name)}</b><br>${matrix.shape.join(" x ")}, SNR ${plain(snrText(found))}` +
     `<br>rank ${found.rank} of ${fullRank(matrix)}, threshold ${number(found.threshold)}${tried}`
@@ -65,6 +66,7 @@ function drawHeatMap() {
 
   const marks = { x: [], y: [], symbol: [] };
   const noRatio = { x: [], y: [] };
+  const chosen = { x: [], y: [] };
   cells.forEach((row, type) =>
     row.forEach((cell, block) => {
       const { x, y } = across(block, type);
@@ -73,6 +75,10 @@ function drawHeatMap() {
         marks.x.push(x);
         marks.y.push(y);
         marks.symbol.push(verdicts.includes("kept") ? "circle" : "circle-open");
+      }
+      if (cell.some((index) => data.matrices[index].chosen)) {
+        chosen.x.push(x);
+        chosen.y.push(y);
       }
       if (cell.length && z[type][block] === null) {
         noRatio.x.push(x);
@@ -85,6 +91,7 @@ function drawHeatMap() {
     heat,
     { ...over, x: marks.x, y: marks.y, marker: { symbol: marks.symbol, size: 7, color: color("mark"), line: { width: 1.5, color: color("mark") } } },
     { ...over, x: noRatio.x, y: noRatio.y, marker: { symbol: "x-thin", size: 6, line: { width: 1.5, color: color("muted") } } },
+    { ...over, x: chosen.x, y: chosen.y, marker: { symbol: "square-open", size: state.isNarrow ? 10 : 16, line: { width: 1 }, color: color("mark") } },
   ];
 
   const types = { tickvals: data.types.map((_, index) => index), ticktext: data.types.map(plain), showgrid: false, zeroline: false };

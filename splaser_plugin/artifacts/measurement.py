@@ -1,0 +1,87 @@
+"""How a run measured, in words and counts, for the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from splaser_plugin.artifacts.results import Measured, Results
+from splaser_plugin.config.stages import LaserConfig
+
+MEANINGS = {
+    "semantic": "cos(answer, chosen) - cos(answer, rejected) of the model's own greedy answers",
+    "margin": "mean log-probability of the chosen answer's tokens minus that of the rejected one's, in nats a token",
+    "perplexity": "mean log-probability of a window of text, in nats a token",
+}
+
+
+@dataclass(frozen=True)
+class AnswerCounts:
+    """The answers of one model to one part of the pairs."""
+
+    whose: str
+    answers: int
+    cut: int
+    empty: int
+    half_read: int
+
+
+def measurement(run: Results, config: LaserConfig | None) -> list[tuple[str, str]]:
+    """What the score is and how it was taken: (name, text) of each fact. config: None where it isn't known."""
+    facts = [("score", _score(run, config)), (run.unit, _items(run, config))]
+    if config and run.unit == "pairs":
+        limits = (
+            f"prompts of up to {config.max_prompt_chars:,} characters, answers of up to {config.max_answer_chars:,}"
+        )
+        generated = f"; the model's own answers end after {config.max_new_tokens:,} tokens"
+        facts.append(("limits", limits + (generated if run.baseline.answers else "")))
+    seen = run.references
+    if seen and (seen.half_read or seen.alike):
+        facts.append(
+            (
+                "references",
+                f"{seen.half_read:,} of {seen.texts:,} chosen and rejected answers are longer than the embedder reads; "
+                f"{seen.alike:,} of {seen.pairs:,} pairs score 0 whatever the model says",
+            )
+        )
+    if run.generated_tokens:
+        facts.append(("generated", f"{run.generated_tokens:,} tokens by the search"))
+    if run.elapsed_s is not None:
+        facts.append(("duration", f"{duration(run.elapsed_s)} from the loaded model to the verdict"))
+    return facts
+
+
+def answer_counts(run: Results) -> list[AnswerCounts]:
+    """How many answers each model gave, and how many of them were cut, empty or half read."""
+    parts = [("base, searched on", run.baseline), ("result, searched on", run.final)]
+    if run.verdict:
+        parts += [("base, held out", run.verdict.base), ("result, held out", run.verdict.result)]
+    return [_counts(whose, measured) for whose, measured in parts if measured.answers]
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `2 min 17 s` or `3 h 5 min`."""
+    whole = round(seconds)
+    minutes, hours = whole // 60, whole // 3600
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
+def _score(run: Results, config: LaserConfig | None) -> str:
+    meaning = MEANINGS.get(run.scorer, "what this function of the user's own gives")
+    text = f"{run.scorer}: {meaning}" if run.scorer else "not named in results.json"
+    return f"{text}, embedded by {config.embedder}" if config and run.scorer == "semantic" else text
+
+
+def _items(run: Results, config: LaserConfig | None) -> str:
+    held_out = run.verdict.items if run.verdict else 0
+    parts = f"{run.searched:,} searched on, {held_out:,} held out"
+    if run.unit != "pairs":
+        return f"{config.text}, {config.window} tokens each: {parts}" if config else parts
+    dropped = ", ".join(f"{count:,} {cause}" for cause, count in run.pairs.dropped.items() if count)
+    return f"{run.pairs.source}: {parts}" + (f"; dropped: {dropped}" if dropped else "")
+
+
+def _counts(whose: str, measured: Measured) -> AnswerCounts:
+    counts = (measured.cut_answers, measured.empty_answers, measured.half_read_answers)
+    return AnswerCounts(whose, len(measured.answers), *counts)
