@@ -1,14 +1,7 @@
-"""A file that one process holds and appends to: a line of JSON for each result, so that a stopped run can go on.
-
-The lock is on the journal itself, by flock, and goes with the process. The package filelock gives no such thing: in
-many of its versions (all those of 3.x) it empties the file that it locks, so that a second file would have to stand
-beside the user's output, and it goes by the name of a file, which here may have been removed or replaced by the run
-that held it. On a file system without locks, and on Windows, there is none, and two runs are not kept apart.
-"""
+"""A file that one process holds and appends to: a line of JSON for each result, so that a stopped run can go on."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from splaser_plugin.errors import OutputError
+from splaser_plugin.files.locked import BYTES, open_locked, remove_held
 
 
 class JournalFile:
@@ -40,7 +34,7 @@ class JournalFile:
         """Open the file that another process of this run holds, to append to it; whether it is seen from here."""
         if self.descriptor is None and self.path.exists():
             try:
-                self.descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+                self.descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | BYTES)
             except OSError as error:
                 raise self._cant("be written", error) from error
         return self.descriptor is not None
@@ -99,8 +93,9 @@ class JournalFile:
         """Let go of the file, and delete it if asked to."""
         if self.descriptor is not None:
             if remove:
-                self.path.unlink(missing_ok=True)
-            os.close(self.descriptor)
+                remove_held(self.descriptor, self.path)
+            else:
+                os.close(self.descriptor)
             self.descriptor = None
 
     def _write(self, content: bytes) -> None:
@@ -127,44 +122,3 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return stored if isinstance(stored, dict) else None
-
-
-def open_locked(path: Path) -> int:
-    """The file, made if need be, opened for reading and appending, and locked; the lock goes with the process.
-
-    Raises OutputError when another process holds it, OSError when the file can't be opened.
-    """
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            _lock(descriptor, path)
-            if is_still_there(descriptor, path):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # the run that held it has just finished and removed it
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(
-            f"{path}: another run is at work there. Wait for its end, or choose another --output."
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # a file system without locks
-            raise
-
-
-def is_still_there(descriptor: int, path: Path) -> bool:
-    """Whether that name is still the open file's."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

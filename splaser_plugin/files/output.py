@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from splaser_plugin.errors import OutputError
-from splaser_plugin.files.journal import is_still_there, open_locked
+from splaser_plugin.files.locked import WINDOWS, is_still_there, open_locked, remove_held
 from splaser_plugin.files.sources import path_of
 
 MARK = "recipe.json"
@@ -100,9 +100,7 @@ def whole_folder(out: Path, *, needed: int = 0) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         _sync(temporary)
-        if out.exists():
-            out.rename(replaced)
-        temporary.rename(out)
+        _take_place(temporary, out, replaced)
         _sync_one(out.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -115,6 +113,34 @@ def whole_folder(out: Path, *, needed: int = 0) -> Iterator[Path]:
             ) from error
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _take_place(temporary: Path, out: Path, replaced: Path) -> None:
+    """Have `temporary` be `out`, and `replaced` what `out` was."""
+    if not WINDOWS or not out.exists():
+        if out.exists():
+            out.rename(replaced)
+        temporary.rename(out)
+        return
+    # The journal in it is held. The mark goes first and comes last, so that no half of a folder has it.
+    replaced.mkdir()
+    old = [entry for entry in out.iterdir() if entry.name != JOURNAL]
+    moves = [(entry, replaced / entry.name) for entry in sorted(old, key=lambda entry: entry.name != MARK)]
+    new = sorted(temporary.iterdir(), key=lambda entry: entry.name == MARK)
+    moves += [(entry, out / entry.name) for entry in new]
+    done = []
+    try:
+        for source, target in moves:
+            source.rename(target)
+            done.append((source, target))
+        if (out / JOURNAL).exists():
+            os.truncate(out / JOURNAL, 0)  # it is removed when it is let go
+    except BaseException:
+        for source, target in reversed(done):
+            target.rename(source)
+        replaced.rmdir()
+        raise
+    temporary.rmdir()
 
 
 def cached_folder(out: Path, fill: Callable[[Path], None]) -> Path:
@@ -170,11 +196,12 @@ def hold(out: Path) -> int:
 def let_go(out: Path, descriptor: int) -> None:
     """Leave neither an empty journal nor an empty folder."""
     journal = out / JOURNAL
-    if os.fstat(descriptor).st_size == 0 and is_still_there(descriptor, journal):
-        journal.unlink()
-        if not any(out.iterdir()):
-            out.rmdir()
-    os.close(descriptor)
+    if os.fstat(descriptor).st_size > 0 or not is_still_there(descriptor, journal):
+        os.close(descriptor)
+        return
+    remove_held(descriptor, journal)
+    if not any(out.iterdir()):
+        out.rmdir()
 
 
 def _put_back(out: Path) -> None:
@@ -244,7 +271,9 @@ def _sync(folder: Path) -> None:
 
 
 def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if WINDOWS and path.is_dir():  # can't be opened there, and a file has to be writable
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

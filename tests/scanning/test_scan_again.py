@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import textwrap
@@ -20,7 +19,7 @@ from splaser_plugin.errors import OutputError
 from splaser_plugin.scanning.scan import Scan, scan_source
 from splaser_plugin.scanning.scan import scan as run_scan
 from splaser_plugin.weights.stored import StoredWeights
-from tests.builders import SPLASER, accelerate, save_sharded, save_single, torchrun
+from tests.builders import SPLASER, accelerate, files_of_at_most, save_sharded, save_single, torchrun
 from tests.scanning.checkpoints import Notes, layers, mixture
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -182,13 +181,9 @@ def test_a_scan_that_can_not_be_written_leaves_the_old_one_and_the_journal(tmp_p
     output = tmp_path / "scan.json"
     run_scan(str(save_single(tmp_path / "first", layers())), output=output)
     before = output.read_bytes()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
-    try:
-        with pytest.raises(OutputError, match=r"scan\.json: can't be written \(File too large\)\. Make room there"):
-            Scan.load(output).save(output)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    message = r"scan\.json: can't be written \(File too large\)\. Make room there"
+    with files_of_at_most(len(before) // 2), pytest.raises(OutputError, match=message):
+        Scan.load(output).save(output)
     assert output.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"first", "scan.json"}
 

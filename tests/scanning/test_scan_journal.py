@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import subprocess
 import sys
 
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 from splaser_plugin.errors import OutputError
 from splaser_plugin.scanning.journal import ScanJournal
+from tests.builders import files_of_at_most
 
 SETTINGS = {"weights": "abc", "precision": "auto", "version": "1"}
 RECORDS = [{"name": f"layers.{number}.w", "spectrum": [1.5, number / 7]} for number in range(5)]
@@ -161,13 +161,9 @@ def test_what_can_not_be_opened_or_written_is_refused(tmp_path):
         resumed(tmp_path / "absent" / "scan.json")
     journal = ScanJournal(tmp_path / "scan.json", SETTINGS)
     journal.resume(dict)
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
-    try:
-        with pytest.raises(OutputError, match=rf"can't be written \({os.strerror(errno.EFBIG)}\)\. Make room there"):
-            journal.append(RECORDS)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    message = rf"can't be written \({os.strerror(errno.EFBIG)}\)\. Make room there"
+    with files_of_at_most(100), pytest.raises(OutputError, match=message):
+        journal.append(RECORDS)
     journal.append(RECORDS)
     journal.close()
     assert resumed(tmp_path / "scan.json") == RECORDS[1:]  # the first one's line was half written

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from splaser_plugin.jobs import laser as jobs
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.weights.loading import load_model
-from tests.builders import ROOT, TO_RESUME, tiny_llama
+from tests.builders import ROOT, TO_RESUME, files_of_at_most, tiny_llama
 
 
 class StoppedError(Exception):
@@ -281,13 +280,9 @@ def test_a_disk_too_small_is_refused_before_anything_is_measured(dtype, tiny_fol
 
 @pytest.mark.slow
 def test_a_full_disk_says_what_was_needed_and_leaves_the_journal(left, tiny_folder, pairs_file, unbroken):
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))
-    try:
-        with pytest.raises(OutputError, match=r"out: can't be written \(.*it needs 12\.\d MB, and .*B are free there"):
-            run(tiny_folder, pairs_file, left)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    message = r"out: can't be written \(.*it needs 12\.\d MB, and .*B are free there"
+    with files_of_at_most(1_000_000), pytest.raises(OutputError, match=message):
+        run(tiny_folder, pairs_file, left)
     assert [path.name for path in left.parent.iterdir()] == ["out"]
     assert [path.name for path in left.iterdir()] == ["journal.jsonl"]
     run(tiny_folder, pairs_file, left)

@@ -1,0 +1,36 @@
+"""What Windows does in another way, tried under its rules where there is no Windows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from splaser_plugin import LaserConfig, laser, scan
+from tests.builders import ROOT, TO_RESUME
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="its rules are made up of Linux's")
+def test_a_scan_and_two_runs_end_under_windows_rules_as_they_do_here(tiny_folder, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"Name {what}.", "chosen": f"{what} it is.", "rejected": "No."} for what in "abcdefghijklmn"]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir(), ours.mkdir()
+    command = [sys.executable, "-m", "tests.files.windows_rules", str(tiny_folder), str(pairs), str(theirs)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    refused, in_use, unchanged = done.stdout.splitlines()
+    assert "another run is at work there. Wait for its end" in refused
+    assert "out: can't be written ([Errno 13] Permission denied" in in_use
+    assert unchanged == "True"
+    scan(tiny_folder, output=ours / "scan.json")
+    laser(str(tiny_folder), str(pairs), config=LaserConfig(**TO_RESUME), output=ours / "out")
+    assert sorted(path.name for path in theirs.iterdir()) == sorted(path.name for path in ours.iterdir())
+    names = sorted(path.name for path in (ours / "out").iterdir())
+    assert sorted(path.name for path in (theirs / "out").iterdir()) == names
+    for name in ("out/recipe.json", "out/model.safetensors"):
+        assert (theirs / name).read_bytes() == (ours / name).read_bytes()
