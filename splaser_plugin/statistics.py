@@ -12,6 +12,8 @@ RESAMPLES = 10_000
 NUMBERS_AT_ONCE = 2**20
 RISK = 0.05
 """That an interval doesn't hold what it is for: all that are told are of 95 %."""
+POWER = 0.8
+"""Chance that a difference is shown of which a run says that its pairs can show it."""
 SMALLEST_LOG_RISK = -200.0
 """scipy's quantiles of Student's t are exact down to probabilities of this logarithm, and wrong below about -690."""
 LARGEST_T = 1e100
@@ -82,6 +84,37 @@ def least_significant_mean(sample: Sequence[float], size: int, log_risk: float) 
     """
     spread = float(np.std(sample, ddof=1)) / math.sqrt(size)
     return t_critical(log_risk, size - 1) * spread if spread else 0.0
+
+
+def smallest_difference(spread: float, size: int, *, power: float = POWER, risk: float = RISK) -> float:
+    """The smallest true mean difference that `size` pairs are likely to show.
+
+    (t(1 - risk/2) + t(power)) * spread / sqrt(size), with quantiles of Student's t of size - 1 degrees of freedom:
+    the two-sided paired t test (Cohen, Statistical Power Analysis, 1988, chapter 2), with a central t for the
+    noncentral one.
+
+    Args:
+        spread: Standard deviation of the pairs' differences, in the result's unit.
+        size: Number of pairs, at least 2.
+        power: Chance that a difference of this size is shown.
+        risk: Chance that one is shown where there is none, half on either side.
+    """
+    quantiles = t_critical(math.log(risk / 2), size - 1) + t_critical(math.log(1 - power), size - 1)
+    return quantiles * spread / math.sqrt(size)
+
+
+def pairs_needed(spread: float, difference: float, *, power: float = POWER, risk: float = RISK) -> int:
+    """The fewest pairs whose `smallest_difference` is at most `difference`, which is above 0; at least 2."""
+    few, enough = 1, 2
+    while smallest_difference(spread, enough, power=power, risk=risk) > difference:
+        few, enough = enough, 2 * enough
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        if smallest_difference(spread, middle, power=power, risk=risk) > difference:
+            few = middle
+        else:
+            enough = middle
+    return enough
 
 
 def largest_share(count: int, size: int, risk: float) -> float:

@@ -17,6 +17,8 @@ from splaser_plugin.statistics import (
     largest_share,
     least_significant_mean,
     paired_bootstrap,
+    pairs_needed,
+    smallest_difference,
     t_critical,
     trimmed_mean,
     upper_bound,
@@ -155,3 +157,27 @@ def test_a_few_pairs_far_out_do_not_move_the_trimmed_mean():
     values = [0.1] * 18 + [50.0, -3.0]
     assert trimmed_mean(values) == pytest.approx(0.1)
     assert trimmed_mean(list(range(10))) == pytest.approx(np.mean(range(1, 9)))
+
+
+@pytest.mark.parametrize("size", [12, 40, 400])
+@pytest.mark.parametrize(("power", "risk"), [(0.8, 0.05), (0.9, 0.01)])
+def test_the_smallest_difference_is_shown_as_often_as_it_says(size, power, risk):
+    difference = smallest_difference(0.3, size, power=power, risk=risk)
+    noncentrality = difference * math.sqrt(size) / 0.3
+    critical = stats.t.isf(risk / 2, size - 1)
+    exact = stats.nct.sf(critical, size - 1, noncentrality) + stats.nct.cdf(-critical, size - 1, noncentrality)
+    assert exact == pytest.approx(power, abs=0.3 / size)
+
+
+def test_planted_differences_of_that_size_are_found_by_a_t_test_four_times_in_five():
+    rng, size = np.random.default_rng(0), 30
+    samples = rng.normal(smallest_difference(0.2, size), 0.2, (4000, size))
+    found = stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.02)
+
+
+@given(st.floats(1e-3, 10), st.floats(1e-3, 10))
+def test_one_pair_fewer_than_needed_is_too_few(spread, difference):
+    needed = pairs_needed(spread, difference)
+    assert smallest_difference(spread, needed) <= difference
+    assert needed == 2 or smallest_difference(spread, needed - 1) > difference
