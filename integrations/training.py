@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, extract_model_from_parallel
+from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
 from transformers import TrainerState, TrainingArguments
 
@@ -24,6 +24,7 @@ from splaser_plugin.distributed import best_device, is_main
 from splaser_plugin.errors import ModelError, PairsError
 from splaser_plugin.files.text import first_line_of
 from splaser_plugin.progress import Advance, Progress, ignore
+from splaser_plugin.weights.wrapped import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +107,6 @@ class Training:
             "no preference pairs were given, and the data at hand has no columns `chosen` and `rejected`. "
             f"Pass pairs=..., or {TRAINER} for the trainer's evaluation data."
         )
-
-
-def unwrapped(model: Any) -> Any:
-    """The transformers or PEFT model inside what a trainer or accelerate made of it."""
-    return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def _without_end(rows: Iterable[Mapping[str, Any]], end: str | None) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,15 +13,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from splaser_plugin import load
+from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.weights.factored import factored_layers
 from splaser_plugin.weights.factored_folder import save_model
 from splaser_plugin.weights.in_memory import Weights
-from tests.builders import PROSE, ROOT
+from tests.builders import PROSE, ROOT, accelerate
 
 
-def run(script, *arguments):
-    command = [sys.executable, f"examples/{script}", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def run(script, *arguments, launcher=(sys.executable,)):
+    command = [*launcher, f"examples/{script}", *map(str, arguments)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -44,7 +47,35 @@ def test_the_lora_example_trains_the_chosen_matrices_and_no_others(smollm2, tmp_
     assert len(adapted) == 7
 
 
-@pytest.mark.parametrize("script", ["trainer_callback.py", "post_dpo.py", "targeted_lora.py", "heal.py"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "launcher"),
+    [
+        ("accelerate_loop.py", [sys.executable]),
+        ("accelerate_loop.py", accelerate()),
+        ("lightning_loop.py", [sys.executable]),
+    ],
+    ids=["accelerate", "accelerate, two processes", "lightning"],
+)
+def test_the_examples_of_own_loops_save_a_lasered_model(script, launcher, tiny_folder, tmp_path):
+    if script == "lightning_loop.py":
+        pytest.importorskip("lightning")
+    printed = run(script, "--model", tiny_folder, "--output", tmp_path / "run", "--samples", 8, launcher=launcher)
+    assert printed.count("of 3 candidates") == 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    steps = Recipe.load(tmp_path / "run" / "recipe.json").steps
+    assert steps
+    for step in steps:
+        weight = model.get_parameter(f"{step.name}.weight")
+        assert torch.linalg.matrix_rank(weight.double(), rtol=1e-5) == step.rank
+
+
+EXAMPLES = (
+    "trainer_callback.py", "post_dpo.py", "targeted_lora.py", "heal.py", "accelerate_loop.py", "lightning_loop.py",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("script", EXAMPLES)
 def test_each_example_starts_with_the_command_that_runs_it(script):
     first = (ROOT / "examples" / script).read_text().split('"""')[1]
     assert f"    python examples/{script} --" in first and "--output" in first

@@ -12,6 +12,7 @@ from splaser_plugin.artifacts.base_card import base_card
 from splaser_plugin.artifacts.card import model_card
 from splaser_plugin.artifacts.recipe import Recipe, carry_out
 from splaser_plugin.config.stages import ApplyConfig
+from splaser_plugin.distributed import meet
 from splaser_plugin.errors import ModelError
 from splaser_plugin.files.output import check_output, check_space, held, whole_folder
 from splaser_plugin.progress import SILENT, Progress
@@ -19,6 +20,7 @@ from splaser_plugin.weights.factored_folder import save_model
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import find_model, load_model
 from splaser_plugin.weights.rest import rest_of
+from splaser_plugin.weights.wrapped import unwrapped
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,12 @@ def _apply(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     tokenizer = None
     loaded: Any = model
-    source = None if isinstance(model, nn.Module) else find_model(model, allow_pickle=config.allow_pickle)
+    source = None
+    if isinstance(model, nn.Module):
+        meet("apply()")
+        loaded = unwrapped(model)
+    else:
+        source = find_model(model, allow_pickle=config.allow_pickle)
     if source is not None:
         loaded, tokenizer = load_model(
             source,

@@ -31,9 +31,10 @@ from splaser_plugin.scoring.scorers import check_scorers
 from splaser_plugin.scoring.semantic import References, SemanticScorer
 from splaser_plugin.search.journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.weights.adapted import weights_of
-from splaser_plugin.weights.in_memory import Weights, model_name
+from splaser_plugin.weights.in_memory import Weights, check_generates, model_name
 from splaser_plugin.weights.loading import find_model, load_model, pick_device
 from splaser_plugin.weights.rest import rest_of
+from splaser_plugin.weights.wrapped import unwrapped
 
 __all__ = ["LaserResult", "laser", "laser_weights", "read_pairs"]
 
@@ -51,7 +52,8 @@ def laser(
 ) -> LaserResult:
     """Reduce the noisiest matrices of a model wherever that makes its answers better.
 
-    model: a folder, .gguf file or hub id, or a loaded causal language model, which is changed in place.
+    model: a folder, .gguf file or hub id, or a loaded causal language model, which is changed in place; DDP,
+    DataParallel, a compiler or PEFT may have wrapped it. Under several processes all have to call this.
     pairs: a file or data set name (see `load_pairs`), a PairSet, or rows in any format that `load_pairs` reads;
     needed by every scorer but perplexity.
     tokenizer: needed only with a loaded model.
@@ -89,6 +91,8 @@ def _laser(
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise ModelError("a loaded model was given without its tokenizer. Pass tokenizer=...")
+        model = unwrapped(model)
+        check_generates(model)
         name = model_name(model)
     else:
         source = find_model(model, allow_pickle=config.allow_pickle)

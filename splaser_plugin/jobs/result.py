@@ -29,7 +29,7 @@ from splaser_plugin.config.run_file import run_file
 from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.data.pairs import ROWS, Pair, PairSet
 from splaser_plugin.data.split import Split
-from splaser_plugin.distributed import in_main
+from splaser_plugin.distributed import in_main, meet
 from splaser_plugin.files.output import check_output, held, whole_folder
 from splaser_plugin.scanning.records import Scan
 from splaser_plugin.scoring.scores import Scores
@@ -162,6 +162,7 @@ class LaserResult:
         Under several processes all have to call it, and the main one writes.
         Raises OutputError when the folder exists and isn't empty, or can't be written.
         """
+        meet("LaserResult.save()")
         state = self.weights.state_dict()
 
         def write() -> None:

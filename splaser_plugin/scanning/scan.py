@@ -64,12 +64,17 @@ def scan(
         SpectrumError: Singular values can't be computed; the message names the matrix.
         OutputError: The output can't be written.
     """
+    from splaser_plugin.distributed import meet
+
+    meet("scan()")
     if output is not None:
         _check_output(output)
     if not isinstance(model, (str, Path)):
         from splaser_plugin.weights.in_memory import Weights, model_name
+        from splaser_plugin.weights.wrapped import unwrapped
 
-        return scan_source(Weights(model), config=config, name=model_name(model), output=output, progress=progress)
+        inner = unwrapped(model)
+        return scan_source(Weights(inner), config=config, name=model_name(inner), output=output, progress=progress)
     from splaser_plugin.checkpoints.checkpoint import open_checkpoint
     from splaser_plugin.checkpoints.folder import inspect, resolve_model
     from splaser_plugin.weights.factored_format import stored_layers
