@@ -1,22 +1,30 @@
 """Weights that are stored as codes with scales: which layouts are understood, and the weights that they stand for.
 
-Understood are 8-bit floats with a scale for each block, row or tensor, and MXFP4 experts as of gpt-oss. All else is
-refused.
+Understood are 8-bit floats with a scale for each block, row or tensor, MXFP4 experts as of gpt-oss, and the formats of
+compressed-tensors. All else is refused.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, read_groups
-from splaser_plugin.checkpoints.header import StoredTensor
+from splaser_plugin.checkpoints.compressed import compressed_weights
+from splaser_plugin.checkpoints.quantised_weight import (
+    NEXT_STEP,
+    PackedExperts,
+    QuantisedWeight,
+    ScaledBlocks,
+    dtype_name,
+    grid_of,
+    not_understood,
+)
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.files.text import printable, shown
 
@@ -28,67 +36,6 @@ SCALE = re.compile(r"scale|absmax|SCB", re.IGNORECASE)
 FP8 = torch.float8_e4m3fn
 FP8_METHODS = frozenset({"fp8", "fbgemm_fp8"})
 SCALE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-NEXT_STEP = "Give the model in bfloat16 or float32, as it was before it was quantised."
-
-
-@dataclass(frozen=True)
-class QuantisedWeight:
-    """A matrix of 8-bit floats, each of which is to be multiplied by the scale of its block."""
-
-    codes: StoredTensor
-    """(rows, columns)."""
-    scales: StoredTensor
-    block: tuple[int, int]
-    """Rows and columns that share a scale; the last blocks may be cut off."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weights."""
-        return self.codes.shape
-
-    def parts(self, expert: int | None) -> list[StoredTensor]:
-        """What is to be read. Raises CheckpointError where only an expert's rows are asked for."""
-        if expert is not None:
-            raise CheckpointError(
-                f"{self.codes.shard}: tensor {shown(self.codes.name)} holds several experts as "
-                f"{_dtype(self.codes)} with scales, which can't be read. {NEXT_STEP}"
-            )
-        return [self.codes, self.scales]
-
-    def weights(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """The weights, (rows, columns), in float32."""
-        weights = codes.float()
-        height, width = self.block
-        grid = scales.float().view(_grid(self.shape, self.block))
-        of_rows = grid.repeat_interleave(height, dim=0)[: len(weights)]
-        for column in range(grid.shape[1]):
-            weights[:, column * width : (column + 1) * width] *= of_rows[:, column : column + 1]
-        return weights
-
-
-@dataclass(frozen=True)
-class PackedExperts(QuantisedWeight):
-    """A stack of experts in MXFP4, as of gpt-oss.
-
-    codes: (experts, columns, groups, 16), two in a byte. scales: (experts, columns, groups). A group is 32 rows.
-    """
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(experts, rows, columns) of the weights."""
-        experts, columns, groups, width = self.codes.shape
-        return experts, groups * width * 2, columns
-
-    def parts(self, expert: int | None) -> list[StoredTensor]:
-        """Codes and scales, of one expert alone where it is given."""
-        both = [self.codes, self.scales]
-        return both if expert is None else [tensor.rows(expert, expert + 1) for tensor in both]
-
-    def weights(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """The weights, (experts, rows, columns), in float32: by transformers' own conversion."""
-        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-        return convert_moe_packed_tensors(codes, scales, dtype=torch.float32)
 
 
 def quantised_weights(checkpoint: Checkpoint) -> Mapping[str, QuantisedWeight]:
@@ -103,6 +50,8 @@ def quantised_weights(checkpoint: Checkpoint) -> Mapping[str, QuantisedWeight]:
         found = _fp8(checkpoint, settings)
     elif method == "mxfp4":
         found = _mxfp4(checkpoint)
+    elif method == "compressed-tensors":
+        found = compressed_weights(checkpoint, settings or {})
     if method and not found:
         raise CheckpointError(
             f"{checkpoint.folder}: config.json says that its weights are quantised ({method}), which can't be "
@@ -114,7 +63,7 @@ def quantised_weights(checkpoint: Checkpoint) -> Mapping[str, QuantisedWeight]:
 
 def with_weights(checkpoint: Checkpoint, quantised: Mapping[str, QuantisedWeight]) -> Checkpoint:
     """The checkpoint as if it had the weights in float32 in the place of codes and scales; not to be read from."""
-    stored = {part.name for weight in quantised.values() for part in weight.parts(None)}
+    stored = {part.name for weight in quantised.values() for part in (*weight.parts(None), *weight.unused)}
     weights = {
         name: replace(weight.codes, name=name, dtype=torch.float32, shape=weight.shape)
         for name, weight in quantised.items()
@@ -127,8 +76,8 @@ def with_weights(checkpoint: Checkpoint, quantised: Mapping[str, QuantisedWeight
 
 def stored_as(quantised: Iterable[QuantisedWeight]) -> str:
     """How these weights are stored, for people; empty for none."""
-    counts = Counter(_dtype(weight.codes) for weight in quantised)
-    return ", ".join(f"{count:,} tensors in {dtype} with scales" for dtype, count in counts.items())
+    counts = Counter(weight.stored_as for weight in quantised)
+    return ", ".join(f"{count:,} tensors in {how}" for how, count in counts.items())
 
 
 def read_weights(
@@ -152,7 +101,7 @@ def _check_holds_weights(checkpoint: Checkpoint) -> None:
         if len(stored.shape) >= 2 and is_code and scaled & {name, name.rpartition(".")[0]}:
             method = quantisation(checkpoint.config)
             raise CheckpointError(
-                f"{stored.shard}: tensor {shown(name)} is {_dtype(stored)} with scales "
+                f"{stored.shard}: tensor {shown(name)} is {dtype_name(stored)} with scales "
                 f"beside it: quantised weights{f' ({method})' if method else ''}, which can't be read. {NEXT_STEP}"
             )
 
@@ -172,7 +121,7 @@ def _settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return None
 
 
-def _fp8(checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> dict[str, QuantisedWeight]:
+def _fp8(checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> dict[str, ScaledBlocks]:
     """transformers' layout: `weight` with `weight_scale_inv` for each block of `weight_block_size`, or for the tensor
     where there is no such size; or `weight_scale` for each row or for the tensor."""
     block = _block(checkpoint, settings or {})
@@ -183,7 +132,7 @@ def _fp8(checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> dict[str
             continue
         beside = [tensors[scale] for scale in (f"{name}_scale_inv", f"{name}_scale") if scale in tensors]
         if codes.dtype != FP8 or len(codes.shape) != 2 or 0 in codes.shape or len(beside) != 1:
-            raise _not_understood(codes, f"of shape {codes.shape} with {len(beside)} scale tensors beside it", "one")
+            raise not_understood(codes, f"of shape {codes.shape} with {len(beside)} scale tensors beside it", "one")
         (scales,) = beside
         rows, columns = codes.shape
         whole, row = (rows, columns), (1, columns)
@@ -191,18 +140,18 @@ def _fp8(checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> dict[str
         if scales.name.endswith("_scale"):
             shapes = {(rows,): row, (rows, 1): row, **shapes}
         elif block is not None:
-            shapes = {_grid(codes.shape, block): block}
+            shapes = {grid_of(codes.shape, block): block}
         if scales.dtype not in SCALE_DTYPES or scales.shape not in shapes:
-            raise _not_understood(
+            raise not_understood(
                 codes,
-                f"of shape {codes.shape} with scales of shape {scales.shape} in {_dtype(scales)}",
+                f"of shape {codes.shape} with scales of shape {scales.shape} in {dtype_name(scales)}",
                 f"float scales of shape {next(iter(shapes))}",
             )
-        found[name] = QuantisedWeight(codes, scales, shapes[scales.shape])
+        found[name] = ScaledBlocks(codes, scales, shapes[scales.shape])
     used = {weight.scales.name for weight in found.values()}
     for name, stored in tensors.items():
         if name.endswith((".weight_scale_inv", ".weight_scale")) and name not in used:
-            raise _not_understood(stored, "a scale without a weight in 8-bit floats", "both")
+            raise not_understood(stored, "a scale without a weight in 8-bit floats", "both")
     return found
 
 
@@ -214,12 +163,12 @@ def _mxfp4(checkpoint: Checkpoint) -> dict[str, PackedExperts]:
             scales = checkpoint.tensors.get(f"{name.removesuffix('_blocks')}_scales")
             is_known = len(codes.shape) == 4 and codes.shape[3] == 16 and codes.dtype == torch.uint8
             if scales is None or not is_known or scales.dtype != torch.uint8 or scales.shape != codes.shape[:3]:
-                beside = "no scales" if scales is None else f"scales of shape {scales.shape} in {_dtype(scales)}"
-                raise _not_understood(codes, f"of shape {codes.shape} with {beside}", "MXFP4 as of gpt-oss")
-            found[name.removesuffix("_blocks")] = PackedExperts(codes, scales, (32, 1))
+                beside = "no scales" if scales is None else f"scales of shape {scales.shape} in {dtype_name(scales)}"
+                raise not_understood(codes, f"of shape {codes.shape} with {beside}", "MXFP4 as of gpt-oss")
+            found[name.removesuffix("_blocks")] = PackedExperts(codes, scales)
     for name, stored in checkpoint.tensors.items():
         if name.endswith("_scales") and name.removesuffix("_scales") not in found:
-            raise _not_understood(stored, "scales without blocks", "both")
+            raise not_understood(stored, "scales without blocks", "both")
     return found
 
 
@@ -233,18 +182,3 @@ def _block(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[int, in
             f"integers. {NEXT_STEP}"
         )
     return block[0], block[1]
-
-
-def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
-    return math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
-
-
-def _dtype(stored: StoredTensor) -> str:
-    return str(stored.dtype).removeprefix("torch.")
-
-
-def _not_understood(stored: StoredTensor, what: str, expected: str) -> CheckpointError:
-    return CheckpointError(
-        f"{stored.shard}: tensor {shown(stored.name)} ({_dtype(stored)}) is {what}, expected {expected}: "
-        f"quantised weights that can't be read. {NEXT_STEP}"
-    )

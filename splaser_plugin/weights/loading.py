@@ -17,13 +17,13 @@ from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from splaser_plugin.checkpoints.folder import ModelFolder, inspect, resolve_model
 from splaser_plugin.checkpoints.header import StoredTensor
 from splaser_plugin.checkpoints.quantised import (
-    QuantisedWeight,
     quantisation,
     quantised_weights,
     read_weights,
     stored_as,
     with_weights,
 )
+from splaser_plugin.checkpoints.quantised_weight import QuantisedWeight
 from splaser_plugin.checkpoints.skeleton import answering_class, skeleton_of
 from splaser_plugin.checkpoints.trust import (
     ADAPTER,

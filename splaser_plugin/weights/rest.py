@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from splaser_plugin.checkpoints.folder import INDEX_NAME, SINGLE_NAME
-from splaser_plugin.checkpoints.quantised import QuantisedWeight, read_weights, with_weights
+from splaser_plugin.checkpoints.quantised import read_weights, with_weights
+from splaser_plugin.checkpoints.quantised_weight import QuantisedWeight
 from splaser_plugin.checkpoints.skeleton import unplaced
 from splaser_plugin.weights.loading import ModelSource
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -212,7 +213,12 @@ class StoredWeights:
         """The weights of these names. tensors: what was read for them."""
         left = iter(tensors)
         quantised = self._quantised
-        return [quantised[name].weights(next(left), next(left)) if name in quantised else next(left) for name in names]
+        return [
+            quantised[name].weights(*islice(left, len(quantised[name].parts(None))))
+            if name in quantised
+            else next(left)
+            for name in names
+        ]
 
     def _taken(self, matrix: Matrix, source: Source) -> tuple[str, ...]:
         """Of the tensors that a conversion takes, those that this matrix is made of."""
