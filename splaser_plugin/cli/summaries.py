@@ -9,10 +9,13 @@ if TYPE_CHECKING:
     from splaser_plugin.jobs.compare import Comparison
     from splaser_plugin.jobs.laser import LaserResult
     from splaser_plugin.progress import Progress
+    from splaser_plugin.scanning.records import MatrixScan
     from splaser_plugin.scanning.scan import Scan
 
 SHOWN = 5
 """Matrices at either end of a scan that are shown."""
+ROOM = 63
+"""Columns right of the labels in the narrowest usual terminal."""
 
 
 def show_scan(found: Scan, output: Path, progress: Progress) -> None:
@@ -24,9 +27,15 @@ def show_scan(found: Scan, output: Path, progress: Progress) -> None:
         for matrix in matrices:
             fit = matrix.edges[found.edge]
             snr = "no noise" if fit.snr is None else f"snr {fit.snr:.3f}"
-            progress.fact(label, f"{matrix.name}  {snr}  rank {fit.rank} of {min(matrix.shape)}")
+            progress.fact(label, f"{_called(matrix)}  {snr}  rank {fit.rank} of {min(matrix.shape)}")
     progress.result("scan", str(output))
     progress.command("look at it", ["splaser", "report", str(output), "-o", "report.html"])
+
+
+def _called(matrix: MatrixScan) -> str:
+    """Its name where 80 columns have room for it, else its block and its name in there."""
+    inside = matrix.name.partition(f".{matrix.block}.")[2]
+    return matrix.name if len(matrix.name) <= ROOM or not inside else f"block {matrix.block}, {inside}"
 
 
 def show_comparison(found: Comparison, output: Path) -> None:

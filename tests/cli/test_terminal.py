@@ -11,6 +11,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from splaser_plugin.checkpoints.naming import type_in_block
 from splaser_plugin.cli.summaries import show_scan
 from splaser_plugin.cli.terminal import Level, TerminalProgress
 from splaser_plugin.cli.trial_table import shortened
@@ -115,6 +116,17 @@ def test_a_scan_shows_both_ends_with_whole_names(count):
     shown = {label: [line.split()[1] for line in lines if line.split()[0] == label] for label in ("noisiest", "best")}
     assert shown == {"noisiest": ranked[:5], "best": ranked[5:][::-1][:5]}
     assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("kind", ["shared_experts.down_proj", "mlp.experts.down_proj[127]", "mlp.experts.127.up_proj"])
+def test_of_a_name_that_80_columns_have_no_room_for_block_and_type_are_shown_whole(kind):
+    name = f"model.vision_tower.vision_model.transformer.encoder.layers.23.{kind}"
+    matrix = Matrix(name, name + ".weight", type_in_block(name), 23, (32, 64))
+    found = Scan("m", "0", "mp", (matrix_scan(matrix, np.linspace(1.0, 2.0, 32) ** 2),), ())
+    progress, printed = drawn(80)
+    show_scan(found, Path("scan.json"), progress)
+    assert f"noisiest  block 23, {kind}" in printed.getvalue()
+    assert max(map(len, printed.getvalue().splitlines())) <= 80
 
 
 def test_a_command_that_is_wrapped_can_still_be_copied():
