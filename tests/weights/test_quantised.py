@@ -177,7 +177,9 @@ def test_a_block_size_that_is_none_is_refused(block, tmp_path):
 
 
 LARGE = {"vocab_size": 49152}
-QUICK = LaserConfig(embedder="self", max_new_tokens=4, candidates=2, device="cpu", ranks="0.5", accept="improve")
+QUICK = LaserConfig(
+    embedder="self", max_new_tokens=4, candidates=2, device="cpu", ranks="0.5", accept="harmless", tolerance=5
+)
 
 
 def with_tokenizer(folder, tokenizer):
@@ -223,7 +225,7 @@ def test_a_quantised_model_is_lasered_and_written_in_the_dtype_that_is_said(toke
     assert {tensor.dtype for tensor in after.values()} <= {torch.bfloat16, torch.float32}
     assert torch.equal(after[last], (codes.float() / 2).bfloat16())
     changed = [name for name, weight in meant.items() if not torch.equal(after[name], weight.bfloat16())]
-    assert len(changed) == len(result.recipe.steps)
+    assert len(changed) == len(result.recipe.steps) > 0
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     load_model(tmp_path / "out", device="cpu")
     apply(result.recipe, tmp_path / "in", output=tmp_path / "applied")
