@@ -13,10 +13,10 @@ from transformers import (
     TrainerCallback,
 )
 
-from splaser_plugin import LaserCallback
+from splaser_plugin import LaserCallback, LaserConfig, expand, load
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.weights.adapted import MergedWeights
-from tests.builders import ROOT, changed, states, tiny_llama
+from tests.builders import EXAMPLE_PAIRS, ROOT, changed, states, tiny_llama
 from tests.integrations.trainings import CONFIG, Logs, steps_of
 
 pytestmark = pytest.mark.slow
@@ -44,6 +44,18 @@ def test_where_nothing_is_kept_what_was_trained_is_written_all_the_same(trainer_
     trainer_of(model, callback).train()
     assert callback.result.is_unchanged
     assert not changed(states(model), states(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "lasered")))
+
+
+def test_a_trained_model_is_compressed_and_written_in_factors(trainer_of, tmp_path):
+    model = tiny_llama()
+    options = {"budget": 0.04, "tolerance": 5.0, "samples": 16, "calibration_tokens": 200, "save": "factored"}
+    config = LaserConfig(objective="compress", **options)
+    callback = LaserCallback(when="after", pairs=EXAMPLE_PAIRS, config=config)
+    trainer_of(model, callback).train()
+    assert callback.result.search.kept_budget == "4 %"
+    small = load(tmp_path / "run" / "lasered")
+    assert model.num_parameters() - small.num_parameters() == callback.result.search.parameters_removed > 0
+    assert not changed(states(model), states(expand(small)))
 
 
 class Closing(TrainerCallback):

@@ -236,6 +236,9 @@ def test_two_processes_share_the_rows_and_both_get_the_numbers_of_one(tmp_path):
         for alone, mine, other in zip(one[name], first[name], second[name], strict=True):
             assert torch.equal(mine, other)
             assert torch.allclose(mine, alone, rtol=1e-4, atol=1e-6 * float(alone.abs().max()))
+    first, second = (torch.load(tmp_path / f"two-{process}-gauge.pt") for process in (0, 1))
+    assert first.keys() == second.keys() == one.keys()
+    assert all(torch.equal(mine, other) for name in one for mine, other in zip(first[name], second[name], strict=True))
 
 
 def test_what_several_matrices_read_is_added_up_once():
