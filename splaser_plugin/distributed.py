@@ -196,3 +196,15 @@ def best_device() -> torch.device:
     if accelerator.type == "mps":  # there is only one, and it goes by its plain name
         return torch.device("mps")
     return torch.device(accelerator.type, process_index() % torch.accelerator.device_count())
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs: where its first weights are, or where accelerate's hooks bring them."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            hook: Any = getattr(module, "_hf_hook", None)
+            if not parameter.is_meta or hook is None:
+                return parameter.device
+            executing = [each.execution_device for each in getattr(hook, "hooks", [hook])]
+            return torch.device(next((device for device in executing if device is not None), "cpu"))
+    return torch.device("cpu")

@@ -30,7 +30,7 @@ from tests.pages import BLOCK, PAGES, commands_of
 from tests.report_data import made_up_scan
 
 BLOCKS = [(page, *found) for page in PAGES for found in BLOCK.findall(page.read_text(encoding="utf-8"))]
-SMALL = "--max-new-tokens 6 --candidates 3 --device cpu --samples 16"
+SMALL = "--max-new-tokens 6 --candidates 3 --samples 16"
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +77,16 @@ def run(words, minilm, monkeypatch, tmp_path):
     elif words[0] == "accelerate":
         path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
         monkeypatch.setenv("PATH", path)
-        subprocess.run([*words, *shlex.split(SMALL), "--embedder", "self", "--edge", "mp"], check=True)
+        subprocess.run([*words, *shlex.split(SMALL), *on_cpu(words), "--embedder", "self", "--edge", "mp"], check=True)
         assert Path(words[-1], "recipe.json").is_file()
     else:
         assert words[0] == "splaser"
         run_splaser(words, minilm, monkeypatch)
+
+
+def on_cpu(words):
+    """The CPU, except where the command says itself where the model goes."""
+    return [] if "--device-map" in words else ["--device", "cpu"]
 
 
 def run_pip(words, clone):
@@ -107,7 +112,8 @@ def run_pip(words, clone):
 def run_splaser(words, minilm, monkeypatch):
     if words[1] in ("laser", "compare"):
         embedder = str(minilm) if words[1] == "compare" else "self"
-        given = [word for word in shlex.split(SMALL) if words[1] == "laser" or word not in ("--candidates", "3")]
+        small = [*shlex.split(SMALL), *on_cpu(words)]
+        given = [word for word in small if words[1] == "laser" or word not in ("--candidates", "3")]
         words = [*words, *given, "--embedder", embedder]
     if words[1] == "laser":
         words = [*words, "--write-unchanged"]  # the next block may use the model, whatever the tiny one kept

@@ -25,6 +25,7 @@ class Role:
     """As in the state dict of the base model: without what PEFT puts into it."""
     shape: tuple[int, ...]
     parameter: Any
+    """The same object for all names of a tied one."""
     reason: str | None
     """Why it is no matrix; None where it is one, or several."""
     experts: int | None = None
@@ -46,8 +47,20 @@ def roles(model: nn.Module) -> list[Role]:
             name = plain_name(f"{path}.{last}" if path else last)
             if name is not None:
                 role = _role(model, path, module, last, parameter)
-                found.append(Role(name, tuple(parameter.shape), parameter, *role, tower=tower_of(name)))
+                same = tied_parameter(model, name, parameter)
+                found.append(Role(name, tuple(parameter.shape), same, *role, tower=tower_of(name)))
     return found
+
+
+def tied_parameter(model: Any, name: str, parameter: Any) -> Any:
+    """The parameter itself; of an offloaded one that is tied the one it is tied to.
+
+    accelerate's hooks leave each module an empty parameter of its own, so that identity doesn't tell any more.
+    """
+    source = (getattr(model, "all_tied_weights_keys", None) or {}).get(name)
+    if source is None or not parameter.is_meta or not hasattr(model, "_hf_hook"):
+        return parameter
+    return model.get_parameter(source)
 
 
 def plain_name(name: str) -> str | None:

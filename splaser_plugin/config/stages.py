@@ -15,6 +15,7 @@ from pydantic import Field
 
 from splaser_plugin.config.guards import AUTO, parse_guards
 from splaser_plugin.config.options import Options, stage
+from splaser_plugin.config.placement import LoadConfig, PlaceConfig
 from splaser_plugin.config.template_kwargs import parse_template_kwargs
 from splaser_plugin.errors import ConfigError
 
@@ -35,19 +36,8 @@ DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 @stage
-class LoadConfig(Options):
-    """How a model's files are read."""
-
-    allow_pickle: bool = False
-    """Load weights that are pickled (.bin) if there are no others."""
-
-
-@stage
-class ApplyConfig(LoadConfig):
+class ApplyConfig(PlaceConfig):
     """How a recipe is applied."""
-
-    device: str = "auto"
-    """Device to compute on: auto, cpu, cuda, cuda:1, mps."""
 
 
 @stage
@@ -113,7 +103,7 @@ class TrainingConfig(RankConfig):
 
 
 @stage
-class MeasureConfig(LoadConfig):
+class MeasureConfig(PlaceConfig):
     """How a model is measured: the pairs, the answers, the text and the scores."""
 
     samples: int = Field(default=128, ge=1)
@@ -136,14 +126,13 @@ class MeasureConfig(LoadConfig):
     """A variable of the chat template, as KEY=VALUE (enable_thinking=false); repeatable."""
     batch_size: int = Field(default=32, ge=0)
     """Prompts generated for at once; 0 finds it by measurement."""
-    device: str = "auto"
-    """Device to run on: auto, cpu, cuda, cuda:1, mps."""
     dtype: Dtype = "auto"
     """Weights' dtype; auto is the checkpoint's own."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything random."""
 
     def __post_init__(self) -> None:
+        PlaceConfig.__post_init__(self)
         parse_template_kwargs(self.template_kwargs)
 
     @property

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from splaser_plugin.distributed import is_sharded, process_count
+from splaser_plugin.distributed import input_device, is_sharded, process_count
 from splaser_plugin.errors import ModelError, ScoreError
 from splaser_plugin.generation.kv_cache import RoomyLayer, roomy_cache
 from splaser_plugin.generation.long_rope import side, turning_point
@@ -113,7 +113,7 @@ class Generator:
         """
         if self.is_sharded or roomy_cache(self.model) is not None:
             return True
-        ids = torch.arange(1, 9)[None].to(next(self.model.parameters()).device)
+        ids = torch.arange(1, 9)[None].to(input_device(self.model))
         padded = torch.nn.functional.pad(ids, (ids.shape[1], 0), value=self._pad)
         mask = (torch.arange(padded.shape[1], device=ids.device) >= ids.shape[1]).long()[None]
         try:
@@ -196,7 +196,7 @@ class Generator:
         for place, row in enumerate(rows):
             ids[place, longest - len(row) :] = torch.tensor(row)
             mask[place, longest - len(row) :] = 1
-        device = next(self.model.parameters()).device
+        device = input_device(self.model)
         started = time.perf_counter()
         with plain_generation(self.model), evaluating(self.model):
             output = self._continue(ids.to(device), mask.to(device), steps)
@@ -233,7 +233,7 @@ class Generator:
                 made[index] += self._until_end(tokens)
             left = [place for place, index in enumerate(going) if not self._has_ended(made[index])]
             going = [going[place] for place in left]
-            chosen = torch.tensor(left, device=ids.device, dtype=torch.long)
+            chosen = torch.tensor(left, dtype=torch.long)  # on the CPU: the layers of a cache may be on several devices
             ids = found.sequences[chosen]
             mask = torch.cat([mask, torch.ones_like(new)], dim=1)[chosen]
             cache = _rows_of(getattr(found, CACHE), chosen)

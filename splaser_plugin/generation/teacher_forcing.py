@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splaser_plugin.distributed import is_sharded
+from splaser_plugin.distributed import input_device, is_sharded
 from splaser_plugin.generation.generator import evaluating
 from splaser_plugin.generation.long_rope import batches, turning_point
 from splaser_plugin.progress import measured
@@ -25,7 +25,7 @@ def forced_logits(model: Any, prompts: Sequence[Sequence[int]], answers: Sequenc
     can't reach what a causal model computes before it. Gradients flow wherever they are enabled.
     """
     rows = [torch.tensor([*prompt, *answer[:-1]]) for prompt, answer in zip(prompts, answers, strict=True)]
-    device = next(model.parameters()).device
+    device = input_device(model)
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
     mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]

@@ -118,6 +118,8 @@ def _apply(
         loaded, tokenizer = load_model(
             source,
             device=config.device,
+            device_map=config.device_map,
+            max_memory=config.max_memory,
             dtype=recipe.dtype,
             adapter=recipe.config.adapter,
             allow_pickle=config.allow_pickle,

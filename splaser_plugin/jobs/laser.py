@@ -108,6 +108,8 @@ def _laser(
             model, tokenizer = load_model(
                 source,
                 device=config.device,
+                device_map=config.device_map,
+                max_memory=config.max_memory,
                 dtype=config.dtype,
                 adapter=config.adapter,
                 allow_pickle=config.allow_pickle,

@@ -102,9 +102,8 @@ def begin(
         check_measurable(weights)
     matrices, _ = weights.matrices(config.include, config.exclude, config.towers)
     run = Run(weights, tokenizer, name, config, tuple(matrices), journal or Journal(), progress)
-    device = next(iter(weights.parameters.values())).device
     progress.fact("model", f"{name}: {overview(matrices)}, {size(weights.size)} in all")
-    progress.fact("device", f"{device}, {run.dtype}")
+    progress.fact("device", f"{weights.place}, {run.dtype}")
     for label, values in (("options", config.changes), ("versions", versions())):
         progress.detail(label, ", ".join(f"{key} {value}" for key, value in values.items()))
     if config.without_effect:

@@ -106,11 +106,16 @@ def measure(
 
 
 def check_measurable(weights: Weights) -> None:
-    """Raises ModelError for a model of which no process has whole matrices and gradients."""
+    """Raises ModelError for a model of which no process has whole matrices and gradients, all on devices."""
     if weights.is_sharded:
         raise ModelError(
             "the statistics of a reduction need whole matrices and gradients, and this model is sharded over "
             "processes. Use --reduce svd, or run splaser on the saved model."
+        )
+    if weights.is_offloaded:
+        raise ModelError(
+            "the statistics of a reduction need gradients, and offloaded weights have none. Use --reduce svd, or "
+            "devices that have room for the whole model."
         )
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from splaser_plugin.checkpoints.folder import HUB_FILES, reaching_hub
 from splaser_plugin.checkpoints.trust import PICKLES, check_embedder_folder
-from splaser_plugin.distributed import share
+from splaser_plugin.distributed import input_device, share
 from splaser_plugin.errors import EmbedderError
 from splaser_plugin.files.sources import looks_like_path, path_of
 from splaser_plugin.files.text import first_line_of, shown
@@ -135,7 +135,7 @@ class SelfEmbedder:
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
         model: Any = self._weights.model
-        device = next(model.parameters()).device
+        device = input_device(model)
         tokens = self._tokens(texts)
         limit = context_length(model)
         tokens = [row[:limit] for row in tokens]

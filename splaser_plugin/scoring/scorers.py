@@ -12,6 +12,7 @@ from splaser_plugin.config.stages import SCORERS, CompareConfig, LaserConfig, Me
 from splaser_plugin.config.template_kwargs import parse_template_kwargs
 from splaser_plugin.data.pairs import Pair
 from splaser_plugin.data.windows import open_text, read_windows
+from splaser_plugin.distributed import input_device
 from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.prompts import Prompter, prepared
 from splaser_plugin.scoring.embedding import Embedder, SelfEmbedder, SentenceEmbedder, find_embedder
@@ -91,7 +92,7 @@ class Scorers:
     def embedder(self) -> Embedder:
         if self.config.embedder == "self":
             return SelfEmbedder(self.weights or Weights(self.model), self.tokenizer, self.batch_size)
-        device = next(self.model.parameters()).device
+        device = input_device(self.model)
         return SentenceEmbedder(self.config.embedder, device, allow_pickle=self.config.allow_pickle)
 
 

@@ -85,6 +85,11 @@ def check_predictable(weights: Weights) -> None:
             "--rank-by gradient needs whole gradients, and this model is sharded over processes. Use --rank-by snr, "
             "or run splaser laser on the saved model."
         )
+    if weights.is_offloaded:
+        raise ModelError(
+            "--rank-by gradient needs gradients, and offloaded weights have none. Use --rank-by snr, or devices that "
+            "have room for the whole model."
+        )
 
 
 def sensitivities(
@@ -169,6 +174,7 @@ class _Part:
         else:
             weight = self._weights.read(self.matrix).to(self._basis.dtype)
             projected = (rows @ (weight if self.matrix.transposed else weight.mT)) @ self._basis
+        mask = mask.to(rows.device)
         self.squares += (projected * mask.reshape(-1, 1)).square_().sum(0)
         self.tokens += mask.sum()
 

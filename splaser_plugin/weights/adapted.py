@@ -32,6 +32,11 @@ class MergedWeights(Weights):
 
     def __init__(self, model: Any) -> None:
         _check_kind(model)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ModelError(
+                f"{type(model.get_base_model()).__name__} has adapters and offloaded weights, which can't be changed "
+                "together. Merge the adapter, save the model, and run splaser laser on it."
+            )
         super().__init__(model.get_base_model(), root=model)
         self._layers: dict[str, Any] = {}
         for name, module in self.model.named_modules():

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from splaser_plugin.distributed import input_device
 from splaser_plugin.errors import CheckpointError, nearest
 from splaser_plugin.files.text import shown
 from splaser_plugin.weights.factored_experts import EACH, FactoredExperts, can_be_split, stacks_of
@@ -144,7 +145,7 @@ def _called_anew(model: Any) -> frozenset[str]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
+        ids = torch.zeros((1, 2), dtype=torch.long, device=input_device(model))
         model(input_ids=ids, use_cache=False)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
         return frozenset(layers)

@@ -7,6 +7,7 @@ configuration says, so whatever loads the folder without knowing of factors stop
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,9 @@ from splaser_plugin.weights.gauge import Gauge
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Matrix
 
+OFFLOADED_SHARD = "2GB"
+"""Largest file of an offloaded model, which transformers brings into memory whole before it writes it."""
+
 
 def save_model(weights: Weights, folder: Path, state: Mapping[str, Tensor] | None) -> None:
     """Write the model by its `save_pretrained`, as factors what was reduced to factors and hasn't changed since.
@@ -39,6 +43,11 @@ def save_model(weights: Weights, folder: Path, state: Mapping[str, Tensor] | Non
 
     model: Any = weights.model
     kept = unchanged_factors(weights)
+    if weights.is_offloaded:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+            model.save_pretrained(folder, max_shard_size=OFFLOADED_SHARD)
+        return
     if not kept:
         with _undistributed(model):
             model.save_pretrained(folder, state_dict=state)

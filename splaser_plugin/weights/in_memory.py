@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from splaser_plugin.checkpoints.identity import identity_of, sampled_places
-from splaser_plugin.distributed import broadcast, is_main, is_sharded, reshard
+from splaser_plugin.distributed import broadcast, is_main, is_sharded, process_count, reshard
 from splaser_plugin.errors import MatrixError, ModelError, RankError
 from splaser_plugin.weights.factored import factored_layers, is_factorable, is_smaller
 from splaser_plugin.weights.gauge import Gauge, gauge
 from splaser_plugin.weights.matrices import Matrix, Skipped, model_matrices, named_parameters
+from splaser_plugin.weights.offloaded import OffloadedParameters
 from splaser_plugin.weights.reducer import PlainReducer, Reducer
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 class Weights:
     """Reads and writes the matrices of one model in place, so that whoever holds its parameters keeps them.
 
-    Raises ModelError when the weights can't be read and changed where they are: quantised, offloaded, on the
-    meta device, or of an encoder-decoder model.
+    They may be spread over devices, and offloaded by accelerate's hooks, see `splaser_plugin.weights.offloaded`.
+    Raises ModelError when the weights can't be read and changed where they are: quantised, on the meta device without
+    such hooks, or of an encoder-decoder model.
     """
 
     def __init__(self, model: nn.Module, root: nn.Module | None = None) -> None:
@@ -36,6 +38,7 @@ class Weights:
         self._root = root or model
         reshard(self._root)
         self.parameters: dict[str, nn.Parameter] = named_parameters(model)
+        self._offloaded = OffloadedParameters(model)
         self._originals: dict[Matrix, Tensor] | None = None
         self.factors: dict[Matrix, Gauge] | None = None
         """After `keep_factors`: what each matrix, as it is stored, was reduced to."""
@@ -67,8 +70,15 @@ class Weights:
         """Whether every process holds only a part, so that reading a matrix takes all of them."""
         return is_sharded(self.model)
 
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether some of them are outside their modules until these compute."""
+        return bool(self._offloaded)
+
     def effective(self, name: str) -> Tensor:
         """A whole parameter by name, as the model computes with it. Not to be written to."""
+        if name in self._offloaded:
+            return self._offloaded.read(name)
         return gathered(self.parameters[name].detach())
 
     @property
@@ -76,6 +86,14 @@ class Weights:
         """That of the model, as recipes call it: `bfloat16`."""
         model: Any = self.model
         return str(model.dtype).removeprefix("torch.")
+
+    @property
+    def place(self) -> str:
+        """Where they are, for people: `cpu`, `cuda:0 and disk`, `cpu, a part in each of 2 processes`."""
+        kept = {self._offloaded.place(name) for name in self.parameters if name in self._offloaded}
+        named = {str(each.device) for name, each in self.parameters.items() if name not in self._offloaded}
+        parts = f", a part in each of {process_count()} processes" if self.is_sharded else ""
+        return " and ".join([*sorted(named), *sorted(kept)]) + parts
 
     @property
     def size(self) -> int:
@@ -136,6 +154,9 @@ class Weights:
         """Set the matrix to `values`, (rows, columns), in place. Every process ends with the same bits."""
         from torch.distributed.tensor import DTensor, distribute_tensor
 
+        if matrix.parameter in self._offloaded:
+            self._write_offloaded(matrix, broadcast(values))
+            return
         reshard(self._root)
         parameter = self.parameters[matrix.parameter].detach()
         if not isinstance(parameter, DTensor):
@@ -169,8 +190,14 @@ class Weights:
     def keep_factors(self) -> None:
         """From now on reduce to factors in the model's dtype, and keep them in `factors`, for a smaller model.
 
-        Raises ModelError when the model is sharded over processes, or its folder has tensors that it doesn't hold.
+        Raises ModelError when the model is sharded over processes or offloaded, or its folder has tensors that it
+        doesn't hold.
         """
+        if self.is_offloaded:
+            raise ModelError(
+                f"{type(self.model).__name__} has offloaded weights, so its matrices can't be kept as factors. Use "
+                "--save dense, or a device that has room for the whole model."
+            )
         if self.is_sharded:
             raise ModelError(
                 f"{type(self.model).__name__} is sharded over processes, so its matrices can't be kept as factors. "
@@ -222,14 +249,24 @@ class Weights:
     @torch.no_grad()
     def put_back(self, matrix: Matrix, held: Tensor) -> None:
         """Undo every change since `hold`, bit for bit."""
+        if matrix.parameter in self._offloaded:
+            self._write_offloaded(matrix, held)
+            return
         reshard(self._root)
         self._stored(matrix).copy_(held)
 
     def _stored(self, matrix: Matrix) -> Tensor:
         from torch.distributed.tensor import DTensor
 
+        if matrix.parameter in self._offloaded:
+            return matrix.view(self._offloaded.read(matrix.parameter))
         parameter = self.parameters[matrix.parameter].detach()
         return parameter.to_local() if isinstance(parameter, DTensor) else matrix.view(parameter)
+
+    def _write_offloaded(self, matrix: Matrix, values: Tensor) -> None:
+        whole = self._offloaded.read(matrix.parameter).clone()
+        matrix.view(whole).copy_(values)
+        self._offloaded.write(matrix.parameter, whole)
 
 
 class Attempt:
@@ -293,13 +330,6 @@ def _check(model: nn.Module) -> None:
         )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ModelError(f"{kind} is an encoder-decoder model; only causal language models can be lasered.")
-    places = set(map(str, getattr(model, "hf_device_map", {}).values()))
-    is_offloaded = "disk" in places or ("cpu" in places and len(places) > 1)
-    if is_offloaded or any(parameter.is_meta for parameter in model.parameters()):
-        raise ModelError(
-            f"{kind} has weights that are offloaded or on the meta device, so they can't be changed in place. "
-            "Load the whole model onto one kind of device."
-        )
 
 
 def gathered(parameter: Tensor) -> Tensor:

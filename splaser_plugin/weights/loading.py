@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import struct
+import tempfile
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +41,7 @@ from splaser_plugin.files.sources import looks_like_path, path_of
 from splaser_plugin.files.text import first_line_of, shown
 from splaser_plugin.weights.factored_folder import load_factored
 from splaser_plugin.weights.factored_format import stored_layers
+from splaser_plugin.weights.spread import arguments_of, every_process_loads, resolved_map
 
 
 def pick_device(name: str) -> torch.device:
@@ -131,20 +135,35 @@ def load_model(
     dtype: str = "auto",
     adapter: str | Path = "",
     allow_pickle: bool = False,
+    device_map: str = "none",
+    max_memory: tuple[str, ...] = (),
 ) -> tuple[Any, Any]:
-    """A model in evaluation mode on its device, and its tokenizer.
+    """A model in evaluation mode on its device or devices, and its tokenizer.
 
     model: a folder that transformers can load, a .gguf file, a hub id, or what `find_model` found. dtype: `auto` keeps
     the checkpoint's. adapter: folder of a PEFT adapter to merge into it; empty for none. allow_pickle: load weights
     that torch has pickled, if there are no others; they are unpickled as weights only. Code that comes with a model
-    never runs.
+    never runs. device_map, max_memory: see `config.placement.PlaceConfig`; under `none` whatever `accelerate launch`
+    was told goes.
     Raises CheckpointError when there is nothing to load there or it is damaged, ModelError when it is no causal
-    language model.
+    language model, ConfigError when it can't be spread so.
     """
+    device_map = resolved_map(device_map)
     place = pick_device(device)
     source = model if isinstance(model, ModelSource) else find_model(model, allow_pickle=allow_pickle)
+    folder = tempfile.TemporaryDirectory(prefix="splaser-", ignore_cleanup_errors=True)
+    spread = arguments_of(device_map, max_memory, folder.name)
+    if adapter and spread:
+        raise ConfigError(
+            f"--adapter with --device-map {device_map}: an adapter is merged on one device. Merge it, save the model, "
+            "and give that."
+        )
     stored = _find_adapter(path_of(adapter), allow_pickle) if adapter else None
-    loaded, tokenizer = _load(source, dtype if dtype == "auto" else getattr(torch, dtype))
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # the run says itself where the weights are
+    loaded, tokenizer = _load(source, dtype if dtype == "auto" else getattr(torch, dtype), spread)
+    if spread:
+        weakref.finalize(loaded, folder.cleanup)  # the model reads from it
+        return loaded.eval(), tokenizer
     if source.gguf:
         _forget_gguf(loaded)
     if adapter:
@@ -152,7 +171,8 @@ def load_model(
     return loaded.to(place).eval(), tokenizer
 
 
-def _load(source: ModelSource, dtype: str | torch.dtype) -> tuple[Any, Any]:
+def _load(source: ModelSource, dtype: str | torch.dtype, spread: dict[str, Any]) -> tuple[Any, Any]:
+    """spread: of `arguments_of`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     name, folder = source.name, source.folder
@@ -166,6 +186,11 @@ def _load(source: ModelSource, dtype: str | torch.dtype) -> tuple[Any, Any]:
             raise ModelError(
                 f"{name} has quantised weights, which can't be reduced. Give the model in bfloat16 or float32."
             )
+        if spread and (source.gguf or source.quantised or is_factored):
+            raise ModelError(
+                f"{name} can't be spread over devices as it is stored. Load it on one device, or save it as plain "
+                "safetensors first (splaser expand, for factored layers)."
+            )
         tokenizer = _tokenizer(source, files)
         if is_factored:
             return load_factored(source.checkpoint or open_checkpoint(folder), dtype=dtype), tokenizer
@@ -175,7 +200,8 @@ def _load(source: ModelSource, dtype: str | torch.dtype) -> tuple[Any, Any]:
         if source.quantised:
             loaded: Any = _dequantised(source, config, dtype)
         else:
-            loaded = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **files)
+            with every_process_loads():
+                loaded = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **files, **spread)
     except _library_errors() as error:
         raise CheckpointError(
             f"{name}: can't be loaded as a causal language model ({_reason(error, source)}) "

@@ -140,10 +140,10 @@ def other_of(name: str, names: Iterable[str]) -> str | None:
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter by its name, tied ones under each of theirs. Under PEFT: by the base model's own names."""
-    from splaser_plugin.checkpoints.roles import plain_name
+    from splaser_plugin.checkpoints.roles import plain_name, tied_parameter
 
     plain = ((plain_name(name), parameter) for name, parameter in model.named_parameters(remove_duplicate=False))
-    return {name: parameter for name, parameter in plain if name is not None}
+    return {name: tied_parameter(model, name, parameter) for name, parameter in plain if name is not None}
 
 
 def choose_matrices(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.builders import ROOT, accelerate, torchrun
+from tests.builders import ROOT, THREE_PAIRS, accelerate, save_rows, torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -95,3 +95,39 @@ def test_two_processes_order_by_the_same_gradient_as_one_and_refuse_it_on_a_shar
     refused = [path.read_text() for path in (tmp_path / "two").glob("refused-*.txt")]
     assert len(refused) == 2
     assert all("rank_by gradient needs whole gradients, and this model is sharded" in message for message in refused)
+
+
+SHORT = ["--embedder", "self", "--max-new-tokens", "6", "--candidates", "5", "--edge", "mp", "--batch-size", "2"]
+SPREAD = {"fsdp": ["--use_fsdp", "--fsdp_version", "2"], "tp": ["--multi_gpu"]}
+"""What `accelerate launch` is told for each way to spread a model over the processes."""
+
+
+def command(launcher: list[str], model: Path, pairs: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    arguments = ["-m", "splaser_plugin", "laser", model, "--pairs", pairs, "-o", out, *SHORT, *more]
+    return subprocess.run([*launcher, *map(str, arguments)], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("way", SPREAD)
+def test_the_command_spreads_a_model_over_processes_and_finds_what_one_finds(way, tiny_folder, tmp_path):
+    pairs = save_rows(tmp_path / "pairs.jsonl", THREE_PAIRS)
+    alone = command(ONE, tiny_folder, pairs, tmp_path / "one")
+    launcher = [SPREAD[way][0] if word == "--multi_gpu" else word for word in accelerate()] + SPREAD[way][1:]
+    asked = [] if way == "fsdp" else ["--device-map", way]  # FSDP is asked of the launcher
+    together = command(launcher, tiny_folder, pairs, tmp_path / "two", *asked)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    assert together.returncode == 0, together.stderr[-3000:]
+    assert "a part in each of 2 processes" in together.stderr
+    one, two = (json.loads((tmp_path / name / "recipe.json").read_text()) for name in ("one", "two"))
+    assert same_steps(one, two)
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "one").state_dict()
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "two").state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def test_the_command_refuses_all_devices_for_each_of_several_processes(tiny_folder, tmp_path):
+    pairs = save_rows(tmp_path / "pairs.jsonl", THREE_PAIRS)
+    done = command(accelerate(), tiny_folder, pairs, tmp_path / "out", "--device-map", "auto")
+    assert done.returncode != 0
+    assert "--device-map auto gives one process all devices, and there are 2" in " ".join(done.stderr.split())
