@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import entry_points, metadata
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -99,3 +101,17 @@ def test_the_healing_example_trains_a_factored_model_and_keeps_its_form(tiny_fol
     assert healed.num_parameters() == small.num_parameters()
     assert len(factored_layers(healed)) == len(matrices)
     assert torch.equal(healed.get_input_embeddings().weight, small.get_input_embeddings().weight)
+
+
+def test_the_container_installs_what_is_there_and_starts_the_program():
+    """No container is built here; what it copies, installs and starts has to exist."""
+    lines = (ROOT / "examples" / "Dockerfile").read_text(encoding="utf-8")
+    project = metadata("splaser-plugin")
+    [version] = re.findall(r"^FROM python:(\S+)-slim$", lines, re.MULTILINE)
+    assert SpecifierSet(project["Requires-Python"]).contains(version)
+    [extras] = re.findall(r'"/src\[(.*)\]"', lines)
+    assert set(extras.split(",")) <= set(project.get_all("Provides-Extra"))
+    [program] = re.findall(r'^ENTRYPOINT \["(.*)"\]$', lines, re.MULTILINE)
+    assert program in entry_points(group="console_scripts").names
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert not {"splaser_plugin", "integrations", "examples", "pyproject.toml", "README.md", "LICENSE"} & set(ignored)

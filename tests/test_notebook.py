@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import base64
+import re
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.builders import ROOT
+from tests.builders import EXAMPLE_PAIRS, QUICK, ROOT
 
 FOLDER = ROOT / "examples"
 KERNEL = "python3"
@@ -46,3 +47,28 @@ def test_the_walkthrough_runs_and_gives_what_is_stored(stored, smollm2, minilm, 
     expected = kinds(stored)
     NotebookClient(stored, timeout=600, kernel_name=KERNEL, resources={"metadata": {"path": str(FOLDER)}}).execute()
     assert kinds(stored) == expected
+
+
+@pytest.mark.slow
+def test_every_cell_of_the_colab_notebook_runs(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(FOLDER / "colab.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    parameters.source = f"""
+MODEL, PAIRS, TRAINING_STEPS = {str(tiny_folder)!r}, {str(EXAMPLE_PAIRS)!r}, 1
+OPTIONS = {QUICK | {"samples": 14, "held_out_fraction": 0.5, "seed": 1}!r}
+"""
+    NotebookClient(notebook, timeout=300, kernel_name=KERNEL, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    shown = "".join(output.get("text", "") + output.get("data", {}).get("text/html", "") for output in outputs)
+    assert "LaserResult(" in shown and "splaser report" in shown and "matrices have adapters" in shown
+    assert (tmp_path / "lasered" / "model.safetensors").is_file()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_badge_of_the_colab_notebook_leads_to_it():
+    notebook = nbformat.read(FOLDER / "colab.ipynb", as_version=4)
+    urls = re.findall(r"https://colab\.research\.google\.com/github/(\S+?)\)", notebook.cells[0].source)
+    assert urls == ["splaser/splaser/blob/main/examples/colab.ipynb"]
+    assert "repo_url: https://github.com/splaser/splaser" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
