@@ -15,6 +15,18 @@ def ignore(steps: float) -> None:
     """The `Advance` of work that nobody follows."""
 
 
+def duration(seconds: float) -> str:
+    """A length of time for people, in its two largest units."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if minutes < 90:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} days {hours % 24} h"
+
+
 class Progress:
     """Silent base class: override what should be seen."""
 

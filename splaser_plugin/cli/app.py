@@ -139,6 +139,10 @@ def laser(
     write_unchanged: Annotated[
         bool, typer.Option("--write-unchanged", help="Write the model even if nothing was kept: a copy of the base.")
     ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Say what the run will cost and what its held-out pairs can show, and stop there."),
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -152,10 +156,16 @@ def laser(
     from splaser_plugin.artifacts.hub import push_to_hub as push_model
     from splaser_plugin.distributed import is_main, join_processes
     from splaser_plugin.jobs.laser import laser as run_laser
+    from splaser_plugin.jobs.laser import plan as plan_laser
 
     if push_to_hub:
         check_repo(push_to_hub)
     join_processes()
+    if plan:
+        cost = plan_laser(model, pairs, config=config, output=output, overwrite=overwrite, progress=progress)
+        if as_json and is_main():
+            print(json.dumps(cost.to_dict(), allow_nan=False))
+        return
     result = run_laser(
         model,
         pairs,

@@ -16,11 +16,14 @@ from splaser_plugin.distributed import in_main, meet
 from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.files.output import check_output, check_space
 from splaser_plugin.files.sources import path_of
+from splaser_plugin.jobs.cost import Cost, cost_of, tell_cost, tell_smallest_effect
 from splaser_plugin.jobs.result import NO_PAIRS, LaserResult
 from splaser_plugin.jobs.stages import (
     Measures,
+    Run,
     begin,
     make_recipe,
+    measure_all,
     prepare_measures,
     scan_weights,
     search_and_compare,
@@ -30,6 +33,8 @@ from splaser_plugin.scanning.records import Scan
 from splaser_plugin.scoring.scorers import check_scorers
 from splaser_plugin.scoring.semantic import References, SemanticScorer
 from splaser_plugin.search.journal import Journal, LaserJournal, RecordedScorer
+from splaser_plugin.search.search import SearchResult
+from splaser_plugin.search.verdict import Verdicts
 from splaser_plugin.weights.adapted import weights_of
 from splaser_plugin.weights.in_memory import Weights, check_generates, model_name
 from splaser_plugin.weights.loading import find_model, load_model, pick_device
@@ -67,17 +72,45 @@ def laser(
     meet("laser()")
     config = config or LaserConfig()
     if output is None:
-        return _laser(model, pairs, config, tokenizer, Journal(), None, progress)
-    named = (model, pairs, config.held_out, config.text, config.adapter, config.embedder)
-    given = tuple(place for place in named if isinstance(place, (str, Path)) and str(place))
-    path = check_output(output, overwrite=overwrite, inputs=given, goes_on=True)
+        return _laser(*_begin(model, pairs, config, tokenizer, Journal(), None, progress))
+    path = _checked(output, model, pairs, config, overwrite)
     with closing(LaserJournal(path, anew=overwrite)) as journal:
-        result = _laser(model, pairs, config, tokenizer, journal, path, progress)
+        result = _laser(*_begin(model, pairs, config, tokenizer, journal, path, progress))
         result.save_held(path, with_model=write_unchanged or not result.is_unchanged)
     return result
 
 
-def _laser(
+def plan(
+    model: str | Path | Any,
+    pairs: PairSource | None = None,
+    *,
+    config: LaserConfig | None = None,
+    tokenizer: Any = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Cost:
+    """What `laser` with the same arguments will cost at most; nothing is searched, changed or written.
+
+    The held-out pairs are measured, to say on `progress` how small a change of the mean they can show.
+    Raises what `laser` raises before it begins.
+    """
+    config = config or LaserConfig()
+    path = None if output is None else _checked(output, model, pairs, config, overwrite)
+    run, measures = _begin(model, pairs, config, tokenizer, Journal(), path, progress)
+    cost = cost_of(run, measures)
+    cost.tell(progress)
+    tell_smallest_effect(measure_all(measures.held_out, "held-out base", progress), config.unit, progress)
+    return cost
+
+
+def _checked(output: str | Path, model: Any, pairs: PairSource | None, config: LaserConfig, overwrite: bool) -> Path:
+    named = (model, pairs, config.held_out, config.text, config.adapter, config.embedder)
+    given = tuple(place for place in named if isinstance(place, (str, Path)) and str(place))
+    return check_output(output, overwrite=overwrite, inputs=given, goes_on=True)
+
+
+def _begin(
     model: Any,
     pairs: PairSource | None,
     config: LaserConfig,
@@ -85,7 +118,8 @@ def _laser(
     journal: Journal,
     output: Path | None,
     progress: Progress,
-) -> LaserResult:
+) -> tuple[Run, Measures]:
+    """The run on a model that is loaded now, if it wasn't, once all that can be refused before was looked at."""
     split = read_pairs(pairs, config)
     name, source = str(model), None
     if isinstance(model, nn.Module):
@@ -123,7 +157,8 @@ def _laser(
             progress.fact("kept as they are", weights.rest.note)
     if output is not None:
         in_main(lambda: check_space(output, weights.size))
-    return laser_weights(weights, tokenizer, split, config=config, name=name, journal=journal, progress=progress)
+    run = begin(weights, tokenizer, name=name, config=config, journal=journal, progress=progress)
+    return run, prepare_measures(run, split)
 
 
 def laser_weights(
@@ -137,18 +172,23 @@ def laser_weights(
     progress: Progress = SILENT,
 ) -> LaserResult:
     """The job of `laser` on weights that are loaded already, wherever they live. name: how the model is called."""
-    started = time.monotonic()
     run = begin(weights, tokenizer, name=name, config=config, journal=journal, progress=progress)
-    measures = prepare_measures(run, split)
+    return _laser(run, prepare_measures(run, split))
+
+
+def _laser(run: Run, measures: Measures) -> LaserResult:
+    progress = run.progress
     references = _references(measures)
     if references is not None and references.warning:
         progress.result("warning", references.warning)
+    tell_cost(run, measures)
     scan = scan_weights(run, measures)
     found, verdicts = search_and_compare(run, measures, scan)
+    _tell(run, found, verdicts)
     recipe = make_recipe(run, scan, found)
     return LaserResult(
-        weights,
-        tokenizer,
+        run.weights,
+        run.tokenizer,
         scan,
         recipe,
         found,
@@ -156,8 +196,23 @@ def laser_weights(
         verdicts.scored,
         verdicts.text,
         references,
-        time.monotonic() - started,
+        time.monotonic() - run.began,
     )
+
+
+def _tell(run: Run, found: SearchResult, verdicts: Verdicts) -> None:
+    progress = run.progress
+    if found.budgets:
+        removed = f"{found.kept_budget}: {found.parameters_removed:,} parameters removed"
+        progress.result("kept", removed if found.kept_budget else "no budget")
+    else:
+        progress.result("kept", f"{len(found.kept)} of {len(found.trials)} candidates")
+    score = f"{found.baseline.mean:+.4f} before, {found.final.mean:+.4f} after"
+    progress.result("score", f"{score}, on the {run.config.unit} searched on")
+    for label, verdict in (("held out", verdicts.scored), ("held-out text", verdicts.text)):
+        if verdict is not None:
+            progress.result(label, verdict.summary)
+            progress.result("verdict", "; ".join(filter(None, (verdict.verdict, verdict.loss_verdict))))
 
 
 def _references(measures: Measures) -> References | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from splaser_plugin.artifacts.rank_source import BudgetShare
@@ -17,6 +18,7 @@ from splaser_plugin.distributed import my_part
 from splaser_plugin.errors import MatrixError, ModelError, RecipeError
 from splaser_plugin.files.output import size
 from splaser_plugin.files.sources import path_of
+from splaser_plugin.jobs.cost import tell_smallest_effect
 from splaser_plugin.progress import SILENT, Progress, counting
 from splaser_plugin.reduction.calibration import Row, answer_rows, mixed, token_count, window_rows
 from splaser_plugin.reduction.measured_reducer import MeasuredReducer, measured_reducer
@@ -58,6 +60,7 @@ class Run:
     """Of the model, in its order: those that the run may reduce."""
     journal: Journal
     progress: Progress
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def dtype(self) -> str:
@@ -260,8 +263,9 @@ def search_and_compare(run: Run, measures: Measures, scan: Scan) -> tuple[Search
     candidates = measure_candidates(run, measures, ordered) if ordered else []
     judge = _judge(run, measures, 0 if budgets else min(config.candidates, len(candidates)))
     with journal.measuring(f"{BASE}, held out"):
-        base = _measure(measures.held_out, "held-out base", progress)
-        base_text = _measure(measures.held_out_text, "held-out text, base", progress)
+        base = measure_all(measures.held_out, "held-out base", progress)
+        base_text = measure_all(measures.held_out_text, "held-out text, base", progress)
+    tell_smallest_effect(base, config.unit, progress)
     if budgets:
         text = Judge(measures.text, acceptance=_acceptance(config, 0)) if measures.text else None
         found = search_budgets(run.weights, budgets, judge, text, journal=journal, progress=progress)
@@ -270,34 +274,18 @@ def search_and_compare(run: Run, measures: Measures, scan: Scan) -> tuple[Search
     result, result_text = base, base_text
     if found.ranks:
         with journal.measuring("result, held out"):
-            result = _measure(measures.held_out, "held-out result", progress, like=base)
-            result_text = _measure(measures.held_out_text, "held-out text, result", progress, like=base_text)
+            result = measure_all(measures.held_out, "held-out result", progress, like=base)
+            result_text = measure_all(measures.held_out_text, "held-out text, result", progress, like=base_text)
     verdicts = Verdicts(
         _verdict(config, base, result, config.unit) if base and result else None,
         _verdict(config, base_text, result_text, "windows") if base_text and result_text else None,
     )
-    _tell(run, found, verdicts)
     return found, verdicts
 
 
 def _verdict(config: LaserConfig, base: Scores, result: Scores, unit: str) -> HeldOut:
     tolerance = config.tolerance if config.acceptance == "harmless" else None
     return compare(base, result, seed=config.seed, unit=unit, tolerance=tolerance)
-
-
-def _tell(run: Run, found: SearchResult, verdicts: Verdicts) -> None:
-    progress = run.progress
-    if found.budgets:
-        removed = f"{found.kept_budget}: {found.parameters_removed:,} parameters removed"
-        progress.result("kept", removed if found.kept_budget else "no budget")
-    else:
-        progress.result("kept", f"{len(found.kept)} of {len(found.trials)} candidates")
-    score = f"{found.baseline.mean:+.4f} before, {found.final.mean:+.4f} after"
-    progress.result("score", f"{score}, on the {run.config.unit} searched on")
-    for label, verdict in (("held out", verdicts.scored), ("held-out text", verdicts.text)):
-        if verdict is not None:
-            progress.result(label, verdict.summary)
-            progress.result("verdict", "; ".join(filter(None, (verdict.verdict, verdict.loss_verdict))))
 
 
 def make_recipe(run: Run, scan: Scan, found: SearchResult) -> Recipe:
@@ -389,7 +377,7 @@ def _acceptance(config: LaserConfig, candidates: int) -> Acceptance:
     return Harmless(config.tolerance, config.alpha, candidates)
 
 
-def _measure(scorer: Scorer | None, name: str, progress: Progress, like: Scores | None = None) -> Scores | None:
+def measure_all(scorer: Scorer | None, name: str, progress: Progress, like: Scores | None = None) -> Scores | None:
     """The model as it is, on everything the scorer has; None where there is no scorer."""
     if scorer is None:
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from splaser_plugin.distributed import my_part
-from splaser_plugin.progress import SILENT, Progress, counting
+from splaser_plugin.progress import SILENT, Progress, counting, duration
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.budgets import BudgetTrial
 from splaser_plugin.search.candidates import Candidate
@@ -17,6 +17,9 @@ from splaser_plugin.search.judge import Judge, Judgement, judged
 from splaser_plugin.tables import Table
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Matrix
+
+WORTH_TELLING_S = 1.0
+"""Of a baseline, for which the time that the search may take is said; one that a journal has takes none."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +148,13 @@ def search(
     An exception or Ctrl-C leaves kept changes in place and the undecided matrix bit for bit as it was.
     """
     journal = journal or Journal()
+    began = time.monotonic()
     baseline = measured_baseline(judge, progress)
+    baseline_s = time.monotonic() - began
     trials: list[Trial] = []
     most = len(candidates) if limit is None else min(limit, len(candidates))
+    if baseline_s >= WORTH_TELLING_S:
+        progress.fact("time left", f"{duration(most * baseline_s)} at most for {most} candidates")
     with progress.phase("search", most) as advance:
         for candidate in candidates:
             if len(trials) == most:
