@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, TypeAlias
 
-from pydantic import PlainSerializer, PlainValidator
+from pydantic import BeforeValidator, PlainSerializer, PlainValidator
 
 from splaser_plugin.config.stages import EDGES, Edge, edge_or_fraction
 
@@ -35,3 +35,5 @@ def _parsed(stored: object) -> Edge | float | BudgetShare:
 
 RankSource: TypeAlias = Annotated[Edge | float | BudgetShare, PlainValidator(_parsed), PlainSerializer(str)]
 """An edge, the fraction of components that stayed, or a budget's share; a text in files."""
+OptionalRankSource: TypeAlias = Annotated[RankSource | None, BeforeValidator(lambda stored: stored or None)]
+"""None where a file doesn't say it, or says "", as files of version 0.1.0 may."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag
 
-from splaser_plugin.artifacts.rank_source import RankSource
+from splaser_plugin.artifacts.rank_source import OptionalRankSource
 from splaser_plugin.errors import RecipeError
 from splaser_plugin.files.json import read_json, write_json
 from splaser_plugin.files.validation import InvalidRecordError, Number, Whole, plain, validated
@@ -89,7 +89,7 @@ class Tried:
     name: str
     rank: Whole
     full_rank: Whole
-    edge: RankSource | None = None
+    edge: OptionalRankSource = None
     """Where the rank comes from; None in files that don't say."""
     snr: Number | None = None
     predicted: Number | None = None

@@ -266,15 +266,13 @@ def expand(
     verbose: Verbose = False,
 ) -> None:
     """Turn a model that was saved with --save factored into a plain one, bit for bit the one that was scored."""
-    from splaser_plugin.files.output import check_output, held
+    from splaser_plugin.files.output import check_output
 
-    path = check_output(output, overwrite=overwrite, inputs=(model,))
+    check_output(output, overwrite=overwrite, inputs=(model,))  # before anything heavy is imported
     progress = _progress(quiet, verbose, "jobs.expand")
-    from splaser_plugin.jobs.expand import expand_folder
+    from splaser_plugin.jobs.expand import expand as run_expand
 
-    with held(path):
-        _, layers = expand_folder(model, path)
-    progress.result("expanded", f"{layers} layers")
+    run_expand(model, output=output, overwrite=overwrite, progress=progress)
     progress.result("model", str(output))
 
 

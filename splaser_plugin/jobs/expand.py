@@ -11,24 +11,28 @@ from splaser_plugin.artifacts.base_card import base_card
 from splaser_plugin.artifacts.card import model_card
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.artifacts.results import Results
-from splaser_plugin.checkpoints.folder import INDEX_NAME, inspect, resolve_model
+from splaser_plugin.checkpoints.folder import INDEX_NAME, ModelFolder, inspect, resolve_model
 from splaser_plugin.checkpoints.trust import check_model_folder
 from splaser_plugin.errors import ModelError
 from splaser_plugin.files.output import check_output, check_space, held, whole_folder
+from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.weights.factored import expand as expand_layers
-from splaser_plugin.weights.factored_folder import load, load_factored
+from splaser_plugin.weights.factored_folder import load_factored
 from splaser_plugin.weights.factored_format import stored_layers
 from splaser_plugin.weights.in_memory import Weights
 
 
-def expand(model: Any, *, output: str | Path | None = None, overwrite: bool = False) -> Any:
-    """Turn every factored layer of a model into a plain one.
+def expand(
+    model: Any, *, output: str | Path | None = None, overwrite: bool = False, progress: Progress = SILENT
+) -> Any:
+    """Turn every factored layer of a model into a plain one. It has no options, so that it takes no `config=`.
 
     Args:
         model: A folder or hub id, or a loaded model, which is changed in place, under PEFT too. Experts that have
             adapters are put back into their stacks only once those are merged: call it again then.
         output: Folder to write the plain model to, with the tokenizer and what else the model's folder has.
         overwrite: Replace the output of an earlier run.
+        progress: What is told of the work on a model in a folder.
 
     Returns:
         The plain model.
@@ -44,23 +48,25 @@ def expand(model: Any, *, output: str | Path | None = None, overwrite: bool = Fa
             raise ModelError("a loaded model has no tokenizer to write. Save both with their save_pretrained.")
         return expand_layers(model)
     if output is None:
-        return expand_layers(load(model, dtype="auto"))
+        return _expanded(inspect(resolve_model(str(model))), progress)
     path = check_output(output, overwrite=overwrite, inputs=(model,))
     with held(path):
-        return expand_folder(str(model), path)[0]
+        source = inspect(resolve_model(str(model)))
+        dense = _expanded(source, progress)
+        _write(dense, source, path)
+    return dense
 
 
-def expand_folder(model: str, out: Path) -> tuple[Any, int]:
-    """Write the dense model of a factored one to the folder `out`, with what else there is: tokenizer, recipe.
+def _expanded(source: ModelFolder, progress: Progress) -> Any:
+    with progress.phase("loading", 1):
+        checkpoint = check_model_folder(source)
+        model = load_factored(checkpoint, dtype="auto")
+    progress.result("expanded", f"{len(stored_layers(checkpoint.config, source.path))} layers")
+    return expand_layers(model)
 
-    Only for the process that holds `out`. Returns it, and how many layers were factored: 0 for a run that kept nothing.
-    Raises CheckpointError as `load` does, RecipeError when the recipe or the results that are copied are damaged, and
-    OutputError when there is no room for the dense model.
-    """
-    source = inspect(resolve_model(model))
-    checkpoint = check_model_folder(source)
-    layers = stored_layers(checkpoint.config, source.path)
-    dense = expand_layers(load_factored(checkpoint, dtype="auto"))
+
+def _write(dense: Any, source: ModelFolder, out: Path) -> None:
+    """Write the plain model to the folder `out`, which is held, with what else the factored one's has."""
     needed = Weights(dense).size
     check_space(out, needed)
     with whole_folder(out, needed=needed) as folder:
@@ -70,7 +76,6 @@ def expand_folder(model: str, out: Path) -> tuple[Any, int]:
             if not is_weights and not (folder / name).exists():
                 shutil.copyfile(source.path / name, folder / name)
         _rewrite_card(folder, dense.config)
-    return dense, len(layers)
 
 
 def _rewrite_card(folder: Path, config: Any) -> None:

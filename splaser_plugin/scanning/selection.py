@@ -317,6 +317,7 @@ def _block_sides(scan: Scan | PublishedScan) -> int | None:
 
 
 def _refuse_expert(name: str) -> None:
+    """By its name, since the scans that Spectrum and laserRMT publish have nothing else to tell it by."""
     if name.endswith("]") or "experts" in name.split("."):
         raise MatrixError(
             f"{name} is one expert: transformers keeps all experts of a block in one parameter, so that it can't "

@@ -8,6 +8,7 @@ import pytest
 
 from splaser_plugin.artifacts.rank_source import BudgetShare
 from splaser_plugin.artifacts.recipe import Recipe, Step
+from splaser_plugin.artifacts.results import Tried
 from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.errors import RecipeError
 from splaser_plugin.files.validation import InvalidRecordError, plain, validated
@@ -84,6 +85,12 @@ def test_where_a_rank_comes_from_is_a_text_in_files_only(text, source):
     stored = {"name": "lm_head", "rank": 2, "edge": text, "threshold": None, "shape": [9, 8]}
     step = validated(Step, stored)
     assert (step.edge, type(step.edge), plain(step)["edge"]) == (source, type(source), text)
+
+
+def test_results_of_version_0_1_may_not_say_where_a_rank_comes_from():
+    stored = {"name": "lm_head", "rank": 2, "full_rank": 8, "verdict": "kept", "pairs_scored": [], "per_pair": []}
+    assert validated(Tried, {**stored, "edge": ""}).edge is validated(Tried, stored).edge is None
+    assert validated(Tried, {**stored, "edge": "mp"}).edge == "mp"
 
 
 @pytest.mark.parametrize("text", ["", "iqrr", "1.5", "budget", "budget mp", 0.5, None])

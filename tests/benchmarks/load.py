@@ -2,8 +2,8 @@
 
     python tests/benchmarks/load.py [--only scan pairs search] [--rows 1000000] [--candidates 500]
 
-scan: 10,000 experts of a mixture (`scan_memory.py --experts`), above a bare import of torch. pairs: a file of so
-many rows in each format, of which only the last 128 can be used, above the import of the reader. search: that many
+scan: 10,000 experts of a mixture (`scan_memory.py --experts`), above an import of the model's class. pairs: a file of
+so many rows in each format, of which only the last 128 can be used, above the import of the reader. search: that many
 candidates of a tiny model of 72 blocks, and a tenth of them, above the import of the program.
 """
 

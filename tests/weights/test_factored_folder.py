@@ -15,13 +15,13 @@ from splaser_plugin import LaserConfig, expand, laser, load
 from splaser_plugin.cli.app import main
 from splaser_plugin.errors import CheckpointError, ModelError, OutputError
 from splaser_plugin.jobs.apply import apply
-from splaser_plugin.jobs.expand import expand_folder
 from splaser_plugin.scanning.scan import scan as run_scan
 from splaser_plugin.spectra import spectrum
 from splaser_plugin.weights.factored_layers import FactoredLinear
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import load_model
 from tests.builders import QUICK, THREE_PAIRS, tiny_llama
+from tests.planted import Facts
 from tests.weights.factored_models import same_state, small_llama
 
 FACTORED = {**QUICK, "save": "factored"}
@@ -136,7 +136,9 @@ def test_a_folder_is_expanded_from_python_as_by_the_command(run, tmp_path):
 
 
 def test_expanding_a_run_that_kept_nothing_copies_it(tiny_folder, tmp_path):
-    assert expand_folder(str(tiny_folder), tmp_path / "expanded")[1] == 0
+    seen = Facts()
+    expand(tiny_folder, output=tmp_path / "expanded", progress=seen)
+    assert seen.facts == [("expanded", "0 layers")]
     assert (tmp_path / "expanded" / "model.safetensors").read_bytes() == (
         tiny_folder / "model.safetensors"
     ).read_bytes()
@@ -147,7 +149,7 @@ def test_expanding_onto_a_disk_too_small_is_refused_before_anything_is_written(r
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OutputError, match=r"dense: needs \d+\.\d MB, but 1\.0 MB are free there\. Make room there"):
-        expand_folder(str(out), tmp_path / "dense")
+        expand(out, output=tmp_path / "dense")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from splaser_plugin.jobs.expand import expand_folder
+from splaser_plugin.jobs.expand import expand
 from splaser_plugin.weights.factored import is_factorable
 from splaser_plugin.weights.factored_folder import save_model
 from splaser_plugin.weights.in_memory import Weights
@@ -35,7 +35,7 @@ def test_expanding_gives_back_the_kind_of_model_and_its_names(tmp_path):
     weights.keep_factors()
     weights.reduce(weights.matrices()[0][0], 2)
     save_model(weights, tmp_path / "factored", None)
-    expand_folder(tmp_path / "factored", tmp_path / "dense")
+    expand(tmp_path / "factored", output=tmp_path / "dense")
     kinds = [json.loads((tmp_path / name / "config.json").read_text())["model_type"] for name in ("base", "dense")]
     assert kinds == ["exaone", "exaone"]
     assert load_file(tmp_path / "dense" / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
