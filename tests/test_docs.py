@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from statistics import median
 
 import pytest
 import typer.main
@@ -25,6 +26,7 @@ import yaml
 from splaser_plugin.cli.app import app, main
 from splaser_plugin.cli.emit import app as emit
 from splaser_plugin.config.stages import LaserConfig
+from splaser_plugin.scanning.records import Scan
 from tests.builders import ROOT
 from tests.pages import BLOCK, PAGES, commands_of
 from tests.report_data import made_up_scan
@@ -180,6 +182,27 @@ def test_the_benchmarks_that_figures_are_from_understand_their_options(command):
     )
     assert result.returncode == 0, result.stderr
     assert "usage" in result.stdout
+
+
+def test_the_ranks_that_the_edges_keep_are_those_of_the_stored_scan():
+    found = Scan.load(ROOT / "tests" / "data" / "smollm2_scan.json")
+    page = (ROOT / "docs" / "edges.md").read_text(encoding="utf-8")
+    for edge in found.matrices[0].edges:
+        shares = [matrix.edges[edge].rank / min(matrix.shape) for matrix in found.matrices]
+        line = f"{edge:14} keeps {median(shares):.0%} of a matrix's rank, {min(shares):.0%} to {max(shares):.0%}"
+        assert line in page
+
+
+def test_the_versions_of_trainers_are_those_of_the_tests():
+    table = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
+    build = (ROOT / "tests" / "tools" / "build.sh").read_text(encoding="utf-8")
+    files = {"the lowest versions": ".ci/lowest.txt"}
+    for tool, name in (("llamafactory", "LLaMA-Factory"), ("axolotl", "Axolotl")):
+        files[f"{name} {re.search(f'{tool}==(.*?) ', build)[1]}"] = f"tests/tools/{tool}.txt"
+    for environment, file in files.items():
+        pins = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE))
+        versions = [pins[name] for name in ("transformers", "trl", "peft", "accelerate", "datasets")]
+        assert f"| {environment} | {' | '.join(versions)} |" in table
 
 
 def test_messages_in_troubleshooting_are_those_of_the_code():

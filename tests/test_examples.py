@@ -106,7 +106,7 @@ def test_the_healing_example_trains_a_factored_model_and_keeps_its_form(tiny_fol
 def test_the_container_installs_what_is_there_and_starts_the_program():
     """No container is built here; what it copies, installs and starts has to exist."""
     lines = (ROOT / "examples" / "Dockerfile").read_text(encoding="utf-8")
-    project = metadata("splaser-plugin")
+    project = metadata("splaser_plugin")
     [version] = re.findall(r"^FROM python:(\S+)-slim$", lines, re.MULTILINE)
     assert SpecifierSet(project["Requires-Python"]).contains(version)
     [extras] = re.findall(r'"/src\[(.*)\]"', lines)

@@ -130,7 +130,7 @@ def test_nothing_is_imported_from_a_test_module_or_conftest():
 
 
 def test_there_is_one_version_number():
-    assert metadata("splaser-plugin")["Version"] == splaser_plugin.__version__
+    assert metadata("splaser_plugin")["Version"] == splaser_plugin.__version__
     stated = [
         shown(path)
         for path in [ROOT / "pyproject.toml", *SOURCES]

@@ -37,7 +37,7 @@ def merged_yaml(base: Path, values: Mapping[str, Any], header: Iterable[str], *,
         from ruamel.yaml import YAML, YAMLError
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            "--base needs ruamel.yaml, to keep the file's comments: pip install 'splaser-plugin[emit]'"
+            "--base needs ruamel.yaml, to keep the file's comments: pip install 'splaser_plugin[emit]'"
         ) from error
 
     text = _without_mark(read_base(base))

@@ -142,7 +142,7 @@ def _settings(stored: Any) -> tuple[LaserConfig, dict[str, Any]]:
 def versions() -> dict[str, str]:
     """Versions of what the result depends on, as far as it is installed."""
     found = {"python": platform.python_version()}
-    for name in ("splaser-plugin", "torch", "transformers", "sentence-transformers"):
+    for name in ("splaser_plugin", "torch", "transformers", "sentence-transformers"):
         with suppress(PackageNotFoundError):  # the embedder's, which --embedder self goes without
             found[name] = version(name)
     return found

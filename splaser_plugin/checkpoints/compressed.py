@@ -112,7 +112,7 @@ def _configuration(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Any:
     except ImportError as error:
         raise CheckpointError(
             f"{checkpoint.folder}: its weights are quantised by compressed-tensors. Install what reads those: "
-            "pip install 'splaser-plugin[compressed-tensors]' (Python 3.11 or later)."
+            "pip install 'splaser_plugin[compressed-tensors]' (Python 3.11 or later)."
         ) from error
     if settings.get("sparsity_config"):
         raise CheckpointError(

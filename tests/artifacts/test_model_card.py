@@ -31,7 +31,7 @@ RECIPE = Recipe(
     steps=STEPS,
     scores={"baseline": 0.2, "final": 0.25},
     config=LaserConfig(embedder="/home/alice/minilm", samples=24),
-    versions={"splaser-plugin": "0.1.0", "torch": "2.13.0"},
+    versions={"splaser_plugin": "0.1.0", "torch": "2.13.0"},
 )
 
 

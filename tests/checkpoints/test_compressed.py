@@ -157,5 +157,5 @@ def test_what_is_not_understood_is_refused_in_one_line_with_the_next_step(change
 def test_without_the_library_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
     compressed(tmp_path, "pack-quantized", build("llama", WIDE))
     monkeypatch.setitem(__import__("sys").modules, "compressed_tensors.quantization", None)
-    with pytest.raises(CheckpointError, match=r"pip install 'splaser-plugin\[compressed-tensors\]'"):
+    with pytest.raises(CheckpointError, match=r"pip install 'splaser_plugin\[compressed-tensors\]'"):
         scan(tmp_path)

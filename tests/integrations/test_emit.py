@@ -256,7 +256,7 @@ def test_what_exists_is_not_overwritten_unasked(folder):
 def test_without_ruamel_the_command_that_installs_it_is_named(folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ruamel.yaml", None)
     emit("axolotl --dataset pairs.jsonl -o new.yml")
-    with pytest.raises(MissingExtraError, match=r"pip install 'splaser-plugin\[emit\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'splaser_plugin\[emit\]'"):
         emit("axolotl --base base_axolotl.yml -o c.yml")
 
 

@@ -249,4 +249,4 @@ def test_versions_go_without_what_is_not_installed(monkeypatch):
         return "1"
 
     monkeypatch.setattr(recipe, "version", version)
-    assert set(recipe.versions()) == {"python", "splaser-plugin", "torch", "transformers"}
+    assert set(recipe.versions()) == {"python", "splaser_plugin", "torch", "transformers"}
