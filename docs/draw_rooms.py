@@ -26,7 +26,7 @@ BEGIN, END = "<!-- drawn by docs/draw_rooms.py -->\n", "<!-- end of what is draw
 
 WAYS = {
     "matrix": (
-        "read_tensors",
+        "read_weights",
         "singular_values",
         "fit_edges",
         "matrix_scan",
