@@ -70,6 +70,9 @@ def check_adapter_folder(folder: Path, *, allow_pickle: bool = False) -> list[St
     Raises CheckpointError, naming the file and the tensor, when it isn't to be loaded.
     """
     config = read_object(folder / ADAPTER_CONFIG)
+    for name in READ_BY_TRANSFORMERS:
+        if (folder / name).exists():
+            read_object(folder / name)
     if config.get("megatron_config") is not None:  # PEFT would import the module that megatron_core names
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: megatron_config can't be used here. Take that key out.")
     if (folder / ADAPTER).exists():

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import struct
 import tempfile
-import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,7 +15,6 @@ from torch import nn
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from splaser_plugin.checkpoints.folder import ModelFolder, inspect, resolve_model
-from splaser_plugin.checkpoints.header import StoredTensor
 from splaser_plugin.checkpoints.quantised import (
     quantisation,
     quantised_weights,
@@ -29,9 +25,7 @@ from splaser_plugin.checkpoints.quantised import (
 from splaser_plugin.checkpoints.quantised_weight import QuantisedWeight
 from splaser_plugin.checkpoints.skeleton import answering_class, skeleton_of
 from splaser_plugin.checkpoints.trust import (
-    ADAPTER,
     ADAPTER_CONFIG,
-    check_adapter_folder,
     check_model_folder,
 )
 from splaser_plugin.distributed import best_device
@@ -39,6 +33,7 @@ from splaser_plugin.errors import CheckpointError, ConfigError, ModelError
 from splaser_plugin.files.output import MARK
 from splaser_plugin.files.sources import looks_like_path, path_of
 from splaser_plugin.files.text import first_line_of, shown
+from splaser_plugin.weights.adapter_folder import find_adapter, library_errors, merge
 from splaser_plugin.weights.factored_folder import load_factored
 from splaser_plugin.weights.factored_format import stored_layers
 from splaser_plugin.weights.spread import arguments_of, every_process_loads, resolved_map
@@ -140,11 +135,11 @@ def load_model(
 ) -> tuple[Any, Any]:
     """A model in evaluation mode on its device or devices, and its tokenizer.
 
-    model: a folder that transformers can load, a .gguf file, a hub id, or what `find_model` found. dtype: `auto` keeps
-    the checkpoint's. adapter: folder of a PEFT adapter to merge into it; empty for none. allow_pickle: load weights
-    that torch has pickled, if there are no others; they are unpickled as weights only. Code that comes with a model
-    never runs. device_map, max_memory: see `config.placement.PlaceConfig`; under `none` whatever `accelerate launch`
-    was told goes.
+    model: a folder that transformers can load, a .gguf file, a hub id, or what `find_model` found. dtype: `auto`
+    keeps the checkpoint's. adapter: folder of a PEFT adapter to merge into it, whose tokenizer is taken where it
+    has one; empty for none. allow_pickle: load weights that torch has pickled, if there are no others; they are
+    unpickled as weights only. Code that comes with a model never runs. device_map, max_memory: see
+    `config.placement.PlaceConfig`; under `none` whatever `accelerate launch` was told goes.
     Raises CheckpointError when there is nothing to load there or it is damaged, ModelError when it is no causal
     language model, ConfigError when it can't be spread so.
     """
@@ -158,7 +153,7 @@ def load_model(
             f"--adapter with --device-map {device_map}: an adapter is merged on one device. Merge it, save the model, "
             "and give that."
         )
-    stored = _find_adapter(path_of(adapter), allow_pickle) if adapter else None
+    stored = find_adapter(path_of(adapter), allow_pickle) if adapter else None
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # the run says itself where the weights are
     loaded, tokenizer = _load(source, dtype if dtype == "auto" else getattr(torch, dtype), spread)
     if spread:
@@ -167,7 +162,8 @@ def load_model(
     if source.gguf:
         _forget_gguf(loaded)
     if adapter:
-        loaded = _merge(loaded, path_of(adapter), stored)
+        tokenizer = _tokenizer_of_adapter(path_of(adapter), tokenizer)
+        loaded = merge(loaded, path_of(adapter), stored, vocabulary=len(tokenizer))
     return loaded.to(place).eval(), tokenizer
 
 
@@ -191,7 +187,7 @@ def _load(source: ModelSource, dtype: str | torch.dtype, spread: dict[str, Any])
                 f"{name} can't be spread over devices as it is stored. Load it on one device, or save it as plain "
                 "safetensors first (splaser expand, for factored layers)."
             )
-        tokenizer = _tokenizer(source, files)
+        tokenizer = _tokenizer(name, folder, files)
         if is_factored:
             return load_factored(source.checkpoint or open_checkpoint(folder), dtype=dtype), tokenizer
         kind = AutoModelForCausalLM if source.gguf else answering_class(config)
@@ -202,7 +198,7 @@ def _load(source: ModelSource, dtype: str | torch.dtype, spread: dict[str, Any])
         else:
             with every_process_loads():
                 loaded = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **files, **spread)
-    except _library_errors() as error:
+    except library_errors() as error:
         raise CheckpointError(
             f"{name}: can't be loaded as a causal language model ({_reason(error, source)}) "
             "Give a folder saved by save_pretrained, a .gguf file, or a hub id that can be reached."
@@ -247,59 +243,25 @@ def _reason(error: Exception, source: ModelSource) -> str:
     return f"{skeleton_of(source.checkpoint or open_checkpoint(source.folder)).problem or 'shapes differ'}."
 
 
-def _tokenizer(source: ModelSource, files: dict[str, Any]) -> Any:
+def _tokenizer(name: str, folder: Path, files: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.folder, **files)
+        return AutoTokenizer.from_pretrained(folder, **files)
     except Exception as error:  # tokenizers raises nothing more special for a damaged file
         raise CheckpointError(
-            f"{source.name}: its tokenizer can't be loaded ({type(error).__name__}: {first_line_of(error)}). Give a "
+            f"{name}: its tokenizer can't be loaded ({type(error).__name__}: {first_line_of(error)}). Give a "
             "model with the tokenizer that its save_pretrained wrote."
         ) from error
 
 
-def _find_adapter(folder: Path, allow_pickle: bool) -> list[StoredTensor] | None:
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise CheckpointError(f"--adapter {folder}: there is no {ADAPTER_CONFIG}. Give a folder that PEFT saved.")
-    return check_adapter_folder(folder, allow_pickle=allow_pickle)
-
-
-def _merge(model: Any, folder: Path, tensors: list[StoredTensor] | None) -> Any:
-    """tensors: the adapter's, None where they are pickled."""
-    from peft import PeftModel, get_peft_model_state_dict
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of keys that are missing, which ends in an error below
-            adapted = PeftModel.from_pretrained(model, str(folder))
-        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        merged = adapted.merge_and_unload()
-    except _library_errors() as error:
-        raise CheckpointError(
-            f"--adapter {folder}: can't be merged into this model ({first_line_of(error)}). "
-            "Give the base model that the adapter was trained on."
-        ) from error
-    if tensors is not None:
-        _check_adapted(folder, {tensor.name for tensor in tensors}, set(expected))
-    return merged
-
-
-def _check_adapted(folder: Path, stored: set[str], expected: set[str]) -> None:
-    absent, homeless = expected - stored, {name for name in stored - expected if ".lora_" in name}
-    if absent or homeless:
-        what = f"{shown(min(absent))} is missing" if absent else f"{shown(min(homeless))} has no place in this model"
-        raise CheckpointError(
-            f"{folder / ADAPTER}: tensor {what}. Give the base model that the adapter was trained on."
-        )
-
-
-def _library_errors() -> tuple[type[Exception], ...]:
-    """What transformers, gguf and PEFT raise for damaged files: they check little of them before use."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    of_wrong_values = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError)
-    return (OSError, EOFError, RuntimeError, ImportError, UnpicklingError, struct.error, *of_wrong_values)
+def _tokenizer_of_adapter(folder: Path, of_base: Any) -> Any:
+    """The one that was saved with the adapter, as it was trained with that; else the base model's."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return of_base
+    tokenizer = _tokenizer(f"--adapter {folder}", folder, {"trust_remote_code": False})
+    tokenizer.chat_template = tokenizer.chat_template or of_base.chat_template
+    return tokenizer
 
 
 def _forget_gguf(model: Any) -> None:
