@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from splaser_plugin import __version__
 from splaser_plugin.cli.options import options
 from splaser_plugin.cli.summaries import show_comparison, show_laser, show_scan
+from splaser_plugin.cli.threads import fit_threads
 from splaser_plugin.config.stages import ApplyConfig, CompareConfig, LaserConfig, ScanConfig
 from splaser_plugin.errors import ConfigError, SplaserError, on_command_line
 from splaser_plugin.files.text import printable
@@ -197,7 +198,9 @@ def push(
     from splaser_plugin.artifacts.hub import check_repo, push_to_hub
 
     check_repo(repo)
-    _progress(False, False, "artifacts.hub", transformers=False).result("on the hub", push_to_hub(folder, repo))
+    _progress(False, False, "artifacts.hub", transformers=False, computes=False).result(
+        "on the hub", push_to_hub(folder, repo)
+    )
 
 
 @app.command()
@@ -252,7 +255,7 @@ def report(
     """One page to look at: where the noise is, what the search did, whether it is better, what to train."""
     from splaser_plugin.artifacts.report import report as write
 
-    progress = _progress(False, False, "artifacts.report", transformers=False)
+    progress = _progress(False, False, "artifacts.report", transformers=False, computes=False)
     progress.result("report", str(write(source, output)))
 
 
@@ -303,11 +306,11 @@ def models(
     print(prepare_embedder())
 
 
-def _progress(quiet: bool, verbose: bool, module: str, *, transformers: bool = True) -> Progress:
+def _progress(quiet: bool, verbose: bool, module: str, *, transformers: bool = True, computes: bool = True) -> Progress:
     """What shows a run: only the main process's.
 
     module: what the command needs and takes seconds to import, for which there is a sign of life. transformers:
-    whether the run will use it, so that it is silenced.
+    whether the run will use it, so that it is silenced. computes: whether it will compute, on threads.
     Raises ConfigError when both quiet and verbose are asked for.
     """
     if quiet and verbose:
@@ -326,6 +329,10 @@ def _progress(quiet: bool, verbose: bool, module: str, *, transformers: bool = T
 
             logging.disable_progress_bar()
             logging.set_verbosity_error()
+        if computes:
+            importlib.import_module("torch")
+    if computes:
+        fit_threads(progress)
     return progress
 
 

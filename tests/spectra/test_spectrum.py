@@ -145,25 +145,6 @@ def test_an_ill_conditioned_weight_goes_to_the_svd_and_is_bit_exact(monkeypatch:
     assert runs == [weight.shape]
 
 
-@pytest.mark.parametrize("shape", [(81, 40), (140, 40), (40, 140), (120, 40)])
-def test_a_long_weight_of_exactly_low_rank_takes_squares_of_its_short_side(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    left, right = (
-        torch.randint(-2, 3, size, generator=generator).bfloat16() for size in ((shape[0], 3), (3, shape[1]))
-    )
-    weight = left @ right
-    expected = reference.singular_values(weight).numpy()
-    runs, stacks = plain_svd_runs(monkeypatch, "svdvals"), plain_svd_runs(monkeypatch, "qr")
-    values = singular_values(weight)
-    np.testing.assert_allclose(values, expected, atol=1e-13 * expected[0])
-    assert (values > 1e-13 * values[0]).sum() == 3
-    assert runs == [(40, 40)]
-    assert all(rows <= 80 for rows, _ in stacks)
-    torch.testing.assert_close(spectrum.truncate(weight, 3), weight, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, *FLOAT8])
 def test_every_float_dtype_is_read_exactly(dtype: torch.dtype) -> None:
     weight = gaussian(60, 100).to(dtype)
