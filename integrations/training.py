@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,16 +16,18 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from tqdm.auto import tqdm
 from transformers import TrainerState, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 from splaser_plugin.distributed import best_device, is_main
 from splaser_plugin.errors import ModelError, PairsError
 from splaser_plugin.files.text import first_line_of
-from splaser_plugin.progress import Advance, Progress, ignore
+from splaser_plugin.progress import Advance, Bars, Progress, ignore
 from splaser_plugin.weights.wrapped import unwrapped
 
 logger = logging.getLogger(__name__)
+transformers_log = transformers_logging.get_logger("transformers.splaser")
+"""Shown at the verbosity that transformers itself has."""
 
 OFFLINE = "Save the trained model and run `splaser laser` on the checkpoint (with `--adapter DIR` for a LoRA adapter)."
 TRAINER = "trainer.add_callback(LaserCallback(trainer=trainer, ...))"
@@ -138,10 +139,10 @@ def check_sharding(args: TrainingArguments, model: Any, *, lasers: bool) -> None
         )
 
 
-class TrainingProgress(Progress):
-    """Bars and results on stderr as the trainer's own, facts to the log.
+class TrainingProgress(Bars):
+    """Bars, candidates and results on stderr as the trainer's own, facts to transformers' log; by the main process.
 
-    is_quiet: no bars, as with `disable_tqdm`.
+    is_quiet: no bars, as with `disable_tqdm`; phases and candidates then go to the log, too.
     """
 
     def __init__(self, *, is_quiet: bool) -> None:
@@ -149,19 +150,30 @@ class TrainingProgress(Progress):
 
     def fact(self, label: str, value: str) -> None:
         if is_main():
-            logger.info("laser: %s: %s", label, value)
+            transformers_log.info("laser: %s: %s", label, value)
 
     def result(self, label: str, value: str) -> None:
-        if is_main():
-            tqdm.write(f"laser: {label}: {value}", file=sys.stderr)
+        self._write(f"{label}: {value}")
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Advance]:
         if self._is_quiet or not is_main():
+            self.fact(name, f"{total} to do" if total > 1 else "begins")
             yield ignore
             return
-        with tqdm(total=total, desc=f"laser: {name}", leave=False) as bar:
-            yield bar.update
+        with super().phase(f"laser: {name}", total) as advance:
+            yield advance
+
+    def event(self, event: object) -> None:
+        summary = getattr(event, "summary", "")
+        if summary and self._is_quiet:
+            self.fact("candidate", summary)
+        else:
+            super().event(event)
+
+    def _write(self, line: str) -> None:
+        if is_main():
+            super()._write(f"laser: {line}")
 
 
 @contextmanager

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from splaser_plugin.jobs.expand import expand as expand
     from splaser_plugin.jobs.laser import laser as laser
     from splaser_plugin.jobs.result import LaserResult as LaserResult
+    from splaser_plugin.progress import Bars as Bars
     from splaser_plugin.progress import Progress as Progress
     from splaser_plugin.scanning.records import Scan as Scan
     from splaser_plugin.scanning.scan import scan as scan
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ApplyConfig": "config.stages",
     "ApplyResult": "jobs.apply",
+    "Bars": "progress",
     "CompareConfig": "config.stages",
     "Comparison": "jobs.compare",
     "FreezeCallback": "integrations.freeze",

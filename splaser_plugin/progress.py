@@ -1,8 +1,9 @@
-"""What a run tells while it works. The library is silent; the command line draws."""
+"""What a run tells while it works. The library is silent but in notebooks; the command line draws."""
 
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -54,6 +55,40 @@ class Progress:
 
 
 SILENT = Progress()
+
+
+class Bars(Progress):
+    """A bar of tqdm's for each phase, and a line for each fact, candidate and result, on stderr.
+
+    What notebooks show unless another `progress=` is given.
+    """
+
+    def fact(self, label: str, value: str) -> None:
+        self._write(f"{label}: {value}")
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Advance]:
+        from tqdm.auto import tqdm
+
+        with tqdm(total=total, desc=name, leave=False) as bar:
+            yield bar.update
+
+    def event(self, event: object) -> None:
+        summary = getattr(event, "summary", "")  # a trial's; a candidate that is about to be tried has none
+        if summary:
+            self._write(summary)
+
+    def _write(self, line: str) -> None:
+        from tqdm.auto import tqdm
+
+        tqdm.write(line, file=sys.stderr)
+
+
+def default_progress() -> Progress:
+    """What Python callers get who give none: bars in a notebook, and silence elsewhere."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return Bars() if hasattr(shell, "kernel") else SILENT
+
 
 _measured: ContextVar[Advance] = ContextVar("measured", default=ignore)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.config.stages import CompareConfig
 from splaser_plugin.jobs.compare import compare
-from splaser_plugin.progress import Progress
+from splaser_plugin.progress import SILENT, Bars, Progress, default_progress
 from tests.builders import EXAMPLE_PAIRS, QUICK
 
 PAIRS = [json.loads(line) for line in EXAMPLE_PAIRS.read_text().splitlines()[:24]]
@@ -76,3 +78,19 @@ def test_a_comparison_counts_pairs_twice_and_windows(text, tiny_folder, minilm):
     config = CompareConfig(max_new_tokens=5, window=16, samples=9, device="cpu", embedder=str(minilm), text=text)
     compare([tiny_folder], PAIRS, config=config, progress=phases)
     assert phases.totals["measuring"] == pytest.approx(sum(phases.steps["measuring"])) == 3 * 9
+
+
+def test_bars_show_phases_facts_and_candidates(tiny_folder, capsys):
+    laser(tiny_folder, PAIRS, config=LaserConfig(**{**QUICK, "candidates": 2}), progress=Bars())
+    shown = capsys.readouterr().err
+    for phase in ("scan", "baseline", "search"):
+        assert f"{phase}:" in shown
+    assert "model: " in shown and "at most: 2 candidates" in shown
+    assert len([line for line in shown.replace("\r", "\n").splitlines() if "rank " in line and "score" in line]) == 2
+
+
+def test_bars_are_what_a_notebook_gets_and_nothing_else(monkeypatch):
+    assert default_progress() is SILENT
+    for shell, expected in ((SimpleNamespace(kernel=None), Bars), (SimpleNamespace(), Progress)):
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda shell=shell: shell))
+        assert type(default_progress()) is expected

@@ -20,6 +20,7 @@ from pathlib import Path
 import splaser_plugin as s
 
 found: s.Scan = s.scan("m", config=s.ScanConfig(edge="mp"), output="scan.json", progress=s.Progress())
+bars: s.Progress = s.Bars()
 same: s.Scan = s.Scan.load("scan.json")
 selection: s.Selection = s.choose(found, s.SelectConfig(top=3, by="snr"))
 published = s.choose(s.load_scan("scan.json"), fraction=0.5).names

@@ -18,7 +18,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from splaser_plugin.cli.trial_table import budget_line, shortened, trial_line, trial_table
+from splaser_plugin.cli.trial_table import shortened, trial_line, trial_table
 from splaser_plugin.files.text import printable
 from splaser_plugin.progress import Advance, Progress, ignore
 
@@ -103,7 +103,7 @@ class TerminalProgress(Progress):
         elif isinstance(event, Trial):
             self._tried(event)
         elif isinstance(event, BudgetTrial):
-            self.result(event.budget.name, budget_line(event))
+            self.result(event.budget.name, event.summary)
 
     def _tried(self, trial: Trial) -> None:
         self._trials.append(trial)

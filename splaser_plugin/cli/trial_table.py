@@ -11,7 +11,6 @@ from rich.text import Text
 from splaser_plugin.files.text import printable
 
 if TYPE_CHECKING:
-    from splaser_plugin.search.budgets import BudgetTrial
     from splaser_plugin.search.candidates import Candidate
     from splaser_plugin.search.judge import Judgement
     from splaser_plugin.search.search import Trial
@@ -23,35 +22,10 @@ LEAST_NAME = 16
 
 def trial_line(number: int, trial: Trial, *, verbose: bool = False) -> Text:
     """All about a candidate in one line. verbose: with the time it took and the tokens generated."""
-    candidate, judgement = trial.candidate, trial.judgement
-    matrix = candidate.matrix
-    line = Text(f"{number:>15}  {printable(matrix.name)}  rank {candidate.rank} of {min(matrix.shape)}  ")
-    if judgement.reason is not None:
-        line.append(f"failed: {printable(judgement.reason)}")
-        return line
-    if judgement.scores is not None:
-        line.append(f"score {judgement.scores.mean:+.4f} ({_change(judgement)})  ")
-    line.append(_outcome(judgement, " after {} items"))
-    if verbose:
+    line = Text(f"{number:>15}  {trial.summary}")
+    if verbose and trial.judgement.reason is None:
         line.append(f"  {trial.elapsed_s:.1f} s, {_tokens(trial)} tokens")
     return line
-
-
-def budget_line(trial: BudgetTrial) -> str:
-    """All about a budget in one line: what it removes, what that is predicted to cost and did, and the verdict."""
-    budget, judgement = trial.budget, trial.judgement
-    parts = [f"{budget.parameters_removed:,} parameters of {len(budget.ranks)} matrices"]
-    if budget.predicted_cost is not None:
-        parts.append(f"predicted {budget.predicted_cost:.4f} nats a token")
-    if judgement.scores is not None:
-        parts.append(f"score {judgement.scores.mean:+.4f} ({_change(judgement)})")
-    if trial.text is not None and trial.text.scores is not None:
-        parts.append(f"text {trial.text.scores.mean:+.4f} ({_change(trial.text)})")
-    failed = judgement if trial.text is None else trial.text
-    parts.append(_outcome(failed, " after {} items").plain)
-    if failed.reason is not None:
-        parts.append(printable(failed.reason))
-    return "  ".join(parts)
 
 
 def trial_table(
@@ -99,8 +73,8 @@ def _row(number: int, trial: Trial, verbose: bool) -> list[str | Text]:
     judgement = trial.judgement
     score = f"{judgement.scores.mean:+.4f}" if judgement.scores else ""
     name = printable(trial.candidate.matrix.name)
-    row: list[str | Text] = [str(number), name, _rank(trial.candidate), score, _change(judgement)]
-    row.append(_outcome(judgement, " at {}"))
+    row: list[str | Text] = [str(number), name, _rank(trial.candidate), score, judgement.change]
+    row.append(_outcome(judgement))
     return [*row, f"{trial.elapsed_s:.1f} s", _tokens(trial)] if verbose else row
 
 
@@ -108,21 +82,9 @@ def _rank(candidate: Candidate) -> str:
     return f"{candidate.rank}/{min(candidate.matrix.shape)}"
 
 
-def _change(judgement: Judgement) -> str:
-    """Of the score."""
-    if judgement.scores is None or judgement.best_before is None:
-        return ""
-    return f"{judgement.scores.mean - judgement.best_before:+.4f}"
-
-
-def _outcome(judgement: Judgement, stopped: str) -> Text:
-    if judgement.verdict == "kept":
-        return Text("kept", "green")
-    if judgement.verdict == "stopped" and judgement.scores:
-        return Text("stopped" + stopped.format(len(judgement.scores.items)))
-    if judgement.verdict == "guarded" and judgement.guard_loss is not None:
-        return Text(f"guarded at {judgement.guard} {judgement.guard_loss:.4f}")
-    return Text(judgement.verdict)
+def _outcome(judgement: Judgement) -> Text:
+    short = judgement.outcome.replace(" after ", " at ").removesuffix(" items")
+    return Text(short, "green" if judgement.verdict == "kept" else "")
 
 
 def _tokens(trial: Trial) -> str:

@@ -15,7 +15,7 @@ from splaser_plugin.config.stages import ApplyConfig
 from splaser_plugin.distributed import meet
 from splaser_plugin.errors import ModelError
 from splaser_plugin.files.output import check_output, check_space, held, whole_folder
-from splaser_plugin.progress import SILENT, Progress
+from splaser_plugin.progress import Progress, default_progress
 from splaser_plugin.weights.factored_folder import save_model
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import find_model, load_model
@@ -75,7 +75,7 @@ def apply(
     config: ApplyConfig | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress | None = None,
 ) -> ApplyResult:
     """Rebuild a lasered model from its recipe and the base model.
 
@@ -85,13 +85,13 @@ def apply(
         config: Device, and whether pickled weights are loaded.
         output: Folder to write, as `ApplyResult.save` does.
         overwrite: Replace the output of an earlier run.
-        progress: What is told of the work.
+        progress: What is told of the work: as bars in a notebook and not at all elsewhere, if not given.
 
     Raises:
         RecipeError: The recipe is damaged, or the model isn't the recipe's.
         OutputError: The output can't be written.
     """
-    config = config or ApplyConfig()
+    config, progress = config or ApplyConfig(), progress or default_progress()
     if output is None:
         return _apply(recipe, model, config, progress)
     inputs = tuple(given for given in (model, recipe) if isinstance(given, (str, Path)))

@@ -17,7 +17,7 @@ from splaser_plugin.data.split import LEAST
 from splaser_plugin.errors import ConfigError, PairsError
 from splaser_plugin.files.json import write_json
 from splaser_plugin.files.output import check_file
-from splaser_plugin.progress import SILENT, Progress, counting
+from splaser_plugin.progress import Progress, counting, default_progress
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.perplexity import exp, perplexity
 from splaser_plugin.scoring.scorers import Material, Scorers, check_scorers
@@ -181,7 +181,7 @@ def compare(
     *,
     config: CompareConfig | None = None,
     output: str | Path | None = None,
-    progress: Progress = SILENT,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Measure models on the same pairs and, if the configuration names one, the same text.
 
@@ -190,12 +190,12 @@ def compare(
         pairs: See `laser`; at least 2.
         config: What is measured.
         output: JSON file to write, as `Comparison.save` does.
-        progress: What is told of the work.
+        progress: What is told of the work: as bars in a notebook and not at all elsewhere, if not given.
 
     Raises:
         SplaserError: Before the first model is loaded, when any of it isn't there; later when one can't be measured.
     """
-    config = config or CompareConfig()
+    config, progress = config or CompareConfig(), progress or default_progress()
     if output is not None:
         check_file(output, replaceable=SCHEMA)
     if not models:

@@ -28,7 +28,7 @@ from splaser_plugin.jobs.stages import (
     scan_weights,
     search_and_compare,
 )
-from splaser_plugin.progress import SILENT, Progress
+from splaser_plugin.progress import SILENT, Progress, default_progress
 from splaser_plugin.scanning.records import Scan
 from splaser_plugin.scoring.scorers import check_scorers
 from splaser_plugin.scoring.semantic import References, SemanticScorer
@@ -53,7 +53,7 @@ def laser(
     output: str | Path | None = None,
     overwrite: bool = False,
     write_unchanged: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress | None = None,
 ) -> LaserResult:
     """Reduce the noisiest matrices of a model wherever that makes its answers better.
 
@@ -66,11 +66,13 @@ def laser(
     of the base. What was found is kept in its journal.jsonl until then, so that after a crash the same call goes on
     where it stopped. overwrite: replace the output of an earlier run, and throw away a journal of other settings.
     write_unchanged: write that copy of the base.
+    progress: what is told of the work: as bars in a notebook and not at all elsewhere, if not given.
     Raises a SplaserError before any weight is changed when something can't be used; whatever is raised later
     leaves the kept changes and no undecided one.
     """
     meet("laser()")
     config = config or LaserConfig()
+    progress = progress or default_progress()
     if output is None:
         return _laser(*_begin(model, pairs, config, tokenizer, Journal(), None, progress))
     path = _checked(output, model, pairs, config, overwrite)
@@ -88,14 +90,14 @@ def plan(
     tokenizer: Any = None,
     output: str | Path | None = None,
     overwrite: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress | None = None,
 ) -> Cost:
     """What `laser` with the same arguments will cost at most; nothing is searched, changed or written.
 
     The held-out pairs are measured, to say on `progress` how small a change of the mean they can show.
     Raises what `laser` raises before it begins.
     """
-    config = config or LaserConfig()
+    config, progress = config or LaserConfig(), progress or default_progress()
     path = None if output is None else _checked(output, model, pairs, config, overwrite)
     run, measures = _begin(model, pairs, config, tokenizer, Journal(), path, progress)
     cost = cost_of(run, measures)

@@ -12,7 +12,7 @@ from splaser_plugin import __version__
 from splaser_plugin.config.stages import ScanConfig
 from splaser_plugin.errors import CheckpointError, RecipeError, SpectrumError
 from splaser_plugin.files.validation import InvalidRecordError
-from splaser_plugin.progress import SILENT, Progress
+from splaser_plugin.progress import SILENT, Progress, default_progress
 from splaser_plugin.scanning.records import SCHEMA, MatrixScan, Scan, matrix_scan, rank_key
 from splaser_plugin.weights.matrices import Matrix, overview
 
@@ -44,7 +44,7 @@ def scan(
     *,
     config: ScanConfig | None = None,
     output: str | Path | None = None,
-    progress: Progress = SILENT,
+    progress: Progress | None = None,
 ) -> Scan:
     """Scan a model: singular values of every weight matrix, split into signal and noise. Nothing is changed.
 
@@ -54,7 +54,7 @@ def scan(
         config: Edge, patterns of names, precision.
         output: scan.json to write. With it nothing is computed twice: what a scan that was killed had finished is
             taken from its journal, and a finished scan of the same weights as it is.
-        progress: What is told of the work.
+        progress: What is told of the work: as bars in a notebook and not at all elsewhere, if not given.
 
     Returns:
         The scan, with every edge placed in each spectrum.
@@ -67,6 +67,7 @@ def scan(
     from splaser_plugin.distributed import meet
 
     meet("scan()")
+    progress = progress or default_progress()
     if output is not None:
         _check_output(output)
     if not isinstance(model, (str, Path)):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from splaser_plugin.errors import RankError
+from splaser_plugin.files.text import printable
 from splaser_plugin.reduction.allocation import allocate, curve, gauge_storage
 from splaser_plugin.search.judge import Judgement
 from splaser_plugin.weights.matrices import Matrix, by_name
@@ -55,6 +56,23 @@ class BudgetTrial:
     @property
     def kept(self) -> bool:
         return self.verdict == "kept"
+
+    @property
+    def summary(self) -> str:
+        """All about it in one line for people: what it removes, the predicted and the true cost, the verdict."""
+        budget, judgement = self.budget, self.judgement
+        parts = [f"{budget.parameters_removed:,} parameters of {len(budget.ranks)} matrices"]
+        if budget.predicted_cost is not None:
+            parts.append(f"predicted {budget.predicted_cost:.4f} nats a token")
+        if judgement.scores is not None:
+            parts.append(f"score {judgement.scores.mean:+.4f} ({judgement.change})")
+        if self.text is not None and self.text.scores is not None:
+            parts.append(f"text {self.text.scores.mean:+.4f} ({self.text.change})")
+        last = judgement if self.text is None else self.text
+        parts.append(last.outcome)
+        if last.reason is not None:
+            parts.append(printable(last.reason))
+        return "  ".join(parts)
 
 
 def shares(most: float) -> list[float]:

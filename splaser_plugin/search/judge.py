@@ -32,6 +32,22 @@ class Judgement:
     guard: str = ""
     """Name of the guard that was asked last: the one that turned it down, where one did. Empty where none was."""
 
+    @property
+    def change(self) -> str:
+        """Of the score, for people; empty where there is none."""
+        if self.scores is None or self.best_before is None:
+            return ""
+        return f"{self.scores.mean - self.best_before:+.4f}"
+
+    @property
+    def outcome(self) -> str:
+        """The verdict for people, and how far a candidate came that didn't win."""
+        if self.verdict == "stopped" and self.scores:
+            return f"stopped after {len(self.scores.items)} items"
+        if self.verdict == "guarded" and self.guard_loss is not None:
+            return f"guarded at {self.guard} {self.guard_loss:.4f}"
+        return self.verdict
+
 
 def judged(judge: Judge) -> Judgement:
     """The judge's verdict, `failed` where the model can't be scored with the candidate."""

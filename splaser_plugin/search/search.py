@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from splaser_plugin.distributed import my_part
+from splaser_plugin.files.text import printable
 from splaser_plugin.progress import SILENT, Progress, counting, duration
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.budgets import BudgetTrial
@@ -33,6 +34,17 @@ class Trial:
     @property
     def kept(self) -> bool:
         return self.judgement.verdict == "kept"
+
+    @property
+    def summary(self) -> str:
+        """All about it in one line for people."""
+        matrix, judgement = self.candidate.matrix, self.judgement
+        line = f"{printable(matrix.name)}  rank {self.candidate.rank} of {min(matrix.shape)}  "
+        if judgement.reason is not None:
+            return f"{line}failed: {printable(judgement.reason)}"
+        if judgement.scores is not None:
+            line += f"score {judgement.scores.mean:+.4f} ({judgement.change})  "
+        return line + judgement.outcome
 
 
 @dataclass(frozen=True)

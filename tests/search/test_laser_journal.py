@@ -63,6 +63,7 @@ def run(model, pairs, out, overwrite=False, **changes):
 def results(out):
     """results.json without its times."""
     stored = json.loads((out / "results.json").read_text())
+    del stored["elapsed_s"]
     for candidate in stored["candidates"]:
         del candidate["elapsed_s"]
     return stored
