@@ -19,6 +19,8 @@ MARK = "recipe.json"
 """The file by which an earlier output is known."""
 JOURNAL = "journal.jsonl"
 """The file that an unfinished run leaves in its output folder."""
+STATISTICS = "statistics"
+"""The folder that it leaves there, too, where it measured what a reduction goes by."""
 UNFINISHED = ".unfinished-"
 REPLACED = ".replaced"
 MAKE_ROOM = "Make room there, or choose another --output."
@@ -42,7 +44,7 @@ def check_output(
                 raise OutputError(f"{out}: would overwrite or lie inside the input {given}. Choose another --output.")
     if path.exists() and not path.is_dir():
         raise OutputError(f"{out}: exists and is no folder. Choose another --output.")
-    content = {entry.name for entry in path.iterdir()} - {JOURNAL} if path.is_dir() else set()
+    content = {entry.name for entry in path.iterdir()} - {JOURNAL, STATISTICS} if path.is_dir() else set()
     if not goes_on and _has_content(path / JOURNAL):
         raise OutputError(
             f"{out}: has the {JOURNAL} of an unfinished laser run, which would be lost. Finish that run, or choose "
@@ -200,6 +202,7 @@ def let_go(out: Path, descriptor: int) -> None:
         os.close(descriptor)
         return
     remove_held(descriptor, journal)
+    shutil.rmtree(out / STATISTICS, ignore_errors=True)
     if not any(out.iterdir()):
         out.rmdir()
 

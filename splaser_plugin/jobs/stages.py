@@ -248,7 +248,8 @@ def _measured(run: Run, measures: Measures, matrices: Sequence[Matrix]) -> Measu
     config, rows = run.config, measures.calibration
     if rows:
         run.progress.fact("measured on", f"{token_count(rows):,} tokens in {len(rows)} answers and windows")
-    reducer = measured_reducer(run.weights, matrices, rows, way=config.reducer, seed=config.seed, progress=run.progress)
+    how: dict[str, Any] = {"way": config.reducer, "seed": config.seed, "folder": run.journal.statistics}
+    reducer = measured_reducer(run.weights, matrices, rows, **how, progress=run.progress)
     for left_out in reducer.left_out:
         run.progress.detail("left out", f"{left_out.name}: {left_out.reason}")
     run.weights.reducer = reducer

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from splaser_plugin.distributed import from_main, gather
+from splaser_plugin.distributed import from_main, gather, process_count
 from splaser_plugin.errors import OutputError
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.reduction.calibration import Row
@@ -25,38 +27,83 @@ from splaser_plugin.weights.matrices import Matrix, Skipped
 class MeasuredReducer:
     """Truncates each matrix by its moments, see `splaser_plugin.reduction.truncation`.
 
-    Its projections, two squares of the short side in float32 for each matrix, lie in a temporary folder, and are read
-    one matrix at a time. The folder goes with the object.
+    What is known of a matrix, two squares of its short side in float32 and the costs, lies in a file, and is read one
+    matrix at a time.
+
+    Args:
+        matrices: All that are added.
+        folder: Where the files lie, and stay; None for a temporary folder that goes with the object.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, matrices: Sequence[Matrix], folder: Path | None = None) -> None:
         self.costs: dict[Matrix, np.ndarray] = {}
         """Of each matrix and rank from 0 to the full one; see `Decomposition.costs`."""
         self.left_out: list[Skipped] = []
         """Matrices without statistics, and why."""
-        self._folder = tempfile.TemporaryDirectory(prefix="splaser-")
-        self._files: dict[Matrix, tuple[Path, bool]] = {}
+        self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="splaser-")
+        self._folder = folder or Path(self._temporary.name if self._temporary else "")
+        self._places = {matrix: place for place, matrix in enumerate(matrices)}
+        self._on_columns: dict[Matrix, bool] = {}
 
-    def add(self, matrix: Matrix, found: Decomposition) -> None:
-        """Keep what is known of one matrix. Raises OutputError when its projection can't be written."""
-        self.costs[matrix] = np.array(from_main(found.costs.tolist()))
-        projection = found.projection
-        if projection is None:
-            return
-        path = Path(self._folder.name) / f"{len(self._files)}.safetensors"
+    def recall(self) -> list[Matrix]:
+        """Take up what an earlier run has left in the folder. Returns the matrices that some process has nothing of."""
+        left = {matrix: self._left(matrix) for matrix in self._places}
+        known = Counter(gather(lambda: [self._places[matrix] for matrix in left if left[matrix] is not None]))
+        missing = []
+        for matrix, found in left.items():
+            if found is None or known[self._places[matrix]] < process_count():
+                missing.append(matrix)
+            elif isinstance(found, Skipped):
+                self.left_out.append(found)
+            else:
+                self.costs[matrix], self._on_columns[matrix] = found
+        return missing
+
+    def add(self, matrix: Matrix, found: Decomposition | Skipped) -> None:
+        """Keep what is known of one matrix. Raises OutputError when it can't be written."""
+        about, tensors = {"matrix": matrix.name}, {"costs": torch.zeros(0)}
+        if isinstance(found, Skipped):
+            self.left_out.append(found)
+            about["reason"] = found.reason
+        else:
+            self.costs[matrix] = np.array(from_main(found.costs.tolist()))
+            projection = found.projection
+            if projection is None:
+                return
+            self._on_columns[matrix] = projection.on_columns
+            about["on_columns"] = str(projection.on_columns)
+            tensors = {"basis": projection.basis.cpu(), "dual": projection.dual.cpu()}
+            tensors["costs"] = torch.from_numpy(self.costs[matrix])
 
         def write() -> list[None]:
+            path = self._path(matrix)
             try:
-                save_file({"basis": projection.basis.cpu(), "dual": projection.dual.cpu()}, path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file(tensors, path.with_suffix(".part"), about)
+                path.with_suffix(".part").replace(path)
             except (OSError, SafetensorError) as error:
                 raise OutputError(
-                    f"{self._folder.name}: the projections of {matrix.name} can't be written there ({error}). Make "
+                    f"{self._folder}: the projections of {matrix.name} can't be written there ({error}). Make "
                     "room, or set TMPDIR to a folder that has some."
                 ) from error
             return []
 
         gather(write)
-        self._files[matrix] = path, projection.on_columns
+
+    def _path(self, matrix: Matrix) -> Path:
+        return self._folder / f"{self._places[matrix]}.safetensors"
+
+    def _left(self, matrix: Matrix) -> tuple[np.ndarray, bool] | Skipped | None:
+        try:
+            with safe_open(self._path(matrix), "pt") as file:
+                about, costs = file.metadata() or {}, file.get_tensor("costs").numpy()
+        except (OSError, SafetensorError):
+            return None
+        if about.get("matrix") != matrix.name:
+            return None
+        if "reason" in about:
+            return Skipped(matrix.name, about["reason"])
+        return costs, about["on_columns"] == "True"
 
     def truncated(self, matrix: Matrix, weight: Tensor, rank: int) -> Tensor:
         return self._of(matrix, weight).truncated(weight, rank)
@@ -65,11 +112,10 @@ class MeasuredReducer:
         return self._of(matrix, weight).factors(weight, rank)
 
     def _of(self, matrix: Matrix, weight: Tensor) -> Decomposition:
-        if matrix not in self._files:
+        if matrix not in self._on_columns:
             return Decomposition(self.costs[matrix], None)
-        path, on_columns = self._files[matrix]
-        held = load_file(path, device=str(weight.device))
-        return Decomposition(self.costs[matrix], Projection(held["basis"], held["dual"], on_columns))
+        held = load_file(self._path(matrix), device=str(weight.device))
+        return Decomposition(self.costs[matrix], Projection(held["basis"], held["dual"], self._on_columns[matrix]))
 
 
 def measured_reducer(
@@ -79,6 +125,7 @@ def measured_reducer(
     *,
     way: Literal["svd", "whitened", "fisher"],
     seed: int = 0,
+    folder: Path | None = None,
     progress: Progress = SILENT,
 ) -> MeasuredReducer:
     """Decompose matrices for truncation to any rank.
@@ -89,21 +136,24 @@ def measured_reducer(
         rows: What the statistics are measured on; unused for `svd`.
         way: `svd` weighs neither side, `whitened` the inputs, `fisher` the inputs and the outputs' gradients.
         seed: Of the labels that are drawn.
+        folder: Keeps what was found of each matrix; what the same call left there before isn't measured again.
         progress: Told of each row.
 
     Raises:
         ModelError: The model is sharded over processes, or computes inf or nan on a row.
-        OutputError: There is no room for the projections in the temporary folder.
+        OutputError: There is no room for the projections.
     """
-    reducer = MeasuredReducer()
+    reducer = MeasuredReducer(matrices, folder)
     if way == "svd":
         for matrix in matrices:
             reducer.add(matrix, decompose_plainly(weights.read(matrix)))
         return reducer
-    for matrix, found in measure(weights, matrices, rows, seed=seed, progress=progress):
+    missing = reducer.recall()
+    for matrix, found in measure(weights, missing, rows, seed=seed, progress=progress) if missing else ():
         if isinstance(found, Moments):
             with_gradients = way == "fisher"
             reducer.add(matrix, decompose_by_moments(weights.read(matrix), found, with_gradients=with_gradients))
         else:
-            reducer.left_out.append(found)
+            reducer.add(matrix, found)
+    reducer.costs = {matrix: reducer.costs[matrix] for matrix in matrices if matrix in reducer.costs}
     return reducer

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from splaser_plugin.distributed import gather, in_main, is_main
+from splaser_plugin.distributed import gather, in_main, is_main, process_index
 from splaser_plugin.errors import OutputError, ScoreError
 from splaser_plugin.files.journal import JournalFile, parsed
-from splaser_plugin.files.output import JOURNAL, hold, let_go
+from splaser_plugin.files.output import JOURNAL, STATISTICS, hold, let_go
 from splaser_plugin.files.validation import InvalidRecordError, Number, Whole, validated
 from splaser_plugin.generation.generator import Answer
 from splaser_plugin.progress import measured
@@ -29,6 +30,11 @@ class Journal:
 
     def __init__(self) -> None:
         self._subject = BASE
+
+    @property
+    def statistics(self) -> Path | None:
+        """Where this process keeps what it measured of matrices, for the run that goes on; None for nowhere."""
+        return None
 
     @contextmanager
     def measuring(self, subject: str) -> Iterator[None]:
@@ -80,6 +86,10 @@ class LaserJournal(Journal):
         self._left: Iterator[tuple[int, dict[str, Any]]] = iter(())
         self._file = JournalFile(self.path, SCHEMA)
         in_main(self._open)
+
+    @property
+    def statistics(self) -> Path | None:
+        return self.path.parent / STATISTICS / str(process_index())
 
     def begin(self, run: Mapping[str, Any]) -> int:
         """See `Journal.begin`. Raises OutputError when what was left is of another run, and tells the difference."""
@@ -145,6 +155,7 @@ class LaserJournal(Journal):
         self._file.cut(sum(len(line) for _, line in whole))
         if not whole or self._is_of_another_run(whole[0][1], run):
             self._file.cut(0)
+            shutil.rmtree(self.path.parent / STATISTICS, ignore_errors=True)
             self._append({"schema": SCHEMA, "run": run})
             return []
         left = []

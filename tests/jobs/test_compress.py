@@ -12,10 +12,11 @@ from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.artifacts.results import Results
 from splaser_plugin.config.stages import ApplyConfig
 from splaser_plugin.errors import RecipeError
-from splaser_plugin.files.output import JOURNAL
+from splaser_plugin.files.output import JOURNAL, STATISTICS
 from splaser_plugin.jobs import stages
 from splaser_plugin.jobs.apply import apply
 from splaser_plugin.jobs.laser import read_pairs
+from splaser_plugin.reduction.moments import measure
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import load_model
 from tests.builders import EXAMPLE_PAIRS, PROSE, changed, states
@@ -99,8 +100,19 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(compressed, tiny_folder
     measured = [json.loads(line)["subject"] for line in lines[1:]]
     cut = measured.index("budget 0.06")
     (out / JOURNAL).write_bytes(b"".join(lines[: cut + 2]))
+    lost = out / STATISTICS / "0" / "3.safetensors"
+    lost.write_bytes(lost.read_bytes()[:100])
+    again_measured = []
+
+    def measured(weights, matrices, *arguments, **options):
+        again_measured.extend(matrices)
+        return measure(weights, matrices, *arguments, **options)
+
+    monkeypatch.setattr("splaser_plugin.reduction.measured_reducer.measure", measured)
     again = laser(tiny_folder, EXAMPLE_PAIRS, config=config, output=out)
     assert not changed(states(result.model), states(again.model))
+    assert [matrix.name for matrix in again_measured] == ["model.layers.0.self_attn.o_proj"]
+    assert not (out / STATISTICS).exists() and not (out / JOURNAL).exists()
     assert again.recipe.steps == result.recipe.steps and again.held_out == result.held_out
 
 

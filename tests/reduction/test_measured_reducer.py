@@ -66,7 +66,7 @@ def test_what_no_token_reaches_is_left_out_with_the_reason(weights):
 
 
 def test_a_temporary_folder_that_is_gone_is_told(weights, monkeypatch):
-    def fails(tensors, path):
+    def fails(tensors, path, about):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("splaser_plugin.reduction.measured_reducer.save_file", fails)
