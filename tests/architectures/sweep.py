@@ -5,8 +5,10 @@
 For each model type a random model of a few thousand parameters is made from its configuration's own defaults, made
 small by the usual names of sizes, and saved. Columns: `scan` (the folder's matrices, names, types and weights are the
 loaded model's), `lora` (PEFT adapts exactly the chosen matrices, or it is refused), `unfrozen` (the same for Axolotl's
-rule), `reduce` (one matrix of each type reduced and saved: nothing else has changed, and it loads again). Results are
-appended to a file as they come; types that are in it are not run again.
+rule), `reduce` (one matrix of each type reduced and saved: nothing else has changed, and it loads again), `laser` (a
+search by its own answers ends, and what it wrote loads as what it scored), `factored` (so does what it wrote as
+factors); transformers itself can't run some types at these sizes. Results are appended to a file as they come; types
+that are in it are not run again.
 """
 
 from __future__ import annotations
@@ -52,6 +54,8 @@ SIZES: dict[str, Any] = {
 UNSET = frozenset({"n_routed_experts", "n_shared_experts", "moe_intermediate_size"})
 """Sizes that are given where the defaults have none."""
 MOST_PARAMETERS = 20_000_000
+ROWS = [{"prompt": f"w1 w{place}", "chosen": f"w{place} w2", "rejected": "w3 w4 w5"} for place in range(6, 14)]
+COLUMNS = ("scan", "lora", "unfrozen", "reduce", "laser", "factored")
 
 
 def model_types(kinds: str) -> list[str]:
@@ -96,14 +100,17 @@ def run(kind: str) -> dict[str, str]:
         model = answering_class(config).from_config(config).eval()
     except Exception as error:
         return {"built": f"no: {type(error).__name__}: {' '.join(str(error).split())[:100]}"}
-    found = {"built": "ok"}
+    found, failure = {"built": "ok"}, _fails(model)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         try:
             model.save_pretrained(folder)
         except Exception as error:
             return {"built": f"no: can't be saved: {type(error).__name__}: {str(error)[:100]}"}
-        for column, check in {"scan": _scan, "lora": _lora, "unfrozen": _unfrozen, "reduce": _reduce}.items():
+        for column, check in zip(COLUMNS, (_scan, _lora, _unfrozen, _reduce, _laser, _factored), strict=True):
+            if failure and column in ("laser", "factored"):
+                found[column] = failure
+                continue
             try:
                 found[column] = check(folder)
             except SplaserError as error:
@@ -111,6 +118,16 @@ def run(kind: str) -> dict[str, str]:
             except Exception as error:
                 found[column] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     return {column: value.replace(str(folder), "the folder") for column, value in found.items()}
+
+
+def _fails(model: Any) -> str:
+    """Why the model can't run at this size; empty where it can."""
+    try:
+        with torch.no_grad():
+            _ = model(input_ids=torch.tensor([[4, 5, 6]])).logits
+    except Exception as error:
+        return f"can't run: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    return ""
 
 
 def _loaded(folder: Path) -> Any:
@@ -131,7 +148,7 @@ def _scan(folder: Path) -> str:
         return f"names {stored.note}"
     model = _loaded(folder)
     matrices = stored.matrices(towers=True)[0]
-    live = {model_matrice.name: model_matrice for model_matrice in model_matrices(model, towers=True)[0]}
+    live = {matrix.name: matrix for matrix in model_matrices(model, towers=True)[0]}
     if {matrix.name: matrix for matrix in matrices} != live:
         names = {matrix.name for matrix in matrices} ^ live.keys()
         return f"differs from the loaded model in {len(names)} names: {min(names, default='types or shapes')}"
@@ -200,11 +217,68 @@ def _reduce(folder: Path) -> str:
     return "ok"
 
 
+def _laser(folder: Path) -> str:
+    from splaser_plugin.weights.loading import load_model
+
+    result = _searched(folder, folder.parent / "lasered", "dense")
+    before, scored = _loaded(folder).state_dict(), result.model.state_dict()
+    after = load_model(folder.parent / "lasered", device="cpu")[0].state_dict()
+    if after.keys() != before.keys():
+        return f"after loading again {min(after.keys() ^ before.keys())} is missing or new"
+    for name, tensor in after.items():
+        if not torch.equal(tensor, scored[name]):
+            return f"after loading again {name} is another"
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    return "ok" if len(changed) == len(result.kept) == 1 else f"{len(changed)} changed of {len(result.kept)} kept"
+
+
+def _factored(folder: Path) -> str:
+    from splaser_plugin.weights.loading import load_model
+
+    result = _searched(folder, folder.parent / "factored", "factored")
+    model, tokenizer = load_model(folder.parent / "factored", device="cpu")
+    ids = tokenizer(ROWS[0]["prompt"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        factored, scored = model(input_ids=ids).logits, result.model(input_ids=ids).logits
+    error = ((factored - scored).norm() / scored.norm()).item()
+    return "ok" if error < 1e-4 else f"the factors' logits are off by {error:.0e}"
+
+
+def _searched(folder: Path, output: Path, save: str) -> Any:
+    """A search that keeps the one candidate that it tries, whatever it scores."""
+    from splaser_plugin import LaserConfig, laser
+
+    _tokenizer().save_pretrained(folder)
+    config = LaserConfig(
+        embedder="self", max_new_tokens=3, candidates=1, ranks="0.3", accept="harmless", tolerance=5, save=save,
+        device="cpu",
+    )  # fmt: skip
+    return laser(folder, ROWS, config=config, output=output)
+
+
+def _tokenizer() -> Any:
+    """Of words, w0 to w99."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["pad", "bos", "eos", "unk", *(f"w{place}" for place in range(100))]
+    inner = Tokenizer(WordLevel({word: place for place, word in enumerate(words)}, unk_token="unk"))
+    inner.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="pad", bos_token="bos", eos_token="eos", unk_token="unk"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}w90 {{ m['content'] }} eos {% endfor %}{% if add_generation_prompt %}w90 {% endif %}"
+    )
+    return tokenizer
+
+
 def table(results: dict[str, dict[str, str]]) -> str:
     """The results as a Markdown table, with counts above it."""
-    columns = ("scan", "lora", "unfrozen", "reduce")
     built = {kind: result for kind, result in results.items() if result["built"] == "ok"}
-    counts = {column: Counter(_word(result.get(column, "")) for result in built.values()) for column in columns}
+    counts = {column: Counter(_word(result.get(column, "")) for result in built.values()) for column in COLUMNS}
     lines = [
         "# Architectures",
         "",
@@ -216,18 +290,20 @@ def table(results: dict[str, dict[str, str]]) -> str:
         "",
     ]
     lines += [
-        f"- {column}: {', '.join(f'{n} {word}' for word, n in counts[column].most_common())}" for column in columns
+        f"- {column}: {', '.join(f'{n} {word}' for word, n in counts[column].most_common())}" for column in COLUMNS
     ]
-    lines += ["", f"| type | {' | '.join(columns)} |", "|" + " --- |" * (len(columns) + 1)]
+    lines += ["", f"| type | {' | '.join(COLUMNS)} |", "|" + " --- |" * (len(COLUMNS) + 1)]
     lines += [
-        f"| {kind} | {' | '.join(_cell(result.get(column, '')) for column in columns)} |"
+        f"| {kind} | {' | '.join(_cell(result.get(column, '')) for column in COLUMNS)} |"
         for kind, result in built.items()
     ]
     return "\n".join(lines) + "\n"
 
 
 def _word(value: str) -> str:
-    return value if value == "ok" else "refused" if value.startswith("refused") else "not"
+    return (
+        value if value == "ok" else next((word for word in ("refused", "can't run") if value.startswith(word)), "not")
+    )
 
 
 def _cell(value: str) -> str:
