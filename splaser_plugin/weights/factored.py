@@ -34,9 +34,10 @@ def is_factorable(model: nn.Module, matrix: Matrix) -> bool:
     module_name, _, attribute = matrix.parameter.rpartition(".")
     module: Any = model.get_submodule(module_name)
     if matrix.expert is not None:
-        return can_be_split(module) and attribute in stacks_of(module)
+        is_split = can_be_split(module) and attribute in stacks_of(module)
+        return is_split and _is_saved_as(model, f"{layer_name(matrix)}.weight", f".{EACH}{attribute}.")
     is_layer = attribute == "weight" and _is_layer(module)
-    return is_layer and module_name in _called(model) and not _is_converted(model, matrix.parameter)
+    return is_layer and module_name in _called(model) and _is_saved_as(model, matrix.parameter, "")
 
 
 def layer_name(matrix: Matrix) -> str:
@@ -157,20 +158,26 @@ def _called_anew(model: Any) -> frozenset[str]:
     return frozenset(called)
 
 
-def _is_converted(model: Any, parameter: str) -> bool:
-    """Whether transformers joins or cuts the parameter when it saves the model, which factors can't be."""
+def _is_saved_as(model: Any, parameter: str, part: str) -> bool:
+    """Whether transformers saves the parameter as one tensor, with `part` in its name as it is here.
+
+    What it joins or cuts can't be factors, nor could layers be found again by a name that its patterns caught.
+    """
     if not hasattr(model, "base_model_prefix"):
-        return False
+        return True
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
-    converters = [
-        conversion.reverse_transform() for conversion in conversions if isinstance(conversion, WeightConverter)
-    ]
-    return any(converter.rename_source_key(parameter)[1] is not None for converter in converters)
+    reverse = [conversion.reverse_transform() for conversion in reversed(conversions)]
+    name = parameter
+    for conversion in reverse:
+        if isinstance(conversion, WeightConverter) and conversion.rename_source_key(parameter)[1] is not None:
+            return False
+        name = conversion.rename_source_key(name)[0]
+    return part in name
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ ONCE_FAILED = (
     "granitemoe",
     "got_ocr2",
     "hrm_text",
+    "inkling_mm_model",
     "mamba",
     "mixtral",
     "zamba",
