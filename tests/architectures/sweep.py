@@ -42,6 +42,10 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 128),
     **dict.fromkeys(("image_size",), 28),
     **dict.fromkeys(("patch_size",), 14),
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "attn_layer_indices": [1],
+    "rotary_dim": 8,
     "mamba_n_heads": 4,
     "mamba_d_head": 16,
     "hidden_size_per_layer_input": 8,
@@ -51,7 +55,7 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-UNSET = frozenset({"n_routed_experts", "n_shared_experts", "moe_intermediate_size"})
+UNSET = frozenset({"n_routed_experts", "n_shared_experts", "moe_intermediate_size", "num_experts_per_tok"})
 """Sizes that are given where the defaults have none."""
 MOST_PARAMETERS = 20_000_000
 ROWS = [{"prompt": f"w1 w{place}", "chosen": f"w{place} w2", "rejected": "w3 w4 w5"} for place in range(6, 14)]
@@ -80,6 +84,10 @@ def _small(config: Any) -> dict[str, Any]:
     values = {
         name: size for name, size in SIZES.items() if name in given and (given[name] is not None or name in UNSET)
     }
+    if given.get("kv_lora_rank"):
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    if len(layers := list(dict.fromkeys(given.get("layer_types") or ()))) > 1:
+        values["layer_types"] = layers[:2]
     for part in config.sub_configs:
         if hasattr(inner := getattr(config, part, None), "to_dict"):
             values[part] = {"model_type": inner.model_type, **_small(inner)}
