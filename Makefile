@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: setup models demo fix check test test-browser test-architectures lint imports types docs rooms bench clean
+.PHONY: setup models demo pictures fix check test test-browser test-architectures lint imports types docs rooms bench clean
 
 setup: $(VENV)/.installed
 
@@ -38,6 +38,9 @@ test: lint types models
 
 test-browser: models
 	$(PYTEST) -m browser
+
+pictures: models
+	$(BIN)/python docs/draw_pictures.py
 
 test-architectures: setup
 	$(BIN)/python tests/architectures/sweep.py --table docs/models.md

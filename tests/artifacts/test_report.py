@@ -151,6 +151,8 @@ def test_the_chosen_matrices_are_listed_and_marked():
     assert [name for name in names if name not in listed] == []
     assert "# self_attn.q_proj: 4\nmodel.layers.0.self_attn.q_proj\nmodel.layers.1.self_attn.q_proj\n" in page.text
     assert {each["name"] for each in page.data["matrices"] if each["chosen"]} == set(names)
+    text = squeezed(Page(render(SCAN, Results.from_dict(RESULTS))).text)
+    assert "a ring: tried and put back. A square: chosen to be trained." in text
 
 
 @pytest.mark.parametrize("save", ["dense", "factored"])
