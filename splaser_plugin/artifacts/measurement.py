@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from splaser_plugin.artifacts.results import Measured, Results
 from splaser_plugin.config.stages import LaserConfig
+from splaser_plugin.progress import duration
 
 MEANINGS = {
     "semantic": "cos(answer, chosen) - cos(answer, rejected) of the model's own greedy answers",
@@ -56,15 +57,6 @@ def answer_counts(run: Results) -> list[AnswerCounts]:
     if run.verdict:
         parts += [("base, held out", run.verdict.base), ("result, held out", run.verdict.result)]
     return [_counts(whose, measured) for whose, measured in parts if measured.answers]
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `2 min 17 s` or `3 h 5 min`."""
-    whole = round(seconds)
-    minutes, hours = whole // 60, whole // 3600
-    if hours:
-        return f"{hours} h {minutes % 60} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
 def _score(run: Results, config: LaserConfig | None) -> str:
