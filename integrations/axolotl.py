@@ -20,6 +20,7 @@ from splaser_plugin.integrations.configs.axolotl import (
     unfrozen_patterns,
 )
 from splaser_plugin.integrations.freeze import check_trained
+from splaser_plugin.jobs.importance import importances_of_folder
 from splaser_plugin.scanning.records import Scan
 from splaser_plugin.scanning.selection import Selection, choose, lora_targets
 
@@ -177,7 +178,7 @@ def select(section: SPLaserSection, base_model: str) -> Selection:
         scan, source = load_scan(section.scan), section.scan
     else:
         scan, source = _scan_from_disk(base_model), f"scan of {base_model}"
-    return choose(scan, section.select, source=source)
+    return choose(scan, section.select, source=source, importances=importances_of_folder(base_model, section.select))
 
 
 def _scan_from_disk(base_model: str) -> Scan:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from splaser_plugin.config.stages import LaserConfig
+from splaser_plugin.config.stages import LaserConfig, Measure, SelectConfig
 from splaser_plugin.data.pairs import PairSet
 from splaser_plugin.data.split import Split
 from splaser_plugin.errors import ConfigError, ModelError
@@ -27,8 +27,10 @@ from splaser_plugin.integrations.training import (
     undisturbed,
     warn_of_reference,
 )
+from splaser_plugin.jobs.importance import importances
 from splaser_plugin.jobs.laser import LaserResult, laser_weights, read_pairs
 from splaser_plugin.reduction.moments import check_measurable
+from splaser_plugin.scanning.measures import MEASURED
 from splaser_plugin.scanning.scan import scan_source
 from splaser_plugin.scanning.selection import choose
 from splaser_plugin.scoring.embedding import SentenceEmbedder
@@ -64,7 +66,8 @@ class LaserCallback(TrainerCallback):
     the first run only), `init` (while the trainer is made, before optimizer and wrapping), or None.
     pairs: see `splaser_plugin.laser`; without them the trainer's evaluation or training data are read.
     config: options of the laser run; its device and dtype are the trainer's.
-    freeze_to: `top` trains only the `top` matrices, or the `fraction`, of highest `by` of each module type.
+    freeze_to: `top` trains only the `top` matrices, or the `fraction`, that are best by `by` of each module type; see
+    `SelectConfig`. `fisher` and `gradient` are measured on the configuration's text, `random` has its seed.
     trainer: the trainer itself, for `trainer.add_callback(LaserCallback(trainer=trainer))`. Pairs are then read from
     its evaluation data too, metrics go to each of its reporters, and what belongs to `init` is done at once. Without
     it, as in `callbacks=[LaserCallback()]`, the callback has what an event hands over: the data that is trained on,
@@ -84,7 +87,7 @@ class LaserCallback(TrainerCallback):
         freeze_to: str | None = None,
         top: int | None = None,
         fraction: float | None = None,
-        by: str = "snr_ratio",
+        by: Measure = "snr_ratio",
         trainer: Any = None,
     ) -> None:
         if when is not None and when not in WHEN:
@@ -101,9 +104,8 @@ class LaserCallback(TrainerCallback):
         self.pairs = pairs
         self.config = config or LaserConfig()
         self.freeze_to = freeze_to
-        self.top = top
-        self.fraction = fraction
-        self.by = by
+        text = self.config.text if by in MEASURED else ""
+        self._select = SelectConfig(top=top, fraction=fraction, by=by, text=text, seed=self.config.seed)
         self.trainer = trainer
         self.result: LaserResult | None = None
         self.selection: Any = None
@@ -193,7 +195,7 @@ class LaserCallback(TrainerCallback):
             self._laser(training)
         if self.freeze_to is not None:
             with undisturbed():
-                self.selection = self._freeze(training.args, training.model)
+                self.selection = self._freeze(training)
             self._prepared = weakref.ref(training.model)
 
     def _check_what_training_would_be_lost_on(self, training: Training) -> None:
@@ -273,7 +275,8 @@ class LaserCallback(TrainerCallback):
             metrics["laser/held_out_low"], metrics["laser/held_out_high"] = result.held_out.interval
         return metrics
 
-    def _freeze(self, args: TrainingArguments, model: Any) -> Any:
+    def _freeze(self, training: Training) -> Any:
+        args, model, select = training.args, training.model, self._select
         if hasattr(model, "peft_config"):
             raise ModelError(
                 "freeze_to is for full fine-tuning, and this model has adapters. Give PEFT the LoraConfig of "
@@ -281,7 +284,10 @@ class LaserCallback(TrainerCallback):
             )
         head = head_of(model)
         scan = scan_source(Weights(model), config=self.config, name=getattr(model.config, "_name_or_path", ""))
-        selection = choose(scan, top=self.top, fraction=self.fraction, by=self.by)
+        values = None
+        if select.by in MEASURED:
+            values = importances(model, training.tokenizer, by=select.by, text=select.text, progress=training.progress)
+        selection = choose(scan, select, importances=values)
         freeze_all_but(model, selection.names)
         for parameter in head:
             parameter.requires_grad_(True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from splaser_plugin.jobs.compare import Comparison as Comparison
     from splaser_plugin.jobs.compare import compare as compare
     from splaser_plugin.jobs.expand import expand as expand
+    from splaser_plugin.jobs.importance import importances as importances
     from splaser_plugin.jobs.laser import laser as laser
     from splaser_plugin.jobs.result import LaserResult as LaserResult
     from splaser_plugin.progress import Bars as Bars
@@ -60,6 +61,7 @@ _HOMES = {
     "choose": "scanning.selection",
     "compare": "jobs.compare",
     "expand": "jobs.expand",
+    "importances": "jobs.importance",
     "laser": "jobs.laser",
     "load": "weights.factored_folder",
     "load_pairs": "data.pairs",

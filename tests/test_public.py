@@ -40,6 +40,7 @@ frozen = s.FreezeCallback(names)
 lora = s.lora_config(selection, rank=8)
 pairs: s.PairSet = s.load_pairs("p.jsonl")
 model = s.expand(s.load("m"))
+values: dict[str, float] = s.importances(model, None, by="fisher", text="notes.txt")
 version: str = s.__version__
 table = found.to_dataframe()
 try:

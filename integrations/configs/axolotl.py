@@ -138,6 +138,8 @@ def plugin_targets(plan: Plan, given: Mapping[str, Any], laser: str | None) -> d
     config = selection.config
     section |= {"top": config.top} if config.fraction is None else {"fraction": config.fraction}
     section |= {"by": config.by, "edge": selection.edge}
+    section |= {"text": config.text} if config.text else {}
+    section |= {"seed": config.seed} if config.by == "random" else {}
     if config.types:
         section["types"] = list(config.types)
     if any(map(is_head, selection.names)):

@@ -37,13 +37,21 @@ Edge = Annotated[str | None, typer.Option(help="Whose figures count: iqr, mp or 
 Model = Annotated[str, typer.Option(help="Folder or hub id of the model; else the one that was scanned.")]
 
 
-def _chosen(scan: Path, select: SelectConfig) -> Selection:
+def _chosen(scan: Path, select: SelectConfig, model: str) -> Selection:
+    """model: where it is, if not where the scan says."""
+    from rich.console import Console
+
+    from splaser_plugin.cli.terminal import TerminalProgress
+    from splaser_plugin.jobs.importance import importances_of_folder
     from splaser_plugin.scanning.selection import choose
     from splaser_plugin.scanning.spectrum_format import load_scan
 
     if select.top is None and select.fraction is None:
         select = dataclasses.replace(select, top=DEFAULT_TOP)
-    return choose(load_scan(scan), select, source=str(scan))
+    found = load_scan(scan)
+    progress = TerminalProgress(Console(stderr=True, emoji=False))
+    importances = importances_of_folder(model or found.model, select, progress=progress)
+    return choose(found, select, source=str(scan), importances=importances)
 
 
 def _plan(selection: Selection, training: TrainingConfig, stage: str) -> Plan:
@@ -86,7 +94,7 @@ def axolotl(
 
     if rl not in (None, "dpo"):
         raise ConfigError(f"--rl: got '{rl}', expected dpo.")
-    selection = _chosen(scan, select)
+    selection = _chosen(scan, select, training.model)
     run = f"axolotl train {shlex.quote(str(output))}"
     plan = _plan(selection, training, rl or "sft")
     text = axolotl_yaml(plan, base=training.base, run=run, plugin=plugin, laser=laser)
@@ -118,7 +126,7 @@ def llamafactory(
     if is_script != (output.suffix == ".py"):
         wanted = "a script: its name has to end in .py" if is_script else "YAML: its name can't end in .py"
         raise ConfigError(f"--output {output}: --mode {training.mode} is written as {wanted}.")
-    selection = _chosen(scan, select)
+    selection = _chosen(scan, select, training.model)
     plan = _plan(selection, training, stage)
     run = f"{'python' if is_script else 'llamafactory-cli train'} {shlex.quote(str(output))}"
     write = tool.runner_script if is_script else tool.llamafactory_yaml
@@ -154,7 +162,7 @@ def peft(
     from splaser_plugin.integrations.configs.adapter import adapter_config
     from splaser_plugin.integrations.configs.plan import DEFAULT_RANK, choose_rank
 
-    selection = _chosen(scan, select)
+    selection = _chosen(scan, select, model)
     rank, _ = choose_rank(selection, ranks.lora_rank, ranks.match_rank)
     values = adapter_config(selection, rank=rank or DEFAULT_RANK, rank_pattern=rank_pattern, model=model)
     check_adapters(selection, model or selection.model, **values)

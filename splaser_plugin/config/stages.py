@@ -20,9 +20,9 @@ from splaser_plugin.config.template_kwargs import parse_template_kwargs
 from splaser_plugin.errors import ConfigError
 
 Edge: TypeAlias = Literal["iqr", "mp", "gavish-donoho"]
-Precision: TypeAlias = Literal["auto", "float32", "float64"]
+Precision: TypeAlias = Literal["auto", "float32", "float64", "svd"]
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
-Measure: TypeAlias = Literal["snr_ratio", "snr", "rank"]
+Measure: TypeAlias = Literal["snr_ratio", "snr", "rank", "kappa", "fisher", "gradient", "random", "uniform"]
 OptionalPath: TypeAlias = Annotated[Path | None, Field(strict=False)]
 Patterns: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
 
@@ -65,7 +65,11 @@ class SelectConfig(Options):
     fraction: float | None = Field(default=None, gt=0, le=1)
     """Share of each module type, rounded up."""
     by: Measure = "snr_ratio"
-    """What ranks them."""
+    """What ranks them; random and uniform (evenly spaced by depth) are controls."""
+    text: str = ""
+    """Text that fisher and gradient are measured on: a file, or a hub data set as NAME or NAME:SUBSET."""
+    seed: int = Field(default=0, ge=0)
+    """Of random."""
     edge: Edge | None = None
     """Whose figures count; else the scan's edge."""
     types: Patterns = ()
@@ -74,6 +78,10 @@ class SelectConfig(Options):
     """The output head, too."""
     include_embeddings: bool = False
     """The embeddings, too."""
+
+    def __post_init__(self) -> None:
+        if self.text and self.by not in ("fisher", "gradient"):
+            raise ConfigError(f"--text goes with --by fisher or gradient, and this is --by {self.by}. Leave it out.")
 
 
 @stage

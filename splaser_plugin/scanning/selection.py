@@ -1,23 +1,22 @@
-"""Choose the matrices worth training: those of highest SNR, so many of each module type."""
+"""Choose the matrices worth training: those of highest SNR or another measure, so many of each module type."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 from splaser_plugin.config.stages import SelectConfig
 from splaser_plugin.errors import ConfigError, MatrixError, RankError, nearest
-from splaser_plugin.scanning.scan import MatrixScan, Scan
+from splaser_plugin.scanning.measures import CONTROLS, MEASURED, OF_EDGES, Scanned, best_first, evenly_spaced
+from splaser_plugin.scanning.scan import Scan
 from splaser_plugin.scanning.spectrum_format import PublishedScan, PublishedSnr
 from splaser_plugin.tables import Table
 from splaser_plugin.weights.matrices import compile_pattern, looks_like_embedding
 
 HEADS = frozenset({"lm_head", "embed_out"})
-
-Scanned = MatrixScan | PublishedSnr
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Chosen:
     shape: tuple[int, int] | None
     """(rows, columns); None where the scan doesn't say."""
     value: float | None
-    """What it was chosen by; None: it has no noise values, or it was included without being ranked."""
+    """What it was chosen by; None: it has no noise values, its value isn't known, or it wasn't chosen by a value."""
     rank: int | None
     """Singular values above the edge; None where the scan doesn't say."""
 
@@ -47,7 +46,7 @@ class Selection(Table):
     edge: str
     """Whose figures counted."""
     matrices: tuple[Chosen, ...]
-    """Module type by module type, each from the highest `by` to the lowest."""
+    """Module type by module type, each from the best by `by` to the worst."""
     considered: int
     """How many matrices there were to choose from."""
     block_sides: int | None
@@ -82,16 +81,26 @@ class Selection(Table):
     def rule(self) -> str:
         """The choice in words: `top 16 of each module type by snr_ratio (edge iqr)`."""
         config = self.config
-        share = f"top {config.top}" if config.fraction is None else f"highest fraction {config.fraction:g}"
+        is_control = config.by in CONTROLS
+        if config.fraction is None:
+            share = f"{config.top}" if is_control else f"top {config.top}"
+        else:
+            share = f"{'a' if is_control else 'highest'} fraction {config.fraction:g}"
         among = f" among {', '.join(config.types)}" if config.types else ""
-        return f"{share} of each module type{among} by {config.by} (edge {self.edge})"
+        return f"{share} of each module type{among} {_how(config, self.edge)}"
 
 
 def choose(
-    scan: Scan | PublishedScan, config: SelectConfig | None = None, *, source: str = "", **options: Any
+    scan: Scan | PublishedScan,
+    config: SelectConfig | None = None,
+    *,
+    source: str = "",
+    importances: Mapping[str, float] | None = None,
+    **options: Any,
 ) -> Selection:
-    """The matrices of highest `by` of each module type: `top` of them, or the `fraction`, rounded up.
+    """The matrices that are best by `by` of each module type: `top` of them, or the `fraction`, rounded up.
 
+    Best are the highest; of `kappa`, the condition number, the lowest. `fisher` and `gradient` need `importances`.
     Types are every one but norms, unless the configuration names some; head and embeddings are each alone of
     their type. Ties are never broken by the order of the file: see `Scan.ranked`.
 
@@ -99,6 +108,7 @@ def choose(
         scan: What was scanned, by splaser or as it is published.
         config: Which matrices; one of `top` and `fraction` has to be there.
         source: How the result names the scan; else by its model.
+        importances: What `splaser_plugin.importances` measured, by the same `by`.
         **options: Fields of `SelectConfig`, instead of a whole one or to change some of it.
 
     Returns:
@@ -112,7 +122,7 @@ def choose(
     config = replace(config or SelectConfig(), **options)
     by, edge = config.by, config.edge or scan.edge
     count_of = _count(config)
-    _check_measure(scan, by, edge)
+    ranked = best_first(scan, by, edge, seed=config.seed, importances=importances)
     wanted = [matrix for matrix in scan.matrices if not (is_head(matrix.name) or is_embedding(matrix.name))]
     if config.types:
         wanted = _of_types(wanted, config.types)
@@ -121,15 +131,15 @@ def choose(
     if not wanted:
         raise MatrixError(f"{source or scan.model}: no matrix to choose from. Scan more, or give other --types.")
 
-    best = _highest(scan, wanted, count_of, by, edge)
-    chosen = [_chosen(matrix, by, edge) for group in best.values() for matrix in group]
+    best = _best(ranked, wanted, count_of, is_spaced=by == "uniform")
+    chosen = [_chosen(matrix, value, edge) for group in best.values() for matrix, value in group]
     tied: list[str] = []
     for asked, flag, belongs in (
         (config.include_head, "--include-head", is_head),
         (config.include_embeddings, "--include-embeddings", is_embedding),
     ):
         if asked:
-            outside, shared = _outside_blocks(scan, flag, belongs, by, edge)
+            outside, shared = _outside_blocks(scan, ranked, flag, belongs, edge)
             chosen += outside
             tied += shared
     return Selection(
@@ -147,8 +157,8 @@ def choose(
 def top_by_type(scan: Scan | PublishedScan, count: int = 16) -> dict[str, list[str]]:
     """Module type to the names of its `count` matrices of highest snr_ratio: the published scanner's top.json."""
     config = SelectConfig(top=count)
-    best = _highest(scan, scan.matrices, _count(config), config.by, scan.edge)
-    return {kind: [matrix.name for matrix in group] for kind, group in best.items()}
+    best = _best(best_first(scan, config.by, scan.edge), scan.matrices, _count(config))
+    return {kind: [matrix.name for matrix, _ in group] for kind, group in best.items()}
 
 
 def lora_targets(selection: Selection) -> list[str]:
@@ -241,12 +251,16 @@ def _count(config: SelectConfig) -> Callable[[int], int]:
     return lambda total: math.ceil(share * total)
 
 
-def _check_measure(scan: Scan | PublishedScan, by: str, edge: str) -> None:
-    if isinstance(scan, PublishedScan) and (by, edge) != ("snr_ratio", scan.edge):
-        raise ConfigError(
-            f"--by {by} --edge {edge}: {scan.model} holds only snr_ratio at edge {scan.edge}. "
-            "Leave both options out, or scan the model with splaser scan."
-        )
+def _how(config: SelectConfig, edge: str) -> str:
+    if config.by in OF_EDGES:
+        return f"by {config.by} (edge {edge})"
+    if config.by in MEASURED:
+        return f"by {config.by} (measured on {config.text or 'a text'})"
+    return {
+        "kappa": "by kappa, lowest first",
+        "random": f"at random (seed {config.seed})",
+        "uniform": "evenly spaced by depth",
+    }[config.by]
 
 
 def _of_types(matrices: Sequence[Scanned], types: Sequence[str]) -> list[Scanned]:
@@ -258,36 +272,44 @@ def _of_types(matrices: Sequence[Scanned], types: Sequence[str]) -> list[Scanned
     return [matrix for matrix in matrices if any(regex.search(matrix.type) for regex in patterns)]
 
 
-def _highest(
-    scan: Scan | PublishedScan,
+def _best(
+    ranked: Sequence[tuple[Scanned, float | None]],
     wanted: Iterable[Scanned],
     count_of: Callable[[int], int],
-    by: str,
-    edge: str,
-) -> dict[str, list[Scanned]]:
+    *,
+    is_spaced: bool = False,
+) -> dict[str, list[tuple[Scanned, float | None]]]:
+    """The first of each module type, or those evenly spaced over all of it."""
     names = {matrix.name for matrix in wanted}
-    groups: dict[str, list[Scanned]] = {}
-    ranked: Sequence[Scanned] = scan.ranked(by, edge)
-    for matrix in reversed(ranked):
+    groups: dict[str, list[tuple[Scanned, float | None]]] = {}
+    for matrix, value in ranked:
         if matrix.name in names:
-            groups.setdefault(matrix.type, []).append(matrix)
-    return {kind: group[: count_of(len(group))] for kind, group in sorted(groups.items())}
+            groups.setdefault(matrix.type, []).append((matrix, value))
+    best = {}
+    for kind, group in sorted(groups.items()):
+        count = count_of(len(group))
+        places = evenly_spaced(count, len(group)) if is_spaced else range(count)
+        best[kind] = [group[place] for place in places]
+    return best
 
 
-def _chosen(matrix: Scanned, by: str, edge: str) -> Chosen:
+def _chosen(matrix: Scanned, value: float | None, edge: str) -> Chosen:
     if isinstance(matrix, PublishedSnr):
-        return Chosen(matrix.name, matrix.type, None, matrix.snr_ratio, None)
-    fit = matrix.edges[edge]
-    return Chosen(matrix.name, matrix.type, matrix.shape, getattr(fit, by), fit.rank)
+        return Chosen(matrix.name, matrix.type, None, value, None)
+    return Chosen(matrix.name, matrix.type, matrix.shape, value, matrix.edges[edge].rank)
 
 
 def _outside_blocks(
-    scan: Scan | PublishedScan, flag: str, belongs: Callable[[str], bool], by: str, edge: str
+    scan: Scan | PublishedScan,
+    ranked: Iterable[tuple[Scanned, float | None]],
+    flag: str,
+    belongs: Callable[[str], bool],
+    edge: str,
 ) -> tuple[list[Chosen], list[str]]:
     """The head or the embeddings, ranked or not, and the names of those whose weight is shared."""
-    chosen = [_chosen(matrix, by, edge) for matrix in scan.matrices if belongs(matrix.name)]
-    ranked = {matrix.name for matrix in chosen}
-    skipped = [left_out.name for left_out in scan.skipped if belongs(left_out.name) and left_out.name not in ranked]
+    values = {matrix.name: value for matrix, value in ranked}
+    chosen = [_chosen(matrix, values[matrix.name], edge) for matrix in scan.matrices if belongs(matrix.name)]
+    skipped = [left_out.name for left_out in scan.skipped if belongs(left_out.name) and left_out.name not in values]
     chosen += [Chosen(name, name, None, None, None) for name in skipped]
     shared = sorted(name for name in _tied_names(scan) if belongs(name))
     if shared and belongs is is_head:

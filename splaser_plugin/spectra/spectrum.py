@@ -23,12 +23,13 @@ from torch import Tensor
 from splaser_plugin.errors import RankError, SpectrumError
 from splaser_plugin.spectra.edges import same_fits
 
-Precision = Literal["auto", "float32", "float64"]
+Precision = Literal["auto", "float32", "float64", "svd"]
 
 _ATTEMPTS = {
     "auto": (torch.float64,),
     "float32": (torch.float32, torch.float64),
     "float64": (torch.float64,),
+    "svd": (),
 }
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _FLOAT64_DEVICES = ("cpu", "cuda")
@@ -44,7 +45,8 @@ def singular_values(weight: Tensor, *, precision: Precision = "auto") -> np.ndar
     weight: (rows, columns), any float dtype (float8 too), any device, any strides.
     precision: `auto` and `float64` give the thresholds, sums and snr of every edge to 1e-6 relative and the
     exact ranks, as a full SVD in float64 does. `float32` takes about 0.6 of the time and gives them to about
-    1 %; a weight too ill-conditioned for that is computed in float64.
+    1 %; a weight too ill-conditioned for that is computed in float64. `svd` is a full SVD in float64, which gives
+    small singular values too, to about 1e-15 of the largest one; it takes several times as long.
     Returns (min(rows, columns),) float64, descending, in the weight's unit. Beside the weight, memory holds
     two square float64 matrices of the short side, or one and a block of 32 MiB; where the SVD is needed, as for a
     weight of exactly low rank, at most about eight of them.
@@ -52,7 +54,7 @@ def singular_values(weight: Tensor, *, precision: Precision = "auto") -> np.ndar
     """
     attempts = _attempts(precision)
     matrix = _readable(weight, dimensions=2)
-    with _exact_products(matrix.device, attempts[0]):
+    with _exact_products(matrix.device, *attempts[:1]):
         exponent = _exponent(matrix)
         for dtype in attempts:
             squares = _descending(torch.linalg.eigvalsh(_gram(matrix, exponent, dtype)))
@@ -74,7 +76,7 @@ def singular_values_of_batch(weights: Tensor, *, precision: Precision = "auto") 
     count, rows, columns = stack.shape
     at_once = _BATCH_BYTES // (8 * rows * columns)
     values = np.empty((count, min(rows, columns)))
-    if at_once < _BATCH_OF_AT_LEAST:
+    if at_once < _BATCH_OF_AT_LEAST or not attempts:
         for index in range(count):
             values[index] = singular_values(stack[index], precision=precision)
         return values
@@ -179,7 +181,7 @@ def _readable(weight: Tensor, dimensions: int) -> Tensor:
 
 
 @contextmanager
-def _exact_products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def _exact_products(device: torch.device, dtype: torch.dtype = torch.float64) -> Iterator[None]:
     """No gradients, no autocast and, for float32, no TF32 or bfloat16 inside matrix products."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -326,7 +328,7 @@ def _split(weight: Tensor, rank: int, precision: Precision) -> tuple[Tensor, Ten
             f"rank {rank}, but a weight of shape {tuple(matrix.shape)} allows 1 to {short}. "
             "Choose a rank in that range."
         )
-    with _exact_products(matrix.device, attempts[0]):
+    with _exact_products(matrix.device, *attempts[:1]):
         exponent = _exponent(matrix)
         for dtype in attempts:
             squares, vectors = torch.linalg.eigh(_gram(matrix, exponent, dtype))
