@@ -187,9 +187,10 @@ def test_quantised_and_encoder_decoder_models_are_refused(trainer_of, pairs):
         trainer_of(T5ForConditionalGeneration(T5Config(**sizes)), LaserCallback(pairs=pairs))
 
 
-def test_adapters_other_than_plain_lora_are_refused():
+def test_adapters_other_than_plain_lora_are_refused_and_any_where_matrices_are_to_be_trained(trainer_of):
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(ModelError, match=r"no plain LoRA but Dora.*Merge the adapter"):
         MergedWeights(model)
+    adapted = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ModelError, match=r"freeze_to is for full fine-tuning.*lora_config"):
-        LaserCallback(when=None, freeze_to="top", top=1)._freeze(None, model)
+        trainer_of(adapted, LaserCallback(when=None, freeze_to="top", top=1))
