@@ -322,11 +322,17 @@ def model_name(model: nn.Module) -> str:
 
 
 def _check(model: nn.Module) -> None:
+    from torch.distributed.tensor import DTensor
+
     kind = type(model).__name__
-    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
+    plain = (nn.Parameter, DTensor)
+    packed = {type(parameter).__name__ for parameter in model.parameters() if type(parameter) not in plain}
+    if packed or getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
+        of_kind = f" ({min(packed)})" if packed else ""
         raise ModelError(
-            f"{kind} has quantised weights, which can't be scanned or reduced. Load it in bfloat16 or float32; with a "
-            "QLoRA adapter, train first, and then run `splaser laser BASE --adapter DIR` on the unquantised base."
+            f"{kind} has quantised weights{of_kind}, which can't be scanned or reduced. Load it in bfloat16 or "
+            "float32; with a QLoRA adapter, train first, and then run `splaser laser BASE --adapter DIR` on the "
+            "unquantised base."
         )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ModelError(f"{kind} is an encoder-decoder model; only causal language models can be lasered.")

@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, Trainer, TrainerCallback
 
 from splaser_plugin import LaserCallback, LaserConfig
+from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.errors import ConfigError, ModelError
 from tests.builders import changed, states, tiny_llama
 from tests.integrations.trainings import CONFIG, steps_of, training_arguments
@@ -151,19 +152,27 @@ def test_each_trial_of_a_search_is_lasered_into_its_own_folder_and_pruned_ones_a
             pruned.append(trial.number)
             return trial.number == 2
 
-    tried = []
+    tried, recipes = [], {}
 
     def space(trial):
-        tried.append(trial.suggest_int("seed", 1, 1000))
-        return {"seed": tried[-1]}
+        tried.append(trial.suggest_float("learning_rate", 1e-3, 1e-1))
+        return {"learning_rate": tried[-1]}
 
-    trainer.hyperparameter_search(
+    class Ends(TrainerCallback):
+        def on_train_end(self, args, state, control, **rest):
+            recipes[tried[-1]] = callback.result.recipe
+
+    trainer.add_callback(Ends())
+    best = trainer.hyperparameter_search(
         space, compute_objective=lambda metrics: metrics["eval_loss"], n_trials=3, backend="optuna",
         pruner=PruneThird(), sampler=optuna.samplers.RandomSampler(seed=0),
     )  # fmt: skip
     assert 2 in pruned
     found = {str(path.parent.relative_to(tmp_path / "run")) for path in (tmp_path / "run").glob("*/lasered")}
-    assert found == {f"seed={seed}" for seed in tried[:2]}
+    assert found == {f"learning_rate={rate}" for rate in tried[:2]}
+    rate = best.hyperparameters["learning_rate"]
+    assert Recipe.load(tmp_path / "run" / f"learning_rate={rate}" / "lasered" / "recipe.json") == recipes[rate]
+    assert len({recipe.weights_identity for recipe in recipes.values()}) > 1
 
 
 def test_models_that_write_no_text_are_refused_at_once_but_may_be_frozen(trainer_of, pairs):

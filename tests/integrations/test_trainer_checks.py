@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -175,13 +176,23 @@ def test_options_that_do_not_fit_are_refused(options, message):
         LaserCallback(**options)
 
 
+class Packed(torch.nn.Parameter):
+    """As a quantiser leaves a weight where it stands: a kind of tensor of its own."""
+
+
 def test_quantised_and_encoder_decoder_models_are_refused(trainer_of, pairs):
     from transformers import T5Config, T5ForConditionalGeneration
 
     quantised = tiny_llama()
     quantised.quantization_method = "bitsandbytes"
-    with pytest.raises(ModelError, match=r"quantised weights.*bfloat16 or float32"):
+    with pytest.raises(ModelError, match=r"quantised weights.*bfloat16 or float32.*`splaser laser BASE --adapter DIR`"):
         Weights(quantised)
+    with pytest.raises(ModelError, match=r"quantised weights.*`splaser laser BASE --adapter DIR`"):
+        trainer_of(quantised, LaserCallback(pairs=pairs))
+    packed = tiny_llama()
+    packed.model.layers[0].mlp.up_proj.weight = Packed(packed.model.layers[0].mlp.up_proj.weight.data)
+    with pytest.raises(ModelError, match=r"quantised weights \(Packed\), which can't be scanned or reduced"):
+        trainer_of(packed, LaserCallback(pairs=pairs))
     sizes = {"vocab_size": 64, "d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1, "d_kv": 8}
     with pytest.raises(ModelError, match="encoder-decoder"):
         trainer_of(T5ForConditionalGeneration(T5Config(**sizes)), LaserCallback(pairs=pairs))

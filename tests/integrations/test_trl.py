@@ -38,6 +38,25 @@ def test_sft_trainer(pairs, tokenizer, tmp_path):
     assert same_on_disk(states(model), tmp_path / "lasered")
 
 
+LORA = LoraConfig(r=4, target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("options", "adapter", "is_lasered"),
+    [({}, None, False), ({"precompute_ref_log_probs": True}, None, True), ({}, LORA, True)],
+    ids=["a copy", "computed before", "the base under an adapter"],
+)
+def test_a_lasered_reference_is_said(options, adapter, is_lasered, pairs, tiny_folder, tokenizer, tmp_path, caplog):
+    """when="init": the reference is a copy made before, or it is computed with the lasered weights."""
+    callback = LaserCallback(when="init", pairs=pairs, config=CONFIG)
+    trl.DPOTrainer(
+        str(tiny_folder), args=trl.DPOConfig(output_dir=str(tmp_path), **QUIET, **options), processing_class=tokenizer,
+        train_dataset=Dataset.from_list(pairs), peft_config=adapter, callbacks=[callback],
+    )  # fmt: skip
+    assert callback.result is not None
+    assert ("the reference of this training is the lasered model" in caplog.text) == is_lasered
+
+
 @pytest.mark.parametrize("with_trainer", [False, True])
 @pytest.mark.parametrize("adapter", [None, LoraConfig(r=4, target_modules=["q_proj", "up_proj"])], ids=["full", "lora"])
 def test_dpo_trainer_with_pairs_given_or_from_its_own_data(
