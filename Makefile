@@ -8,7 +8,8 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: setup models demo pictures fix check test test-browser test-architectures lint imports types docs rooms bench clean
+.PHONY: setup models demo pictures fix check test test-browser test-gpu test-architectures lint imports types docs rooms
+.PHONY: bench bench-gpu clean
 
 setup: $(VENV)/.installed
 
@@ -41,6 +42,9 @@ test-browser: models
 
 pictures: models
 	$(BIN)/python docs/draw_pictures.py
+
+test-gpu: models
+	$(PYTEST) -m cuda
 
 test-architectures: setup
 	$(BIN)/python tests/architectures/sweep.py --table docs/models.md
@@ -76,6 +80,9 @@ bench: models
 	$(BIN)/python tests/benchmarks/search.py
 	$(BIN)/python tests/benchmarks/factored.py
 	$(BIN)/python tests/benchmarks/methods.py
+
+bench-gpu: models
+	$(BIN)/python tests/benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) $(TOOLS) .cache build splaser-demo

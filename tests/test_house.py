@@ -28,7 +28,7 @@ SOURCES = sorted(
 )
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 PACKAGES = sorted(path.parent for path in SOURCES if path.name == "__init__.py")
-FOR_WHOLE_RUNS = {"architectures", "benchmarks", "data", "fuzz", "tools"}
+FOR_WHOLE_RUNS = {"gpu", "architectures", "benchmarks", "data", "fuzz", "tools"}
 """Folders of tests/ that aren't a package's."""
 
 
