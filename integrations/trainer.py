@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import weakref
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from splaser_plugin.checkpoints.roles import shape_of
 from splaser_plugin.config.stages import LaserConfig, Measure, SelectConfig
 from splaser_plugin.data.pairs import PairSet
 from splaser_plugin.data.split import Split
@@ -178,7 +180,7 @@ class LaserCallback(TrainerCallback):
         handler.callbacks = [self, *others] if first else [*others, self]
 
     def _check(self, training: Training) -> None:
-        check_sharding(training.args, training.model, lasers=self.when in ("before", "after"))
+        check_sharding(training.model)
         if self.when is not None:
             check_generates(training.model)
         with undisturbed():
@@ -294,8 +296,8 @@ class LaserCallback(TrainerCallback):
         checkpointing: Any = args.gradient_checkpointing_kwargs or {}
         if args.gradient_checkpointing and checkpointing.get("use_reentrant", True):
             model.enable_input_require_grads()
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        total = sum(parameter.numel() for parameter in model.parameters())
+        trained = sum(math.prod(shape_of(each)) for each in model.parameters() if each.requires_grad)
+        total = sum(math.prod(shape_of(each)) for each in model.parameters())
         logger.info(
             "training %d matrices, %d of %d parameters: %s", len(selection.names), trained, total, selection.rule
         )

@@ -31,6 +31,11 @@ transformers_log = transformers_logging.get_logger("transformers.splaser")
 
 OFFLINE = "Save the trained model and run `splaser laser` on the checkpoint (with `--adapter DIR` for a LoRA adapter)."
 TRAINER = "trainer.add_callback(LaserCallback(trainer=trainer, ...))"
+NO_PLAIN_ZERO = (
+    *("offload_param", "offload_optimizer", "cpu_offload", "cpu_offload_param"),
+    *("zero_hpz_partition_size", "zero_quantized_weights", "mics_shard_size"),
+)
+"""Settings of DeepSpeed's `zero_optimization` that keep weights, or the optimizer's copies of them, in other places."""
 PAIR_COLUMNS = {"chosen", "rejected"}
 
 
@@ -119,17 +124,13 @@ def _without_end(rows: Iterable[Mapping[str, Any]], end: str | None) -> Iterator
         }
 
 
-def check_sharding(args: TrainingArguments, model: Any, *, lasers: bool) -> None:
-    """Raise ModelError for what keeps the weights where they can't be read and changed.
-
-    lasers: whether the weights will be changed, and not only be read before training.
-    """
+def check_sharding(model: Any) -> None:
+    """Raise ModelError for what keeps the weights where they can't be read and changed."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     shared = AcceleratorState()
-    is_deepspeed = args.deepspeed is not None or shared.distributed_type == DistributedType.DEEPSPEED
-    if is_deepspeed and lasers:
-        raise ModelError(f"DeepSpeed keeps its own fp32 copies of the weights, which would undo the change. {OFFLINE}")
+    if shared.distributed_type == DistributedType.DEEPSPEED:
+        check_deepspeed(shared.deepspeed_plugin.deepspeed_config)
     plugin = getattr(shared, "fsdp_plugin", None)
     is_fsdp1 = plugin is not None and plugin.fsdp_version == 1
     if is_fsdp1 or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
@@ -137,6 +138,30 @@ def check_sharding(args: TrainingArguments, model: Any, *, lasers: bool) -> None
             'FSDP version 1 flattens the weights. Use version 2: fsdp_config={"version": 2} in TrainingArguments, '
             f"`accelerate launch --fsdp_version 2`, fsdp_version: 2 in Axolotl. {OFFLINE}"
         )
+
+
+def check_deepspeed(config: Mapping[str, Any]) -> None:
+    """Raise ModelError for what isn't plain ZeRO-1, 2 or 3, and may keep weights in other places.
+
+    config: DeepSpeed's, as a dictionary.
+    """
+    zero = config.get("zero_optimization") or {}
+    if zero.get("stage", 0) not in (1, 2, 3):
+        raise ModelError(
+            f"DeepSpeed without ZeRO can't be lasered in. Set zero_optimization.stage to 1, 2 or 3. {OFFLINE}"
+        )
+    used = [key for key in NO_PLAIN_ZERO if _is_on(zero.get(key))]
+    if used:
+        raise ModelError(
+            f"DeepSpeed's {used[0]} was never tried with the laser. Leave it out of zero_optimization. {OFFLINE}"
+        )
+
+
+def _is_on(setting: Any) -> bool:
+    """Whether a setting of DeepSpeed, a dictionary with a device or a value, is more than its default."""
+    if isinstance(setting, Mapping):
+        return setting.get("device") not in (None, "none")
+    return setting is True or setting not in (None, False, 1, -1)
 
 
 class TrainingProgress(Bars):

@@ -10,7 +10,8 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,8 @@ PATIENCE_S = 300.0
 """How long one process waits for the others to begin with the same work, which may still be saving a checkpoint."""
 
 _meetings = itertools.count()
+_whole: set[int] = set()
+"""DeepSpeed's numbers of the parameters that are inside `whole`."""
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -31,7 +34,36 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether every process holds only a part of the weights, be they gathered for a while or not."""
     from torch.distributed.tensor import DTensor
 
-    return _has_fsdp(model) or any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return _has_fsdp(model) or any(
+        isinstance(parameter, DTensor) or is_partitioned(parameter) for parameter in model.parameters()
+    )
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 keeps the parameter in parts, so that it is empty but for a while, and isn't `whole` now."""
+    number = getattr(parameter, "ds_id", None)
+    return number is not None and number not in _whole
+
+
+@contextmanager
+def whole(parameters: Iterable[Tensor], *, changed: bool = False) -> Iterator[None]:
+    """Inside, those of the parameters that ZeRO-3 keeps in parts are whole in every process.
+
+    changed: they are written to, and what the main process wrote is what all have afterwards.
+    """
+    parts = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not parts:
+        yield
+        return
+    import deepspeed
+
+    numbers = {each.ds_id for each in parts}  # type: ignore[attr-defined]
+    with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if changed else None):
+        _whole.update(numbers)
+        try:
+            yield
+        finally:
+            _whole.difference_update(numbers)
 
 
 def is_tensor_parallel(model: nn.Module) -> bool:
@@ -43,7 +75,7 @@ def is_tensor_parallel(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let a model of `fully_shard` give up the whole weights that it keeps after a forward pass.
+    """Let a sharded model give up the whole weights that it keeps after a forward pass.
 
     It would go on computing with them, whatever is written to the parts; and meanwhile they, not the parts, are its
     parameters.
@@ -53,6 +85,9 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    for parameter in model.parameters():
+        if is_partitioned(parameter) and parameter.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]
+            parameter.partition()  # type: ignore[attr-defined]
 
 
 def _has_fsdp(model: nn.Module) -> bool:

@@ -1,8 +1,9 @@
 """One search under every way to spread a model over two processes: `torchrun ... tests/sharded_runs.py FOLDER MODEL`.
 
 Alone (`python tests/sharded_runs.py FOLDER MODEL`) it is done in one process, without and with LoRA. Each way writes
-FOLDER/WAY.json: the recipe of a search after training and an evaluation, that of a search before training, and the
-logits of what was saved; or FOLDER/WAY.txt: what it was refused with.
+FOLDER/WAY.json: the recipe of a search after training and an evaluation, that of a search before training, for
+DeepSpeed that of one while the trainer is made too, and the logits of what was saved; or FOLDER/WAY.txt: what it was
+refused with. The ways of ZERO are run where they are named (`... FOLDER MODEL zero2`) and DeepSpeed is installed.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import splaser_plugin.distributed
+import splaser_plugin.weights.zero as zero
 from splaser_plugin import LaserCallback, LaserConfig, laser
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.distributed import is_main
@@ -40,6 +43,17 @@ FSDP: dict[str, dict[str, Any]] = {
     "no-wrap": {"fsdp": "full_shard", "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}},
 }
 FSDP2 = [way for way in FSDP if way != "fsdp1"]
+ZERO: dict[str, dict[str, Any]] = {
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+    "zero3-layers": {
+        "stage": 3, "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 100,
+    },
+}  # fmt: skip
+"""DeepSpeed's `zero_optimization`; in the last no whole model fits into a process, and vectors alone stay whole."""
+ZERO_WAYS = (*ZERO, "lora-zero2", "lora-zero3", "lora-zero3-layers")
+ZERO_REFUSED = {"zero3-no-room": ZERO["zero3"], "zero2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 WAYS = ("ddp", *FSDP2, "lora-ddp", *(f"lora-{way}" for way in FSDP2), "tp", "own-fsdp", "loaded-fsdp")
 REFUSED = ("fsdp1", "main-alone")
 AFTER = LaserConfig(
@@ -63,8 +77,20 @@ class Way:
         self.tokenizer = AutoTokenizer.from_pretrained(source)
 
     @property
-    def is_sharded(self) -> bool:
-        return self.name.removeprefix("lora-") in FSDP
+    def sharding(self) -> dict[str, Any]:
+        """The trainer's arguments for it."""
+        plain = self.name.removeprefix("lora-")
+        zero_optimization = {**ZERO, **ZERO_REFUSED}.get(plain)
+        if zero_optimization is None:
+            return FSDP.get(plain, {})
+        return {
+            "deepspeed": {
+                "zero_optimization": {"overlap_comm": False, **zero_optimization},
+                "train_micro_batch_size_per_gpu": "auto",
+                "zero_allow_untrusted_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+            }
+        }
 
     def model(self, **arguments: Any) -> Any:
         model = AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32, **arguments)
@@ -79,23 +105,26 @@ class Way:
         )  # fmt: skip
         return get_peft_model(model, lora)
 
-    def trained(self, when: str, config: LaserConfig) -> tuple[Recipe, Path]:
+    def trained(self, when: str, config: LaserConfig, **freezing: Any) -> tuple[Recipe, Path]:
         """A real Trainer: one step, too small to change a weight, with an evaluation."""
         ids = self.tokenizer("The cat sat on the mat and looked out.")["input_ids"]
         rows = Dataset.from_list([{"input_ids": ids, "labels": ids}] * 4)
         out = self.folder / f"{self.name}-{when}"
-        callback = LaserCallback(when=when, pairs=PAIRS, config=config)
+        callback = LaserCallback(when=when, pairs=PAIRS, config=config, **freezing)
         arguments = TrainingArguments(
             output_dir=str(out), max_steps=1, per_device_train_batch_size=1, learning_rate=1e-9, report_to=[],
             save_strategy="no", eval_strategy="steps", eval_steps=1, disable_tqdm=True, optim="adamw_torch",
-            use_cpu=not self.is_sharded, **FSDP.get(self.name.removeprefix("lora-"), {}),
+            use_cpu=not self.sharding, **self.sharding,
         )  # fmt: skip
         trainer = Trainer(
             self.model(), arguments, train_dataset=rows, eval_dataset=rows, processing_class=self.tokenizer,
             callbacks=[callback],
         )  # fmt: skip
         trainer.train()
-        if when == "before":
+        if freezing:
+            trained = {name for name, each in trainer.model.named_parameters() if each.requires_grad}
+            assert trained == {f"{name}.weight" for name in callback.selection.names}
+        if when != "after":
             trainer.save_model(str(out / "saved"))
         return callback.result.recipe, out / ("lasered" if when == "after" else "saved")
 
@@ -123,37 +152,39 @@ class Way:
         return self.model(distributed_config=DistributedConfig(**size))
 
     def refused(self) -> str:
-        """What is said to FSDP version 1, or to a `laser` that only the main process calls."""
-        if self.name == "fsdp1":
-            work = partial(self.trained, "after", AFTER)
+        """What is said to what can't be done, or to a `laser` that only the main process calls."""
+        if self.name != "main-alone":
+            work = partial(self.trained, "init" if self.name == "zero3-no-room" else "after", AFTER)
         else:
             splaser_plugin.distributed.PATIENCE_S = 2.0
             work = partial(self.own, self.model(), AFTER)
         try:
-            if self.name == "fsdp1" or is_main():
+            if self.name != "main-alone" or is_main():
                 work()
         except SplaserError as error:
             return f"{type(error).__name__}: {error}"
         return ""
 
     def run(self) -> None:
-        if self.name in REFUSED:
+        if self.name in (*REFUSED, *ZERO_REFUSED):
             said = self.refused()
             dist.barrier()
             if is_main():
                 (self.folder / f"{self.name}.txt").write_text(said)
             return
         if self.name in ("tp", "own-fsdp", "loaded-fsdp"):
-            found = [self.own(self.spread(), AFTER), self.own(self.spread(), BEFORE)]
+            found = {"after": self.own(self.spread(), AFTER), "before": self.own(self.spread(), BEFORE)}
         else:
-            found = [self.trained("after", AFTER), self.trained("before", BEFORE)]
+            found = {"after": self.trained("after", AFTER), "before": self.trained("before", BEFORE)}
+            if self.name in ("one", "zero2", "zero3"):
+                found["init"] = self.trained("init", BEFORE, freeze_to="top", top=1)
         if dist.is_initialized():
             dist.barrier()
         if is_main():
-            written = [
-                {"steps": recipe.to_dict()["steps"], "scores": dict(recipe.scores), "logits": self.logits(saved)}
-                for recipe, saved in found
-            ]
+            written = {
+                when: {"steps": recipe.to_dict()["steps"], "scores": dict(recipe.scores), "logits": self.logits(saved)}
+                for when, (recipe, saved) in found.items()
+            }
             (self.folder / f"{self.name}.json").write_text(json.dumps(written))
         if dist.is_initialized():
             dist.barrier()
@@ -162,6 +193,7 @@ class Way:
         """What the saved model says: some logits, adapters left out, since only the base is in what they belong to."""
         if not (saved / "config.json").is_file():
             return []
+        unset_hf_deepspeed_config()  # else what is loaded would be sharded too
         with torch.no_grad():
             found = AutoModelForCausalLM.from_pretrained(saved)(torch.arange(5, 25)[None]).logits
         return found[0, :, ::4999].flatten().tolist()
@@ -180,20 +212,31 @@ def sharding_on_cpus() -> Iterator[None]:
         del os.environ["ACCELERATE_TORCH_DEVICE"]
 
 
+def deepspeed_on_cpus() -> None:
+    """Tell DeepSpeed the same, and not to build a faster way to communicate, which takes minutes."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder, source = Path(sys.argv[1]), sys.argv[2]
     ways = sys.argv[3:] or ((*WAYS, *REFUSED) if "RANK" in os.environ else ("one", "lora-one"))
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
+    if any("zero" in way for way in ways):
+        deepspeed_on_cpus()
     for name in ways:
+        zero.MOST_OF_MEMORY = 0.0 if name.endswith(("zero3-layers", "no-room")) else 0.8
         for state in (AcceleratorState, PartialState, GradientState):
             state._reset_state()
         for variable in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_USE_"))]:
             del os.environ[variable]
         print(f"--- {name}", file=sys.stderr, flush=True)
         way = Way(name, folder, source)
-        with sharding_on_cpus() if way.is_sharded else nullcontext():
+        with sharding_on_cpus() if way.sharding else nullcontext():
             way.run()
     if dist.is_initialized():
         dist.destroy_process_group()

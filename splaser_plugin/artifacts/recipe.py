@@ -20,6 +20,7 @@ from splaser_plugin.files.validation import NO_OTHER_KEYS, InvalidRecordError, N
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import by_name
+from splaser_plugin.weights.zero import set_masters
 
 SCHEMA = "splaser.recipe/1"
 DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
@@ -123,6 +124,7 @@ def carry_out(recipe: Recipe, weights: Weights, *, progress: Progress = SILENT) 
         for step in recipe.steps:
             weights.reduce(matrices[step.name], step.rank)
             advance(1)
+    set_masters(weights.parameters[matrices[step.name].parameter] for step in recipe.steps)
 
 
 def _settings(stored: Any) -> tuple[LaserConfig, dict[str, Any]]:

@@ -48,7 +48,7 @@ def roles(model: nn.Module) -> list[Role]:
             if name is not None:
                 role = _role(model, path, module, last, parameter)
                 same = tied_parameter(model, name, parameter)
-                found.append(Role(name, tuple(parameter.shape), same, *role, tower=tower_of(name)))
+                found.append(Role(name, shape_of(parameter), same, *role, tower=tower_of(name)))
     return found
 
 
@@ -61,6 +61,11 @@ def tied_parameter(model: Any, name: str, parameter: Any) -> Any:
     if source is None or not parameter.is_meta or not hasattr(model, "_hf_hook"):
         return parameter
     return model.get_parameter(source)
+
+
+def shape_of(parameter: Any) -> tuple[int, ...]:
+    """The parameter's shape, also while DeepSpeed keeps it in parts."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def plain_name(name: str) -> str | None:
@@ -82,7 +87,7 @@ def _role(
     from torch.nn.modules.conv import _ConvNd
     from transformers.pytorch_utils import Conv1D
 
-    kind, shape = type(module).__name__, tuple(parameter.shape)
+    kind, shape = type(module).__name__, shape_of(parameter)
     if last.endswith("bias"):
         return "a bias", None, False, False
     if 0 in shape:
@@ -120,7 +125,7 @@ def is_router(model: nn.Module, path: str) -> bool:
         return False
     weight = getattr(module, "weight", None)
     is_beside_experts = any("experts" in name for name, _ in parent.named_children())
-    count = getattr(weight, "shape", (0,))[0]
+    count = 0 if weight is None else shape_of(weight)[0]
     return is_beside_experts and segments[-1] == "gate" and count > 1
 
 

@@ -28,6 +28,7 @@ from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.spectra.spectrum import components
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Matrix
+from splaser_plugin.weights.zero import is_trained_by_deepspeed
 
 _Sums: TypeAlias = tuple[np.ndarray, np.ndarray, float]
 """Of one matrix: slopes, squares, and the number of tokens."""
@@ -80,10 +81,10 @@ class Sensitivity:
 
 def check_predictable(weights: Weights) -> None:
     """Raises ModelError for a model in which no process has a whole gradient."""
-    if weights.is_sharded:
+    if weights.is_sharded or is_trained_by_deepspeed(weights.model):
         raise ModelError(
-            "--rank-by gradient needs whole gradients, and this model is sharded over processes. Use --rank-by snr, "
-            "or run splaser laser on the saved model."
+            "--rank-by gradient needs whole gradients, and this model is sharded over processes or trained by "
+            "DeepSpeed. Use --rank-by snr, or run splaser laser on the saved model."
         )
     if weights.is_offloaded:
         raise ModelError(

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
 from splaser_plugin.checkpoints.roles import plain_name
-from splaser_plugin.distributed import is_main, reshard
+from splaser_plugin.distributed import is_main, reshard, whole
 from splaser_plugin.errors import ModelError
 from splaser_plugin.weights.in_memory import Weights, gathered
 from splaser_plugin.weights.matrices import Matrix
@@ -142,7 +142,7 @@ def restore_base(model: Any, folder: Path) -> None:
     for matrix in matrices:
         if matrix.name in steps:
             device = weights.parameters[matrix.parameter].device
-            weights.write(matrix, matrix.view(stored.get_parameter(matrix.parameter).detach()).to(device))
+            weights.write(matrix, matrix.view(gathered(stored.get_parameter(matrix.parameter))).to(device))
 
 
 def _for_saving(weights: Weights, name: str) -> Tensor:
@@ -174,9 +174,9 @@ class _Delta(nn.Module):
 
 def _delta_of(layer: nn.Module, adapter: str) -> Tensor:
     adapters = {f"layer.{name}": tensor for name, tensor in layer.named_parameters() if name.startswith("lora_")}
-    return functional_call(
-        _Delta(layer), {name: gathered(tensor.detach()) for name, tensor in adapters.items()}, (adapter,)
-    )
+    with whole(adapters.values()):
+        values = {name: gathered(tensor) for name, tensor in adapters.items()}
+        return functional_call(_Delta(layer), values, (adapter,))
 
 
 def _check_kind(model: Any) -> None:

@@ -7,6 +7,7 @@ configuration says, so whatever loads the folder without knowing of factors stop
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint
 from splaser_plugin.checkpoints.folder import inspect, resolve_model
+from splaser_plugin.checkpoints.roles import shape_of
 from splaser_plugin.checkpoints.skeleton import answering_class, library_errors
 from splaser_plugin.checkpoints.trust import check_model_folder
 from splaser_plugin.errors import CheckpointError
@@ -103,7 +105,7 @@ def unchanged_factors(weights: Weights) -> dict[Matrix, Gauge]:
 def parameter_counts(weights: Weights) -> tuple[int, int]:
     """Numbers in the model, and in what `save_model` writes of it."""
     dense = sum(
-        parameter.numel()
+        math.prod(shape_of(parameter))
         for parameter in {id(parameter): parameter for parameter in weights.parameters.values()}.values()
     )
     saved = sum(matrix.shape[0] * matrix.shape[1] - form.size for matrix, form in unchanged_factors(weights).items())

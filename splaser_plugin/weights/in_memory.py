@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from splaser_plugin.checkpoints.identity import identity_of, sampled_places
-from splaser_plugin.distributed import broadcast, is_main, is_sharded, process_count, reshard
+from splaser_plugin.checkpoints.roles import shape_of
+from splaser_plugin.distributed import (
+    broadcast,
+    is_main,
+    is_partitioned,
+    is_sharded,
+    process_count,
+    reshard,
+    whole,
+)
 from splaser_plugin.errors import MatrixError, ModelError, RankError
 from splaser_plugin.weights.factored import factored_layers, is_factorable, is_smaller
 from splaser_plugin.weights.gauge import Gauge, gauge
@@ -79,7 +89,7 @@ class Weights:
         """A whole parameter by name, as the model computes with it. Not to be written to."""
         if name in self._offloaded:
             return self._offloaded.read(name)
-        return gathered(self.parameters[name].detach())
+        return gathered(self.parameters[name])
 
     @property
     def dtype(self) -> str:
@@ -99,7 +109,7 @@ class Weights:
     def size(self) -> int:
         """Bytes of all weights."""
         distinct = {id(parameter): parameter for parameter in self.parameters.values()}
-        return sum(parameter.numel() * parameter.element_size() for parameter in distinct.values())
+        return sum(math.prod(shape_of(each)) * each.element_size() for each in distinct.values())
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor] | None:
@@ -107,13 +117,13 @@ class Weights:
         if not self.is_sharded:
             return None
         reshard(self._root)
-        whole: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
         for name, parameter in self.parameters.items():
-            if id(parameter) not in whole:
+            if id(parameter) not in values:
                 value = self.effective(name)
-                whole[id(parameter)] = value.cpu() if is_main() else torch.empty(0)
+                values[id(parameter)] = value.cpu() if is_main() else torch.empty(0)
         buffers = {name: tensor for name, tensor in self.model.state_dict().items() if name not in self.parameters}
-        return {**buffers, **{name: whole[id(parameter)] for name, parameter in self.parameters.items()}}
+        return {**buffers, **{name: values[id(parameter)] for name, parameter in self.parameters.items()}}
 
     @torch.no_grad()
     def identity(self) -> str:
@@ -158,13 +168,14 @@ class Weights:
             self._write_offloaded(matrix, broadcast(values))
             return
         reshard(self._root)
-        parameter = self.parameters[matrix.parameter].detach()
+        parameter = self.parameters[matrix.parameter]
         if not isinstance(parameter, DTensor):
-            matrix.view(parameter).copy_(broadcast(values))
+            with whole([parameter], changed=True):
+                matrix.view(parameter.detach()).copy_(broadcast(values))
             return
-        whole = gathered(parameter)
-        matrix.view(whole).copy_(values)
-        placed = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        together = gathered(parameter)
+        matrix.view(together).copy_(values)
+        placed = distribute_tensor(together, parameter.device_mesh, parameter.placements)
         parameter.to_local().copy_(placed.to_local())
 
     @torch.no_grad()
@@ -260,8 +271,12 @@ class Weights:
 
         if matrix.parameter in self._offloaded:
             return matrix.view(self._offloaded.read(matrix.parameter))
-        parameter = self.parameters[matrix.parameter].detach()
-        return parameter.to_local() if isinstance(parameter, DTensor) else matrix.view(parameter)
+        parameter: Any = self.parameters[matrix.parameter]
+        if is_partitioned(parameter):
+            stored: Tensor = parameter.ds_tensor
+            return stored
+        own = parameter.detach()
+        return own.to_local() if isinstance(own, DTensor) else matrix.view(own)
 
     def _write_offloaded(self, matrix: Matrix, values: Tensor) -> None:
         whole = self._offloaded.read(matrix.parameter).clone()
@@ -342,4 +357,8 @@ def gathered(parameter: Tensor) -> Tensor:
     """All of a parameter, gathered from every process where it is in parts."""
     from torch.distributed.tensor import DTensor
 
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    if is_partitioned(parameter):
+        with whole([parameter]):
+            return parameter.detach().clone()
+    own = parameter.detach()
+    return own.full_tensor() if isinstance(own, DTensor) else own

@@ -6,5 +6,5 @@ TOOLS := .integrations
 $(TOOLS)/%/.installed: tests/tools/%.txt tests/tools/build.sh pyproject.toml
 	PYTHON=$(PYTHON) tests/tools/build.sh $* $(@D)
 
-test-integrations: models $(TOOLS)/llamafactory/.installed $(TOOLS)/axolotl/.installed
+test-integrations: models $(TOOLS)/llamafactory/.installed $(TOOLS)/axolotl/.installed $(TOOLS)/deepspeed/.installed
 	SPLASER_INTEGRATIONS=$(CURDIR)/$(TOOLS) $(BIN)/python -m pytest tests/tools

@@ -1,0 +1,92 @@
+"""DeepSpeed's ZeRO: a model in parts that computes whole, and an optimizer with fp32 copies of the weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from splaser_plugin.distributed import gather, is_partitioned, whole
+from splaser_plugin.errors import ModelError
+from splaser_plugin.files.output import size
+
+MOST_OF_MEMORY = 0.8
+"""How much of the free memory a gathered model may take: the rest is for the answers' keys, values and logits."""
+
+
+@contextmanager
+def whole_where_it_fits(model: Any) -> Iterator[None]:
+    """Inside, a ZeRO-3 model is whole in every process, which then computes by itself as with any other model.
+
+    Where memory has no room for that, DeepSpeed gathers one layer after the other in every forward pass. Every process
+    ends with the main one's weights.
+    Raises ModelError when there is no room and, as before training, no engine of DeepSpeed that gathers layers.
+    """
+    parameters: Iterable[Any] = model.parameters() if isinstance(model, nn.Module) else ()
+    parts = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not parts:
+        yield
+        return
+    optimizer = getattr(parts[0], "_z3_optimizer", None)
+    needed = sum(part.ds_numel * part.element_size() for part in parts)
+    room = MOST_OF_MEMORY * _free_bytes(parts[0].device)
+    if not all(gather(lambda: [needed <= room])):
+        if optimizer is None:
+            raise ModelError(
+                f"the model is in parts and takes {size(needed)} as a whole, more than fits on one device, and "
+                "DeepSpeed gathers no layers before training. Use when='before'."
+            )
+        yield
+        return
+    with whole(parts, changed=True), _computing_alone(optimizer):
+        yield
+
+
+def set_masters(parameters: Iterable[Any]) -> None:
+    """Give DeepSpeed's optimizer these weights as they are now: its next step would write back its own copies of them.
+
+    The copies of other weights keep the digits that a weight in low precision doesn't have.
+    """
+    for parameter in parameters:
+        if hasattr(parameter, "_z3_optimizer"):
+            from deepspeed.utils import safe_set_local_fp32_param
+
+            safe_set_local_fp32_param(parameter, parameter.ds_tensor.float())
+        elif hasattr(parameter, "_hp_mapping"):
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, parameter.detach().float())
+
+
+def is_trained_by_deepspeed(model: nn.Module) -> bool:
+    """Whether an engine of DeepSpeed has the parameters, and takes every gradient of them for itself."""
+    return any(hasattr(each, "_z3_optimizer") or hasattr(each, "_hp_mapping") for each in model.parameters())
+
+
+@contextmanager
+def _computing_alone(optimizer: Any) -> Iterator[None]:
+    """Inside, forward passes neither gather nor release anything. optimizer: that of ZeRO-3, or None before it is."""
+    if optimizer is None:
+        yield
+        return
+    offload = optimizer.parameter_offload
+    for hook in (*offload.forward_hooks, *offload.backward_hooks):
+        hook.remove()
+    offload.forward_hooks, offload.backward_hooks = [], []
+    try:
+        yield
+    finally:
+        offload._register_deepspeed_module(offload.module)
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Memory of an accelerator that this process may still take; of a CPU, as if there was no end of it."""
+    if device.type == "cpu":
+        return sys.float_info.max
+    module = torch.get_device_module(device)
+    kept = module.memory_reserved(device) - module.memory_allocated(device)
+    return float(module.mem_get_info(device)[0] + kept)
