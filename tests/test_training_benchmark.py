@@ -1,0 +1,28 @@
+"""The table of tests/benchmarks/training.py: what differs is paired by seed."""
+
+from __future__ import annotations
+
+import pytest
+from scipy import stats
+
+from tests.benchmarks.training import Row, interval, table
+
+
+def row(arm, seed, loss, part="held-out"):
+    return Row("sft", "lora", arm, seed, 1e-3, part, 2048, loss, 0.5, 3.0)
+
+
+def test_the_interval_is_that_of_a_paired_t_test():
+    first, second = [1.0, 2.5, 2.0], [0.5, 1.0, 1.75]
+    expected = stats.ttest_rel(first, second).confidence_interval(0.95)
+    found = interval([one - other for one, other in zip(first, second, strict=True)])
+    assert found == pytest.approx((expected.low, expected.high))
+
+
+def test_an_arm_is_compared_with_the_random_half_of_its_own_seed():
+    rows = [row("random", seed, 2.0 + seed) for seed in range(3)]
+    rows += [row("snr_ratio", seed, 1.9 + seed) for seed in reversed(range(3))]
+    rows += [row("random", 1000, 9.0, "validation")]
+    text = table(rows)
+    assert "| random | 2,048 | 0.001 | 3.0000 | 0.5000 | 3.0000 |" in text
+    assert "| snr_ratio | 2,048 | 0.001 | 2.9000, -0.1000 (-0.1000 to -0.1000) |" in text
