@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from splaser_plugin.artifacts.trackers import curve
 from splaser_plugin.checkpoints.roles import shape_of
 from splaser_plugin.config.stages import LaserConfig, Measure, SelectConfig
 from splaser_plugin.data.pairs import PairSet
@@ -143,6 +144,7 @@ class LaserCallback(TrainerCallback):
             if not is_prepared and self.when == "init":
                 logger.warning("%s It is lasered now, as with when='before'.", NOT_AT_INIT)
             result = self.result if is_prepared and self.result else self._laser(training)
+            training.log_curve(curve(result.record))
             training.log(self._metrics(result))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
@@ -160,6 +162,7 @@ class LaserCallback(TrainerCallback):
             logger.warning("this trial was pruned at step %d, so it isn't lasered.", state.global_step)
             return
         result = self._laser(training)
+        training.log_curve(curve(result.record))
         training.log(self._metrics(result))
         training.progress.result("lasered model", str(result.save(training.folder(LASERED), overwrite=True)))
         if is_adapted:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import logging as transformers_logging
 
 from splaser_plugin.distributed import best_device, is_main
@@ -53,6 +55,8 @@ class Training:
     state: TrainerState
     remakes_model: bool = False
     """Whether the trainer makes another model as training begins."""
+    reporters: tuple[Any, ...] = ()
+    """The trainer's callbacks that send metrics to a tracker, where the trainer is known."""
 
     @classmethod
     def of_trainer(cls, trainer: Any) -> Training:
@@ -60,7 +64,9 @@ class Training:
         data = (trainer.eval_dataset, trainer.train_dataset)
         remakes = trainer.model_init is not None and not trainer.is_in_train
         model = unwrapped(trainer.model)
-        return cls(trainer.args, model, trainer.processing_class, data, trainer.log, trainer.state, remakes)
+        kinds = tuple(INTEGRATION_TO_CALLBACK.values())
+        reporters = tuple(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kinds))
+        return cls(trainer.args, model, trainer.processing_class, data, trainer.log, trainer.state, remakes, reporters)
 
     @classmethod
     def of_event(cls, args: TrainingArguments, state: TrainerState, event: Mapping[str, Any]) -> Training:
@@ -72,6 +78,14 @@ class Training:
 
         data = (getattr(event.get("train_dataloader"), "dataset", None),)
         return cls(args, unwrapped(event["model"]), event.get("processing_class"), data, log, state)
+
+    def log_curve(self, points: Sequence[Mapping[str, float]]) -> None:
+        """Send these to each reporter, the first as of step 1 and so on, whatever step the training is at."""
+        for step, point in enumerate(points, 1):
+            state = copy(self.state)
+            state.global_step = step
+            for reporter in self.reporters:
+                reporter.on_log(self.args, state, TrainerControl(), logs=dict(point), model=self.model)
 
     @property
     def progress(self) -> Progress:

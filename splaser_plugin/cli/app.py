@@ -23,7 +23,7 @@ from splaser_plugin.cli.summaries import show_comparison, show_laser, show_scan
 from splaser_plugin.cli.threads import fit_threads
 from splaser_plugin.config.stages import ApplyConfig, CompareConfig, LaserConfig, ScanConfig
 from splaser_plugin.errors import ConfigError, SplaserError, on_command_line
-from splaser_plugin.files.text import printable
+from splaser_plugin.files.text import first_line_of, printable
 
 if TYPE_CHECKING:
     from splaser_plugin.progress import Progress
@@ -150,17 +150,23 @@ def laser(
     push_to_hub: Annotated[
         str, typer.Option(metavar="REPO", help="Also upload it to this repository of the hub; a new one is private.")
     ] = "",
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TRACKER", help="Also log the run to tensorboard, wandb or mlflow; repeatable."),
+    ] = None,
 ) -> None:
     """Reduce the noisiest matrices, one at a time, and keep what makes the model's own answers better."""
     progress = _progress(quiet, verbose, "jobs.laser")
     from splaser_plugin.artifacts.hub import check_repo
     from splaser_plugin.artifacts.hub import push_to_hub as push_model
+    from splaser_plugin.artifacts.trackers import check_trackers, track
     from splaser_plugin.distributed import is_main, join_processes
     from splaser_plugin.jobs.laser import laser as run_laser
     from splaser_plugin.jobs.laser import plan as plan_laser
 
     if push_to_hub:
         check_repo(push_to_hub)
+    check_trackers(report_to or [])
     join_processes()
     if plan:
         cost = plan_laser(model, pairs, config=config, output=output, overwrite=overwrite, progress=progress)
@@ -182,6 +188,12 @@ def laser(
         print(json.dumps(result.results(), allow_nan=False))
     has_model = write_unchanged or not result.is_unchanged
     show_laser(result, output, progress, has_model=has_model)
+    if report_to:
+        try:
+            track(report_to, result.record, result.config, output.expanduser().resolve())
+            progress.result("reported to", ", ".join(report_to))
+        except Exception as error:  # whatever a tracker raises, the run is finished and saved
+            progress.result("not reported", f"{type(error).__name__}: {first_line_of(error)}")
     if push_to_hub and not has_model:
         progress.result("not pushed", "there is no model to push")
     elif push_to_hub:

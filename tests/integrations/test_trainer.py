@@ -108,6 +108,50 @@ def test_with_the_trainer_metrics_reach_all_its_reporters_while_their_runs_are_o
     assert len(names) == len(set(names))
 
 
+def test_tensorboard_gets_metrics_and_a_curve_in_the_trainings_own_run(trainer_of, pairs, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    trainer = trainer_of(tiny_llama(), report_to=["tensorboard"])
+    callback = LaserCallback(when="after", pairs=pairs, config=CONFIG, trainer=trainer)
+    trainer.add_callback(callback)
+    trainer.train()
+    [file] = tmp_path.rglob("events.out.tfevents*")
+    events = EventAccumulator(str(file.parent))
+    events.Reload()
+    curve = [(point.step, point.value) for point in events.Scalars("train/laser/candidate_score")]
+    trials = callback.result.search.trials
+    assert curve == [(step, pytest.approx(trial.judgement.scores.mean)) for step, trial in enumerate(trials, 1)]
+    assert events.Scalars("train/laser/score_after")[-1].value == pytest.approx(callback.result.score_after)
+    assert [point.step for point in events.Scalars("train/loss")] == [1, 2]
+    assert not any("candidate" in key for logged in trainer.state.log_history for key in logged)
+
+
+def test_mlflow_and_wandb_get_the_curve_in_the_trainings_own_run(trainer_of, pairs, tmp_path, monkeypatch):
+    import mlflow
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    trainer = trainer_of(tiny_llama(), report_to=["mlflow", "wandb"], run_name="both")
+    callback = LaserCallback(when="after", pairs=pairs, config=CONFIG, trainer=trainer)
+    trainer.add_callback(callback)
+    trainer.train()
+    scores = [trial.judgement.scores.mean for trial in callback.result.search.trials]
+    [run] = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    assert run.info.status == "FINISHED" and "loss" in run.data.metrics
+    assert run.data.metrics["laser/score_after"] == pytest.approx(callback.result.score_after)
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "laser/candidate_score")
+    curve = sorted((point.step, point.value) for point in history)
+    assert curve == [(n, pytest.approx(s)) for n, s in enumerate(scores, 1)]
+    import wandb
+
+    wandb.finish()
+    [stored] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert all(json.dumps(score).encode() in stored.read_bytes() for score in scores)
+
+
 def test_given_the_trainer_what_belongs_to_its_making_is_done_at_once(trainer_of, pairs):
     model = tiny_llama()
     before = states(model)
