@@ -225,9 +225,11 @@ def test_a_function_that_returns_too_few_scores_or_runs_out_of_memory_ends_the_s
         ("json.no_such_function", "json has no function 'no_such_function'"),
     ],
 )
-def test_a_function_that_is_not_there_is_refused_before_the_model_is_loaded(path, message):
+def test_a_function_that_is_not_there_is_refused_before_the_model_is_loaded(path, message, tiny_folder):
+    facts = Facts()
     with pytest.raises(ScorerError, match=message):
-        laser("./no-model", EXAMPLE_PAIRS, config=LaserConfig(scorer=path))
+        laser(str(tiny_folder), EXAMPLE_PAIRS, config=LaserConfig(scorer=path), progress=facts)
+    assert facts.facts == []
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ from splaser_plugin.jobs.apply import apply
 from splaser_plugin.weights.loading import find_model, load_model
 from tests.tiny_models import CAUSAL, CLIP, TEXT, build, change, configure, saved
 
-QUICK = LaserConfig(embedder="self", max_new_tokens=4, candidates=2, device="cpu", ranks="0.5", accept="improve")
+QUICK = LaserConfig(
+    embedder="self", max_new_tokens=4, candidates=2, device="cpu", ranks="0.5", accept="harmless", tolerance=5
+)
 
 
 def spoken(model, tokenizer, folder):
