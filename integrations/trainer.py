@@ -299,8 +299,8 @@ class LaserCallback(TrainerCallback):
         checkpointing: Any = args.gradient_checkpointing_kwargs or {}
         if args.gradient_checkpointing and checkpointing.get("use_reentrant", True):
             model.enable_input_require_grads()
-        trained = sum(math.prod(shape_of(each)) for each in model.parameters() if each.requires_grad)
-        total = sum(math.prod(shape_of(each)) for each in model.parameters())
+        trained = sum(math.prod(shape_of(weight)) for weight in model.parameters() if weight.requires_grad)
+        total = sum(math.prod(shape_of(weight)) for weight in model.parameters())
         logger.info(
             "training %d matrices, %d of %d parameters: %s", len(selection.names), trained, total, selection.rule
         )

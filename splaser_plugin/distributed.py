@@ -57,7 +57,7 @@ def whole(parameters: Iterable[Tensor], *, changed: bool = False) -> Iterator[No
         return
     import deepspeed
 
-    numbers = {each.ds_id for each in parts}  # type: ignore[attr-defined]
+    numbers = {part.ds_id for part in parts}  # type: ignore[attr-defined]
     with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if changed else None):
         _whole.update(numbers)
         try:
@@ -240,6 +240,6 @@ def input_device(model: nn.Module) -> torch.device:
             hook: Any = getattr(module, "_hf_hook", None)
             if not parameter.is_meta or hook is None:
                 return parameter.device
-            executing = [each.execution_device for each in getattr(hook, "hooks", [hook])]
+            executing = [inner.execution_device for inner in getattr(hook, "hooks", [hook])]
             return torch.device(next((device for device in executing if device is not None), "cpu"))
     return torch.device("cpu")

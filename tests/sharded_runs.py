@@ -122,7 +122,7 @@ class Way:
         )  # fmt: skip
         trainer.train()
         if freezing:
-            trained = {name for name, each in trainer.model.named_parameters() if each.requires_grad}
+            trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
             assert trained == {f"{name}.weight" for name in callback.selection.names}
         if when != "after":
             trainer.save_model(str(out / "saved"))

@@ -312,7 +312,7 @@ class Results:
     def exchanges(self, *, is_held_out: bool) -> tuple[Exchange, ...]:
         """The answers to held-out prompts or to those that were searched on, the most changed score first."""
         part = [answer for answer in self.answered if answer.is_held_out == is_held_out]
-        return tuple(sorted(part, key=lambda each: (-abs(each.change), not each.is_changed, each.asked.prompt)))
+        return tuple(sorted(part, key=lambda pair: (-abs(pair.change), not pair.is_changed, pair.asked.prompt)))
 
     def to_dict(self) -> dict[str, Any]:
         """The content of results.json."""

@@ -101,7 +101,7 @@ class Weights:
     def place(self) -> str:
         """Where they are, for people: `cpu`, `cuda:0 and disk`, `cpu, a part in each of 2 processes`."""
         kept = {self._offloaded.place(name) for name in self.parameters if name in self._offloaded}
-        named = {str(each.device) for name, each in self.parameters.items() if name not in self._offloaded}
+        named = {str(parameter.device) for name, parameter in self.parameters.items() if name not in self._offloaded}
         parts = f", a part in each of {process_count()} processes" if self.is_sharded else ""
         return " and ".join([*sorted(named), *sorted(kept)]) + parts
 
@@ -109,7 +109,7 @@ class Weights:
     def size(self) -> int:
         """Bytes of all weights."""
         distinct = {id(parameter): parameter for parameter in self.parameters.values()}
-        return sum(math.prod(shape_of(each)) * each.element_size() for each in distinct.values())
+        return sum(math.prod(shape_of(parameter)) * parameter.element_size() for parameter in distinct.values())
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor] | None:

@@ -64,7 +64,9 @@ def set_masters(parameters: Iterable[Any]) -> None:
 
 def is_trained_by_deepspeed(model: nn.Module) -> bool:
     """Whether an engine of DeepSpeed has the parameters, and takes every gradient of them for itself."""
-    return any(hasattr(each, "_z3_optimizer") or hasattr(each, "_hp_mapping") for each in model.parameters())
+    return any(
+        hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping") for parameter in model.parameters()
+    )
 
 
 @contextmanager

@@ -68,7 +68,9 @@ def test_all_answers_are_there_held_out_ones_apart_what_changed_most_first():
         assert len(exchanges) == count
         changes = [abs(exchange.change) for exchange in exchanges]
         assert changes == sorted(changes, reverse=True)
-    assert [each.asked.prompt for each in run.exchanges(is_held_out=False) if not each.is_changed] == ["Question 3?"]
+    assert [exchange.asked.prompt for exchange in run.exchanges(is_held_out=False) if not exchange.is_changed] == [
+        "Question 3?"
+    ]
     changed = exchanges[1] if not exchanges[0].is_changed else exchanges[0]
     assert changed.before[: changed.shared].endswith(" is ")
     page = Page(render(SCAN, run))
@@ -150,7 +152,7 @@ def test_the_chosen_matrices_are_listed_and_marked():
     listed = page.text.split("# mlp.down_proj: 4\n")[1]
     assert [name for name in names if name not in listed] == []
     assert "# self_attn.q_proj: 4\nmodel.layers.0.self_attn.q_proj\nmodel.layers.1.self_attn.q_proj\n" in page.text
-    assert {each["name"] for each in page.data["matrices"] if each["chosen"]} == set(names)
+    assert {matrix["name"] for matrix in page.data["matrices"] if matrix["chosen"]} == set(names)
     text = squeezed(Page(render(SCAN, Results.from_dict(RESULTS))).text)
     assert "a ring: tried and put back. A square: chosen to be trained." in text
 

@@ -26,8 +26,8 @@ def test_a_phone_that_is_turned_shows_the_same_heat_map_as_one_that_was_held_so(
     image = it.page.locator("#heat-map .hm image, #heat-map .hm path").first.bounding_box()
     assert image["width"] > after[0] / 2
     it.page.locator("#heat-map").scroll_into_view_if_needed()
-    matrix = next(each for each in SCAN.matrices if each.block == 2)
-    kind = sorted({each.type for each in SCAN.matrices}).index(matrix.type)
+    matrix = next(matrix for matrix in SCAN.matrices if matrix.block == 2)
+    kind = sorted({matrix.type for matrix in SCAN.matrices}).index(matrix.type)
     it.page.mouse.click(*it.scroll_to_cell(*((2, kind) if after[0] > 640 else (kind, 2))))
     it.wait_for_matrix(matrix.name)
 
@@ -76,4 +76,6 @@ def test_the_matrices_to_train_are_marked_on_the_map_and_listed(open_page, run_p
     it.page.locator(".copy[data-for=chosen]").click()
     wait_for(it.page, "document.querySelector('[data-for=chosen]').textContent === 'Copied'")
     copied = it.page.evaluate("navigator.clipboard.readText()").splitlines()
-    assert sorted(line for line in copied if not line.startswith("#")) == sorted(each.name for each in SCAN.matrices)
+    assert sorted(line for line in copied if not line.startswith("#")) == sorted(
+        matrix.name for matrix in SCAN.matrices
+    )

@@ -112,7 +112,7 @@ def test_each_layout_is_read_as_the_weights_it_stands_for(layout, tmp_path):
     assert f"14 tensors in {layout.partition(',')[0]} (" in stored.stored_as
     matrices, skipped = stored.matrices()
     assert {matrix.parameter for matrix in matrices} == set(meant)
-    assert not any("scale" in each.name for each in skipped)
+    assert not any("scale" in left_out.name for left_out in skipped)
     for matrix, weight in stored.stream(matrices, matrices):
         torch.testing.assert_close(weight, meant[matrix.parameter], rtol=1e-6, atol=0)
 
@@ -128,7 +128,7 @@ def test_the_experts_of_a_mixture_are_put_together_and_loaded(tokenizer, tmp_pat
 
 
 def without(last):
-    return lambda tensors: {name: each for name, each in tensors.items() if not name.endswith(last)}
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.endswith(last)}
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def without(last):
         (without("nothing"), {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse formats"),
         (without("nothing"), {"config_groups": {"group_0": {"targets": 3}}}, "doesn't know its quantization_config"),
         (
-            lambda each: each | {"model.layers.0.mlp.up_proj.weight_g_idx": torch.arange(32)},
+            lambda tensors: tensors | {"model.layers.0.mlp.up_proj.weight_g_idx": torch.arange(32)},
             {},
             "with weight_g_idx beside it",
         ),

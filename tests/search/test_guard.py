@@ -86,10 +86,10 @@ def test_a_search_by_margin_keeps_nothing_that_costs_the_chosen_answers(tiny_fol
     options = {**QUICK, "candidates": 6, "scorer": "margin", "tolerance": 1e-5, "text": text, "window": 16}
     found = {guard: laser(tiny_folder, pairs, config=LaserConfig(**options, guard=guard)) for guard in ("none", "auto")}
     tried = {guard: result.results()["candidates"] for guard, result in found.items()}
-    assert any(each["verdict"] == "kept" for each in tried["none"])
-    refused = [each for each in tried["auto"] if each["verdict"] == "guarded"]
-    assert refused and {each["guard"] for each in refused} <= {"chosen", "perplexity"}
-    assert all(each["guard"] == "perplexity" for each in tried["auto"] if each["verdict"] == "kept")
+    assert any(trial["verdict"] == "kept" for trial in tried["none"])
+    refused = [trial for trial in tried["auto"] if trial["verdict"] == "guarded"]
+    assert refused and {trial["guard"] for trial in refused} <= {"chosen", "perplexity"}
+    assert all(trial["guard"] == "perplexity" for trial in tried["auto"] if trial["verdict"] == "kept")
 
 
 def test_many_small_losses_do_not_pass_the_guard_one_by_one(candidates):

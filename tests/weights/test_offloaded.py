@@ -121,7 +121,7 @@ def test_a_tied_head_stays_tied_after_a_forward_pass(tmp_path):
     weights, plain = Weights(model), Weights(tiny_llama(tie_word_embeddings=True))
     assert weights.is_offloaded
     assert weights.size == plain.size
-    assert [each.tied_to for each in weights.matrices()[1]] == [each.tied_to for each in plain.matrices()[1]]
+    assert [other.tied_to for other in weights.matrices()[1]] == [other.tied_to for other in plain.matrices()[1]]
 
 
 def test_what_needs_gradients_or_factors_is_refused_in_one_line(tiny_folder):
