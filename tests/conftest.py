@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,6 +26,19 @@ torch.set_num_threads(1)  # the tiny models here are slower on two
 def tiny_model():
     """A two-block Llama."""
     return tiny_llama()
+
+
+@pytest.fixture
+def wandb_folder(tmp_path, monkeypatch) -> Iterator[Path]:
+    """The working folder of a test, in which W&B keeps offline runs; it remembers the first one of a process."""
+    import wandb
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()
+    yield tmp_path
+    wandb.teardown()
 
 
 @pytest.fixture(scope="session")

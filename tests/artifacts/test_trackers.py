@@ -43,19 +43,16 @@ def test_tensorboard_has_the_metrics_the_curve_and_the_answers(splaser, run, tmp
     assert found.texts.held_out[0].prompt.split("\n")[0][:30] in table
 
 
-def test_wandb_has_them_offline(splaser, run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
+def test_wandb_has_them_offline(splaser, run, wandb_folder):
     code, _, stderr = splaser(*run, "--report-to", "wandb")
     assert code == 0 and "reported to  wandb" in stderr, stderr
-    found = Results.load(tmp_path / "out" / "results.json")
-    [stored] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    found = Results.load(wandb_folder / "out" / "results.json")
+    [stored] = wandb_folder.glob("wandb/offline-run-*/*.wandb")
     history = stored.read_bytes()
     for trial in found.candidates:
         assert history.count(b"laser/candidate_score") >= len(found.candidates)
         assert json.dumps(trial.score).encode() in history
-    [table] = tmp_path.glob("wandb/offline-run-*/files/media/table/laser/answers_*.json")
+    [table] = wandb_folder.glob("wandb/offline-run-*/files/media/table/laser/answers_*.json")
     rows = json.loads(table.read_text())
     assert rows["columns"] == trackers.COLUMNS
     asked = [*found.texts.search, *found.texts.held_out]

@@ -127,12 +127,11 @@ def test_tensorboard_gets_metrics_and_a_curve_in_the_trainings_own_run(trainer_o
     assert not any("candidate" in key for logged in trainer.state.log_history for key in logged)
 
 
-def test_mlflow_and_wandb_get_the_curve_in_the_trainings_own_run(trainer_of, pairs, tmp_path, monkeypatch):
+def test_mlflow_and_wandb_get_the_curve_in_the_trainings_own_run(trainer_of, pairs, wandb_folder, monkeypatch):
     import mlflow
+    import wandb
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{wandb_folder}/mlruns")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     trainer = trainer_of(tiny_llama(), report_to=["mlflow", "wandb"], run_name="both")
     callback = LaserCallback(when="after", pairs=pairs, config=CONFIG, trainer=trainer)
@@ -145,10 +144,8 @@ def test_mlflow_and_wandb_get_the_curve_in_the_trainings_own_run(trainer_of, pai
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "laser/candidate_score")
     curve = sorted((point.step, point.value) for point in history)
     assert curve == [(n, pytest.approx(s)) for n, s in enumerate(scores, 1)]
-    import wandb
-
     wandb.finish()
-    [stored] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    [stored] = wandb_folder.glob("wandb/offline-run-*/*.wandb")
     assert all(json.dumps(score).encode() in stored.read_bytes() for score in scores)
 
 

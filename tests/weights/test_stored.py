@@ -189,7 +189,7 @@ def test_a_configuration_of_another_model_is_said_and_names_on_disk_are_taken(tm
     assert "transformers knows no such model" in StoredWeights(open_checkpoint(folder)).note
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "mxfp4", "compressed-tensors", "bitsandbytes", "fp8", "hqq"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "mxfp4", "bitsandbytes", "fp8", "hqq"])
 def test_a_quantised_checkpoint_is_refused_by_its_method(method, tmp_path):
     folder = saved(build("llama", TEXT), tmp_path)
     configure(folder, quantization_config={"quant_method": method})
