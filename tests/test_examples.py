@@ -83,6 +83,7 @@ def test_each_example_starts_with_the_command_that_runs_it(script):
     assert f"    python examples/{script} --" in first and "--output" in first
 
 
+@pytest.mark.slow
 def test_the_healing_example_trains_a_factored_model_and_keeps_its_form(tiny_folder, tmp_path):
     weights = Weights(AutoModelForCausalLM.from_pretrained(tiny_folder))
     weights.keep_factors()

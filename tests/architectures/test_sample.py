@@ -8,6 +8,8 @@ import pytest
 
 from tests.architectures.sweep import model_types, run
 
+pytestmark = pytest.mark.slow
+
 A_DAY = 3
 ONCE_FAILED = (
     "ctrl",

@@ -17,6 +17,8 @@ from splaser_plugin.artifacts.card import PLACE, model_card
 from splaser_plugin.artifacts.recipe import Recipe
 from tests.builders import EXAMPLE_PAIRS, QUICK
 
+pytestmark = pytest.mark.slow
+
 FRONT_MATTER = """---
 license: llama3.2
 language: [en, de]

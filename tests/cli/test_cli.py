@@ -18,6 +18,7 @@ from splaser_plugin.weights.loading import load_model
 from tests.builders import FLAGS, QUICK, ROOT, SPLASER, tiny_llama
 
 
+@pytest.mark.slow
 def test_a_switch_can_be_turned_off(splaser, tiny_folder, pairs_file, tmp_path):
     code, printed, _ = splaser(
         "laser", tiny_folder, "--pairs", pairs_file, "-o", tmp_path / "out", "--no-race", "--json", *FLAGS
@@ -95,6 +96,7 @@ def test_laser_then_apply_give_the_same_model(splaser, tiny_folder, pairs_file, 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_a_run_comes_with_its_report_and_card(splaser, tiny_folder, pairs_file, tmp_path):
     out = tmp_path / "out"
     code, _, stderr = splaser("laser", tiny_folder, "--pairs", pairs_file, "-o", out, *FLAGS)

@@ -10,6 +10,8 @@ import pytest
 
 from splaser_plugin.cli.threads import free_cores
 
+pytestmark = pytest.mark.slow
+
 COMMAND = """
 import os
 os.getloadavg = lambda: ({load}, 0.0, 0.0)

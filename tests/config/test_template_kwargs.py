@@ -46,6 +46,7 @@ def test_what_sets_no_variable_is_refused(config, texts, message):
         config(template_kwargs=texts)
 
 
+@pytest.mark.slow
 def test_they_reach_the_prompts_of_a_laser_run_and_its_records(splaser, model, pairs_file, tmp_path):
     given = ["--template-kwargs", "style=plain"]
     code, _, stderr = splaser("laser", model, "--pairs", pairs_file, "-o", tmp_path / "out", *FLAGS)

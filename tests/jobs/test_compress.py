@@ -67,6 +67,7 @@ def test_a_tenth_of_the_parameters_goes_and_every_budget_is_recorded(compressed)
     assert not changed(states(result.model), states(expand(load(out))))
 
 
+@pytest.mark.slow
 def test_the_report_and_the_card_have_the_table_and_both_verdicts(compressed):
     _, out, _ = compressed
     page, card = (out / "report.html").read_text(), (out / "README.md").read_text()

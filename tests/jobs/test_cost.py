@@ -16,6 +16,8 @@ from splaser_plugin.progress import Progress, duration
 from splaser_plugin.scoring.scores import Scores
 from tests.builders import EXAMPLE_PAIRS, FLAGS, QUICK, tiny_llama
 
+pytestmark = pytest.mark.slow
+
 ROWS = [json.loads(line) for line in EXAMPLE_PAIRS.read_text().splitlines()[:20]]
 
 

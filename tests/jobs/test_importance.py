@@ -11,6 +11,8 @@ from splaser_plugin.errors import ConfigError
 from tests.builders import tiny_llama
 from tests.integrations.trainings import training_arguments
 
+pytestmark = pytest.mark.slow
+
 LOST = "model.layers.0.mlp.down_proj"
 
 

@@ -13,6 +13,8 @@ from splaser_plugin.errors import CheckpointError
 from splaser_plugin.weights.loading import find_model
 from tests.builders import FLAGS, QUICK, THREE_PAIRS, changed, save_rows, states
 
+pytestmark = pytest.mark.slow
+
 NOTHING = {"accept": "confident", "candidates": 1}
 """On three pairs nothing is sure, so nothing is kept."""
 WITHOUT_MODEL = {"recipe.json", "report.html", "results.json", "run.yaml", "scan.json"}

@@ -15,6 +15,8 @@ from splaser_plugin import LaserConfig, apply, laser, scan
 from splaser_plugin.errors import ModelError
 from tests.builders import QUICK, ROOT, changed, states, tiny_llama, torchrun
 
+pytestmark = pytest.mark.slow
+
 CONFIG = LaserConfig(scorer="margin", candidates=2, edge="mp", held_out_fraction=0)
 IDS = torch.arange(5, 25)[None]
 

@@ -82,6 +82,7 @@ def test_each_guard_has_to_agree_and_the_one_that_refuses_is_named(candidates):
     assert [trial.judgement.guard for trial in found.trials[:3]] == ["perplexity", "chosen", "perplexity"]
 
 
+@pytest.mark.slow
 def test_a_search_by_margin_keeps_nothing_that_costs_the_chosen_answers(tiny_folder, pairs, text):
     options = {**QUICK, "candidates": 6, "scorer": "margin", "tolerance": 1e-5, "text": text, "window": 16}
     found = {guard: laser(tiny_folder, pairs, config=LaserConfig(**options, guard=guard)) for guard in ("none", "auto")}

@@ -17,6 +17,8 @@ from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scoring.margin import MarginScorer
 from tests.builders import tiny_llama
 
+pytestmark = pytest.mark.slow
+
 CONFIG = LaserConfig(scorer="margin", candidates=3, edge="mp", held_out_fraction=0, batch_size=4, race=False, guard="")
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

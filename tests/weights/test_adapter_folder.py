@@ -15,6 +15,8 @@ from splaser_plugin.errors import CheckpointError
 from splaser_plugin.weights.loading import load_model
 from tests.builders import tiny_llama
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"

@@ -13,6 +13,8 @@ from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import load_model
 from tests.builders import QUICK, THREE_PAIRS, tiny_llama
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.arange(5, 25)[None]
 HALF = ("cpu=12.64MB",)
 """Room for the embedding and one block of the tiny model beside its head, which the CPU has to bring in from disk."""

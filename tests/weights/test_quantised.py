@@ -187,6 +187,7 @@ def with_tokenizer(folder, tokenizer):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings", "layout"),
     [("llama", TEXT, layout) for layout in LAYOUTS] + [("mixtral", CAUSAL["mixtral"], "blocks")],
@@ -204,6 +205,7 @@ def test_eight_bit_floats_are_loaded_as_the_weights_they_stand_for(kind, setting
     assert "quantization_config" not in loaded.config.to_dict()
 
 
+@pytest.mark.slow
 def test_a_quantised_model_is_lasered_and_written_in_the_dtype_that_is_said(tokenizer, pairs, tmp_path):
     """The next-token layer that transformers leaves out is written dequantised, too."""
     meant = quantised(
