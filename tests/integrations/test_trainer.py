@@ -137,6 +137,7 @@ def test_mlflow_and_wandb_get_the_curve_in_the_trainings_own_run(trainer_of, pai
     callback = LaserCallback(when="after", pairs=pairs, config=CONFIG, trainer=trainer)
     trainer.add_callback(callback)
     trainer.train()
+    mlflow.flush_async_logging()
     scores = [trial.judgement.scores.mean for trial in callback.result.search.trials]
     [run] = mlflow.search_runs(search_all_experiments=True, output_format="list")
     assert run.info.status == "FINISHED" and "loss" in run.data.metrics
