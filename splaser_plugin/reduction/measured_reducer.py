@@ -82,9 +82,10 @@ class MeasuredReducer:
                 save_file(tensors, path.with_suffix(".part"), about)
                 path.with_suffix(".part").replace(path)
             except (OSError, SafetensorError) as error:
+                where = "set TMPDIR to a folder that has some" if self._temporary else "choose another --output"
                 raise OutputError(
                     f"{self._folder}: the projections of {matrix.name} can't be written there ({error}). Make "
-                    "room, or set TMPDIR to a folder that has some."
+                    f"room, or {where}."
                 ) from error
             return []
 

@@ -138,10 +138,10 @@ class LaserJournal(Journal):
         return result
 
     def close(self) -> None:
-        """Let go of the folder. The journal stays, unless nothing stands in it."""
+        """Let go of the folder. The journal stays, unless the run has found nothing yet."""
         if self._file.descriptor is None:
             return
-        if self._began and self.finished == 0:
+        if self._began and self.finished == 0 and not (self.path.parent / STATISTICS).is_dir():
             self._file.cut(0)
         let_go(self.path.parent, self._file.descriptor)
         self._file.descriptor = None

@@ -26,6 +26,17 @@ def test_a_journal_that_would_be_lost_is_refused_and_kept(overwrite, tmp_path):
     assert (out / "journal.jsonl").read_text() == JOURNAL
 
 
+def test_a_folder_of_the_users_own_is_never_taken_for_what_a_run_left(tmp_path):
+    mine = tmp_path / "out" / "statistics" / "mine.csv"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("1, 2")
+    with pytest.raises(OutputError, match="exists and isn't empty"):
+        check_output(tmp_path / "out", overwrite=False)
+    with pytest.raises(ValueError, match="at once"), held(tmp_path / "out"):
+        raise ValueError("at once")
+    assert mine.read_text() == "1, 2"
+
+
 def test_two_writers_of_one_folder_refuse_each_other(tmp_path):
     with held(tmp_path / "out"), pytest.raises(OutputError, match="another run is at work there"):
         write(tmp_path / "out", "second")

@@ -251,6 +251,16 @@ def test_a_run_that_found_nothing_leaves_nothing(tiny_folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_statistics_are_kept_though_nothing_else_is_finished(tmp_path):
+    with closing(LaserJournal(tmp_path / "out")) as journal:
+        journal.begin({})
+        journal.statistics.mkdir(parents=True)
+        (journal.statistics / "0.safetensors").write_bytes(b"measured")
+    with closing(LaserJournal(tmp_path / "out")) as journal:
+        assert journal.begin({}) == 0
+        assert (journal.statistics / "0.safetensors").read_bytes() == b"measured"
+
+
 @pytest.mark.slow
 def test_an_output_whose_replacing_was_cut_short_is_put_back(left, tiny_folder, pairs_file, unbroken):
     replaced = left.with_name(f".{left.name}.unfinished-1234.replaced")
