@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from splaser_plugin.distributed import input_device, is_sharded, process_count
 from splaser_plugin.errors import ModelError, ScoreError
 from splaser_plugin.generation.kv_cache import RoomyLayer, roomy_cache
 from splaser_plugin.generation.long_rope import side, turning_point
-from splaser_plugin.generation.prompts import THOUGHT_BEGINS, Prompter, opens_thought, without_thought
+from splaser_plugin.generation.prompts import THOUGHT_BEGINS, THOUGHT_ENDS, Prompter, opens_thought, without_thought
 from splaser_plugin.progress import measured
 
 FIRST_BATCH = 8
@@ -102,6 +103,8 @@ class Generator:
         self._pad = prompter.tokenizer.pad_token_id
         if self._pad is None:
             self._pad = self.end_tokens[0] if self.end_tokens else 0
+        special = set(prompter.tokenizer.all_special_tokens) & {THOUGHT_BEGINS, THOUGHT_ENDS}
+        self._tags = {prompter.tokenizer.convert_tokens_to_ids(tag): tag for tag in special}
         self._turn = turning_point(model)
         at_once = batch_size if self.honours_padding() and not (self.is_sharded and self._turn) else 1
         self.batch = BatchSize(at_once or FIRST_BATCH if self.is_sharded else at_once)
@@ -250,7 +253,7 @@ class Generator:
 
     def _answer(self, prompt: Sequence[int], tokens: list[int]) -> Answer:
         said = tokens[:-1] if self._has_ended(tokens) else tokens
-        text = self.prompter.tokenizer.decode(said, skip_special_tokens=True)
+        text = self._decoded(said)
         stopped = ""
         if self.prompter.stop_text:
             text, stopped, _ = text.partition(self.prompter.stop_text)
@@ -258,6 +261,12 @@ class Generator:
             text = THOUGHT_BEGINS + text
         text = without_thought(text)
         return Answer(text.strip(), tuple(tokens), is_cut=not self._has_ended(tokens) and not stopped)
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        """The text without special tokens, but for the tags of a thought where the tokenizer has them as such."""
+        tokenizer = self.prompter.tokenizer
+        parts = itertools.groupby(tokens, key=self._tags.get)
+        return "".join(tag or tokenizer.decode(list(part), skip_special_tokens=True) for tag, part in parts)
 
 
 class _SeenNan(LogitsProcessor):

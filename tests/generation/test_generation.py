@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import types
 
@@ -343,7 +344,11 @@ def test_a_given_answer_stands_after_a_closed_thought(thinking, tiny_model, pair
         (False, "Hello!", "Hello!"),
     ],
 )
-def test_the_thought_is_no_part_of_an_answer(opened, said, text, thinking, tiny_model, monkeypatch):
+@pytest.mark.parametrize("are_special", [False, True])
+def test_the_thought_is_no_part_of_an_answer(are_special, opened, said, text, thinking, tiny_model, monkeypatch):
+    if are_special:
+        thinking = copy.deepcopy(thinking)
+        thinking.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
     prompter = Prompter(thinking, variables={"enable_thinking": opened})
     generator = Generator(tiny_model, prompter, max_new_tokens=64, batch_size=1)
     tokens = thinking(said)["input_ids"]
