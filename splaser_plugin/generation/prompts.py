@@ -66,7 +66,7 @@ class Prompter:
         self.context = context
         self.stop_text = _STOPS.get(template)
         self._template = _NAMED.get(template)
-        self.date = f"{DAY:%d %b %Y}" if self._template is None and _writes_date(tokenizer.chat_template) else ""
+        self.date = f"{DAY:%d %b %Y}" if self._template is None and _writes_date(_own_template(tokenizer)) else ""
         self._refuse_unknown_variables(variables or {})
         self._refuse_missing_header()
         self.end_token = self._find_end_token()
@@ -110,9 +110,9 @@ class Prompter:
         return ids
 
     def _refuse_unknown_variables(self, variables: Mapping[str, Any]) -> None:
-        template = self._template or self.tokenizer.chat_template
+        template = self._template or _own_template(self.tokenizer)
         for name in variables:
-            if isinstance(template, str) and not re.search(rf"\b{name}\b", template):
+            if not re.search(rf"\b{name}\b", template):
                 raise ModelError(
                     f"--template-kwargs: the chat template has no '{name}', so that it would change nothing. Check the "
                     "name, or leave it out."
@@ -156,9 +156,9 @@ def prepared(tokenizer: Any, variables: Mapping[str, Any]) -> Any:
 
     Raises ModelError for a template that makes the date's format itself.
     """
-    found = copy.copy(tokenizer)
-    if _writes_date(tokenizer.chat_template):
-        dated = _DATE.sub(lambda call: repr(DAY.strftime(call["format"])), tokenizer.chat_template)
+    found, template = copy.copy(tokenizer), _own_template(tokenizer)
+    if _writes_date(template):
+        dated = _DATE.sub(lambda call: repr(DAY.strftime(call["format"])), template)
         if re.search(r"strftime_now\(", dated):
             raise ModelError(
                 "the chat template writes today's date in a format that it makes itself, so that runs of two days "
@@ -170,8 +170,14 @@ def prepared(tokenizer: Any, variables: Mapping[str, Any]) -> Any:
     return found
 
 
-def _writes_date(template: Any) -> bool:
-    return isinstance(template, str) and "strftime_now(" in template
+def _own_template(tokenizer: Any) -> str:
+    """The tokenizer's chat template, of several the default one; empty for none."""
+    found = tokenizer.chat_template or ""
+    return found.get("default", "") if isinstance(found, dict) else found
+
+
+def _writes_date(template: str) -> bool:
+    return "strftime_now(" in template
 
 
 def opens_thought(text: str) -> bool:

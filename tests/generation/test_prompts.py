@@ -77,8 +77,9 @@ def on_day(monkeypatch):
     return set_day
 
 
-def test_the_date_is_the_same_on_every_day(tokenizer, on_day):
-    dated = with_template(tokenizer, TODAY + tokenizer.chat_template)
+@pytest.mark.parametrize("templates", [str, lambda template: {"default": template, "rag": "{{ documents }}"}])
+def test_the_date_is_the_same_on_every_day(templates, tokenizer, on_day):
+    dated = with_template(tokenizer, templates(TODAY + tokenizer.chat_template))
     on_day(1)
     assert dated.apply_chat_template(HELLO, tokenize=False).startswith("Today: 01 Jan 2030\n")
     first = Prompter(dated).text(HELLO)
@@ -87,7 +88,7 @@ def test_the_date_is_the_same_on_every_day(tokenizer, on_day):
     assert first.startswith("Today: 26 Jul 2024\n")
     assert Prompter(dated).date == "26 Jul 2024"
     assert Prompter(tokenizer).date == Prompter(dated, "chatml").date == ""
-    assert dated.chat_template.startswith(TODAY)
+    assert dated.chat_template == templates(TODAY + tokenizer.chat_template)
 
 
 def test_a_date_in_a_format_of_its_own_is_refused(tokenizer):
