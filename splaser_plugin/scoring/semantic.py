@@ -79,15 +79,16 @@ class SemanticScorer:
 
     def scored(self, items: Sequence[int], answers: Sequence[Answer], like: Scores | None = None) -> Scores:
         """The measurement that these answers make, one to each of the items."""
-        values = _known_values(items, answers, like)
-        new = [place for place in range(len(items)) if place not in values]
+        found = _known(items, answers, like)
+        new = [place for place in range(len(items)) if place not in found]
         if new:
-            vectors = self.embedder.embed([answers[place].text for place in new])
-            products = (vectors * self._direction[[items[place] for place in new]]).sum(-1)
-            values.update(zip(new, from_main(products.tolist()), strict=True))
-        half_read = self.embedder.cut([answer.text for answer in answers])
+            texts = [answers[place].text for place in new]
+            products = (self.embedder.embed(texts) * self._direction[[items[place] for place in new]]).sum(-1)
+            seen = zip(from_main(products.tolist()), self.embedder.cut(texts), strict=True)
+            found.update(zip(new, seen, strict=True))
+        values, half_read = zip(*(found[place] for place in range(len(items))), strict=True) if items else ((), ())
         read = (replace(answer, is_half_read=half) for answer, half in zip(answers, half_read, strict=True))
-        return Scores(tuple(items), tuple(values[place] for place in range(len(items))), tuple(read))
+        return Scores(tuple(items), values, tuple(read))
 
     def answers(self, items: Sequence[int], like: Scores | None = None) -> list[Answer]:
         """The model's answers to some of the prompts, in the order asked for."""
@@ -102,15 +103,16 @@ class SemanticScorer:
         return share(items, generate, self.generator.model)
 
 
-def _known_values(items: Sequence[int], answers: Sequence[Answer], like: Scores | None) -> dict[int, float]:
-    """Place to value, for each answer that is the same text as in `like`.
+def _known(items: Sequence[int], answers: Sequence[Answer], like: Scores | None) -> dict[int, tuple[float, bool]]:
+    """Place to (value, is half read), for each answer that is the same text as in `like`.
 
     This saves embeddings, and keeps equal answers equal: in another batch a vector differs in its last bits.
     """
     if like is None:
         return {}
     known = {
-        (item, answer.text): value for item, answer, value in zip(like.items, like.answers, like.values, strict=True)
+        (item, answer.text): (value, answer.is_half_read)
+        for item, answer, value in zip(like.items, like.answers, like.values, strict=True)
     }
     given = [(item, answer.text) for item, answer in zip(items, answers, strict=True)]
     return {place: known[answer] for place, answer in enumerate(given) if answer in known}
