@@ -91,7 +91,7 @@ def read_parts(row: Mapping[str, Any], form: Format) -> tuple[list[Message], str
 
     An answer is a text, one message, or a message list whose LAST assistant turn is the answer; the turns
     before it either repeat the prompt or continue it. A text that is a transcript ("Human: ... Assistant: ...") stands
-    for its turns. The texts may still be empty, long or equal.
+    for its turns, as an answer where there is no prompt or it repeats it. The texts may still be empty, long or equal.
     Raises UnusableRowError.
     """
     if form.prompt is None:
@@ -99,11 +99,11 @@ def read_parts(row: Mapping[str, Any], form: Format) -> tuple[list[Message], str
         if all(isinstance(text, str) for text in texts) and not all(_transcript(text) for text in texts):
             return _split_shared_text(row)
     prompt = _prompt_turns(row, form)
-    chosen_context, chosen = _answer(row[form.chosen])
+    chosen_context, chosen = _answer(row[form.chosen], prompt)
     messages = _join(prompt, chosen_context)
     if form.rejected is None:
         return messages, chosen, None
-    rejected_context, rejected = _answer(row[form.rejected])
+    rejected_context, rejected = _answer(row[form.rejected], prompt)
     if _join(prompt, rejected_context) != messages:
         raise UnusableRowError("answers to different prompts")
     return messages, chosen, rejected
@@ -148,18 +148,21 @@ def _history(value: object) -> list[Message]:
     return turns
 
 
-def _answer(value: object) -> tuple[list[Message], str]:
+def _answer(value: object, prompt: list[Message]) -> tuple[list[Message], str]:
     """(turns before the answer, answer)."""
-    if value is None or isinstance(value, str) or _is_parts(value):
-        turns = _transcript(_text(value))
-        if not turns:
-            return [], _text(value)
-    else:
-        turns = _turns([value] if isinstance(value, Mapping) else value)
-    for position in reversed(range(len(turns))):
-        if turns[position]["role"] == "assistant":
-            return turns[:position], turns[position]["content"]
-    raise UnusableRowError("no assistant turn")
+    is_text = value is None or isinstance(value, str) or _is_parts(value)
+    turns = _transcript(_text(value)) if is_text else _turns([value] if isinstance(value, Mapping) else value)
+    places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+    before = turns[: places[-1]] if places else []
+    if is_text and (not places or (prompt and not _repeats(before, prompt))):
+        return [], _text(value)
+    if not places:
+        raise UnusableRowError("no assistant turn")
+    return before, turns[places[-1]]["content"]
+
+
+def _repeats(context: list[Message], prompt: list[Message]) -> bool:
+    return prompt[len(prompt) - len(context) :] == context
 
 
 def _join(prompt: list[Message], context: list[Message]) -> list[Message]:
@@ -167,7 +170,7 @@ def _join(prompt: list[Message], context: list[Message]) -> list[Message]:
 
     The context is nothing, a repetition (of the last turns or of the whole conversation), or a continuation.
     """
-    if prompt[len(prompt) - len(context) :] == context:
+    if _repeats(context, prompt):
         return prompt
     if not prompt or context[0]["role"] == "assistant":
         return prompt + context

@@ -225,6 +225,9 @@ def test_what_only_looks_like_a_transcript_stays_one_text() -> None:
     ):
         assert only_pair({**GOOD, "prompt": prompt}).messages == (user(prompt),)
     assert only_pair({**GOOD, "chosen": "Assistant: 100 degrees."}).chosen == "Assistant: 100 degrees."
+    chat = {**GOOD, "chosen": "User: Hi\n\nAssistant: Hello!", "rejected": "User: Hi\n\nAssistant: Go away."}
+    found = only_pair(chat)
+    assert (found.messages, found.chosen, found.rejected) == ((user(GOOD["prompt"]),), chat["chosen"], chat["rejected"])
 
 
 def test_transcripts_that_differ_before_the_answer_are_counted_as_such() -> None:
