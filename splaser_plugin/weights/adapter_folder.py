@@ -23,16 +23,17 @@ def find_adapter(folder: Path, allow_pickle: bool) -> list[StoredTensor] | None:
     return check_adapter_folder(folder, allow_pickle=allow_pickle)
 
 
-def merge(model: Any, folder: Path, tensors: list[StoredTensor] | None, *, vocabulary: int) -> Any:
+def merge(model: Any, folder: Path, tensors: list[StoredTensor] | None, *, vocabulary: int, of_base: int) -> Any:
     """The model with the adapter's changes in its own weights.
 
     tensors: the adapter's, None where they are pickled. vocabulary: tokens of the tokenizer that it is used with.
+    of_base: tokens of the base model's own, which may be more than it has embeddings (Gemma 3's are).
     Raises CheckpointError when they don't belong together, or no merged model can say what the adapted one does.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
-        _fit_vocabulary(model, folder, tensors or [], vocabulary)
+        _fit_vocabulary(model, folder, tensors or [], vocabulary, of_base)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys that are missing, which ends in an error below
             adapted = PeftModel.from_pretrained(model, str(folder))
@@ -48,7 +49,7 @@ def merge(model: Any, folder: Path, tensors: list[StoredTensor] | None, *, vocab
     return merged
 
 
-def _fit_vocabulary(model: Any, folder: Path, tensors: list[StoredTensor], vocabulary: int) -> None:
+def _fit_vocabulary(model: Any, folder: Path, tensors: list[StoredTensor], vocabulary: int, of_base: int) -> None:
     """Give the model as many embeddings as the adapter has, where tokens were added before it was trained."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
@@ -60,7 +61,7 @@ def _fit_vocabulary(model: Any, folder: Path, tensors: list[StoredTensor], vocab
 
     wanted = stored_rows(embeddings)
     of_head = wanted if head is None or head.weight is embeddings.weight else stored_rows(head)
-    if vocabulary > rows and min(wanted, of_head) < vocabulary:
+    if vocabulary > max(rows, of_base) and min(wanted, of_head) < vocabulary:
         raise CheckpointError(
             f"--adapter {folder}: it was trained with a vocabulary of {vocabulary}, the base model's is {rows}, and it "
             "doesn't hold the embeddings and head of the added tokens. Save it with save_embedding_layers=True."

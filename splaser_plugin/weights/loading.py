@@ -162,8 +162,8 @@ def load_model(
     if source.gguf:
         _forget_gguf(loaded)
     if adapter:
-        tokenizer = _tokenizer_of_adapter(path_of(adapter), tokenizer)
-        loaded = merge(loaded, path_of(adapter), stored, vocabulary=len(tokenizer))
+        of_base, tokenizer = tokenizer, _tokenizer_of_adapter(path_of(adapter), tokenizer)
+        loaded = merge(loaded, path_of(adapter), stored, vocabulary=len(tokenizer), of_base=len(of_base))
     return loaded.to(place).eval(), tokenizer
 
 

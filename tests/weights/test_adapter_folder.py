@@ -101,6 +101,16 @@ def test_added_tokens_without_their_embeddings_are_refused(folders, tokenizer):
         load_model(base, device="cpu", adapter=adapter)
 
 
+def test_a_base_whose_tokenizer_has_tokens_without_embeddings_takes_adapters(folders, tokenizer):
+    longer = copy.deepcopy(tokenizer)
+    longer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    base, adapter, said = folders()
+    longer.save_pretrained(base)
+    merged, loaded = load_model(base, device="cpu", adapter=adapter)
+    assert len(loaded) == 49153
+    torch.testing.assert_close(logits(merged), said, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("target", "other"), [("lm_head", "model.embed_tokens"), ("embed_tokens", "lm_head")])
 def test_lora_on_one_of_two_tied_weights_is_refused(target, other, folders):
     base, adapter, _ = folders(tie=True, target_modules=["q_proj", target])
