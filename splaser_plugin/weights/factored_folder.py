@@ -46,7 +46,7 @@ def save_model(weights: Weights, folder: Path, state: Mapping[str, Tensor] | Non
     model: Any = weights.model
     kept = unchanged_factors(weights)
     if weights.is_offloaded:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _mapped(model):
             warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
             model.save_pretrained(folder, max_shard_size=OFFLOADED_SHARD)
         return
@@ -83,6 +83,22 @@ def _undistributed(model: Any) -> Iterator[None]:
         yield
     finally:
         model.config.distributed_config = distributed
+
+
+@contextmanager
+def _mapped(model: Any) -> Iterator[None]:
+    """Inside, the model has the map by which `save_pretrained` knows that weights are offloaded.
+
+    accelerate's `cpu_offload` and `disk_offload` leave none.
+    """
+    if hasattr(model, "hf_device_map"):
+        yield
+        return
+    model.hf_device_map = {"": "cpu"}
+    try:
+        yield
+    finally:
+        del model.hf_device_map
 
 
 def _split(name: str, experts: Any, state: dict[str, Tensor]) -> None:

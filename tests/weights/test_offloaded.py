@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from splaser_plugin import ApplyConfig, LaserConfig, apply, laser
 from splaser_plugin.errors import ConfigError, ModelError, OutputError
+from splaser_plugin.weights.factored_folder import save_model
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import load_model
 from tests.builders import QUICK, THREE_PAIRS, tiny_llama
@@ -111,6 +112,15 @@ def test_a_spread_model_is_saved_in_files_of_bounded_size(tiny_folder, tmp_path,
     assert len(list((tmp_path / "spread").glob("model-*.safetensors"))) == 2
     whole, spread = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "spread"))
     assert all(torch.equal(whole.state_dict()[name], value) for name, value in spread.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["device map", "cpu offload", "disk offload"])
+def test_what_is_saved_of_an_offloaded_model_is_what_it_computes_with(kind, tiny_folder, tmp_path):
+    model = spread(kind, tiny_folder, tmp_path)
+    weights = Weights(model)
+    weights.reduce(weights.matrices()[0][0], 3)
+    save_model(weights, tmp_path / "saved", None)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model))
 
 
 def test_a_tied_head_stays_tied_after_a_forward_pass(tmp_path):
