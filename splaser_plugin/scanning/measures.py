@@ -52,6 +52,11 @@ def best_first(
         return sorted(conditions, key=lambda found: math.inf if found[1] is None else found[1])
     if importances is not None and by in MEASURED:
         values = [(matrix, importances.get(matrix.name)) for matrix in matrices]
+        if all(value is None for _, value in values):
+            raise ConfigError(
+                f"--by {by}: none of the scan's matrices was measured ({matrices[0].name}, ...). Measure the model "
+                "that was scanned."
+            )
         return sorted(values, key=lambda found: math.inf if found[1] is None else -found[1])
     if isinstance(scan, PublishedScan):
         return [(matrix, matrix.snr_ratio) for matrix in reversed(scan.ranked(by, edge))]
