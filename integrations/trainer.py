@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from splaser_plugin.artifacts.trackers import curve
 from splaser_plugin.checkpoints.roles import shape_of
-from splaser_plugin.config.stages import LaserConfig, Measure, SelectConfig
+from splaser_plugin.config.stages import AFTER_PROMPTS, LaserConfig, Measure, SelectConfig
 from splaser_plugin.data.pairs import PairSet
 from splaser_plugin.data.split import Split
 from splaser_plugin.errors import ConfigError, ModelError
@@ -224,8 +224,8 @@ class LaserCallback(TrainerCallback):
             scorers, used = Scorers(model, training.tokenizer, self.config), self.config.scorers
             if "perplexity" in used or self.config.judges_text:
                 scorers.windows()
-            for pair in (*self._split.search, *self._split.held_out) if used & {"semantic", "margin"} else ():
-                scorers.prompter.tokens(pair.messages)
+            for pair in (*self._split.search, *self._split.held_out) if self.config.reads_prompts else ():
+                scorers.prompter.tokens(pair.messages, before_answer=bool(used & AFTER_PROMPTS))
             if "semantic" in used and self.config.embedder != "self":
                 SentenceEmbedder(self.config.embedder, torch.device("cpu"), allow_pickle=self.config.allow_pickle)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -36,6 +36,11 @@ class PlaceConfig(LoadConfig):
     max_memory: MemoryLimits = ()
     """With --device-map auto, the most that weights may take of a device, as DEVICE=SIZE (0=20GiB, cpu=60GiB);
     repeatable. Devices that aren't named get none, once one is."""
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where a model goes, as `load_model` takes it."""
+        return {"device": self.device, "device_map": self.device_map, "max_memory": self.max_memory}
 
     def __post_init__(self) -> None:
         if self.device_map != "none" and self.device != "auto":

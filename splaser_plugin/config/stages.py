@@ -28,6 +28,8 @@ Patterns: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
 
 EDGES: tuple[Edge, ...] = typing.get_args(Edge)
 SCORERS = ("semantic", "margin", "perplexity")
+AFTER_PROMPTS = frozenset({"margin", "chosen"})
+"""Scorers and guards that read given answers to the pairs' prompts."""
 MAX_CHARS = 4096
 """Of a prompt and of each answer, some 1000 tokens: longer ones are rare in published preference data."""
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -314,6 +316,11 @@ class LaserConfig(ScanConfig, MeasureConfig):
         """Names of all that the model is measured by."""
         margin = "margin" if self.orders_by_gradient else ""
         return {self.scored_by, *self.guards, margin} - {""}
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether any of them takes the pairs' prompts, by the chat template."""
+        return bool(self.scorers & {"semantic", *AFTER_PROMPTS})
 
     @property
     def guards(self) -> dict[str, float]:

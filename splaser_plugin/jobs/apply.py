@@ -117,9 +117,7 @@ def _apply(
     if source is not None:
         loaded, tokenizer = load_model(
             source,
-            device=config.device,
-            device_map=config.device_map,
-            max_memory=config.max_memory,
+            **config.place,
             dtype=recipe.dtype,
             adapter=recipe.config.adapter,
             allow_pickle=config.allow_pickle,

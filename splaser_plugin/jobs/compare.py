@@ -224,13 +224,7 @@ def _measure(
 ) -> Measured:
     progress.fact("model", source.name)
     with progress.phase("loading", 1):
-        model, tokenizer = load_model(
-            source,
-            device=config.device,
-            dtype=config.dtype,
-            device_map=config.device_map,
-            max_memory=config.max_memory,
-        )
+        model, tokenizer = load_model(source, **config.place, dtype=config.dtype)
         scorers = Scorers(model, tokenizer, config)
         windows = scorers.windows() if config.text else []
         margins = MarginScorer(model, scorers.prompter, pairs.pairs, batch_size=scorers.batch_size)

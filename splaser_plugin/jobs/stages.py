@@ -123,7 +123,7 @@ def prepare_measures(run: Run, split: Split) -> Measures:
         progress.fact("pairs", split.pairs.summary)
     if split.warning:
         progress.result("warning", split.warning)
-    if config.scorers & {"semantic", "margin"} and scorers.date:
+    if config.reads_prompts and scorers.date:
         progress.fact("date", scorers.date)
     if searched.windows:
         progress.fact("text", f"{config.text}: {len(searched.windows)} windows of {config.window} tokens to search on")
