@@ -186,7 +186,7 @@ def laser(
         return
     if as_json:
         print(json.dumps(result.results(), allow_nan=False))
-    has_model = write_unchanged or not result.is_unchanged
+    has_model = write_unchanged or not result.is_copy
     show_laser(result, output, progress, has_model=has_model)
     if report_to:
         try:
@@ -304,7 +304,7 @@ def demo(
 
     progress = _progress(quiet, verbose, "cli.demo")
     result = run_demo(output, cache, overwrite=overwrite, progress=progress)
-    show_laser(result, output, progress, has_model=not result.is_unchanged)
+    show_laser(result, output, progress, has_model=not result.is_copy)
 
 
 @app.command(hidden=True)

@@ -63,8 +63,8 @@ def laser(
     pairs: a file or data set name (see `load_pairs`), a PairSet, or rows in any format that `load_pairs` reads;
     needed by every scorer but perplexity.
     tokenizer: needed only with a loaded model.
-    output: folder to write, as `LaserResult.save` does, but without a model where nothing was kept: it would be a copy
-    of the base. What was found is kept in its journal.jsonl until then, so that after a crash the same call goes on
+    output: folder to write, as `LaserResult.save` does, but without a model that would be a copy of the base, as it is
+    stored. What was found is kept in its journal.jsonl until then, so that after a crash the same call goes on
     where it stopped. overwrite: replace the output of an earlier run, and throw away a journal of other settings.
     write_unchanged: write that copy of the base.
     progress: what is told of the work: as bars in a notebook and not at all elsewhere, if not given.
@@ -79,7 +79,7 @@ def laser(
     with kept as journal, whole_where_it_fits(model):
         result = _laser(*_begin(model, pairs, config, tokenizer, journal, path, progress))
         if path is not None:
-            result.save_held(path, with_model=write_unchanged or not result.is_unchanged)
+            result.save_held(path, with_model=write_unchanged or not result.is_copy)
     set_masters(result.weights.parameters[matrix.parameter] for matrix in result.search.ranks)
     return result
 
@@ -145,9 +145,7 @@ def _begin(
         with progress.phase("loading", 1):
             model, tokenizer = load_model(
                 source,
-                device=config.device,
-                device_map=config.device_map,
-                max_memory=config.max_memory,
+                **config.place,
                 dtype=config.dtype,
                 adapter=config.adapter,
                 allow_pickle=config.allow_pickle,

@@ -105,6 +105,13 @@ class LaserResult:
         return not self.recipe.steps
 
     @property
+    def is_copy(self) -> bool:
+        """Whether the model is the one that was named, as it is stored: nothing was kept, merged or converted."""
+        rest = self.weights.rest
+        is_stored_so = not (self.config.adapter or (rest and rest.quantised) or self.recipe.model.endswith(".gguf"))
+        return self.is_unchanged and is_stored_so and self.config.dtype == "auto"
+
+    @property
     def verdict(self) -> str | None:
         """What the held-out pairs say: `better`, `worse` or `no difference ...`; None where none are held out."""
         return self.held_out.verdict if self.held_out else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM
 
@@ -39,6 +40,13 @@ def test_a_run_that_keeps_nothing_writes_no_model_and_says_so(splaser, tiny_fold
     assert code == 0 and f"model  {out}" in stderr
     base, copy = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoModelForCausalLM.from_pretrained(out)
     assert not changed(states(base), states(copy))
+
+
+def test_a_model_that_is_nowhere_else_is_written_even_if_nothing_was_kept(tiny_folder, tmp_path):
+    config = LaserConfig(**{**QUICK, **NOTHING}, dtype="bfloat16")
+    result = laser(tiny_folder, THREE_PAIRS, config=config, output=tmp_path / "run")
+    assert result.is_unchanged and not result.is_copy
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").dtype == torch.bfloat16
 
 
 def test_in_python_an_explicit_save_writes_the_model(tiny_folder, tmp_path):
