@@ -131,7 +131,7 @@ def render(
         attempts_axis=_axis([attempt.interval for attempt in run.attempts if attempt.interval]) if run else None,
         per_type=TRAINED_PER_TYPE,
         trained=trained,
-        is_factored=config is not None and config.save == "factored",
+        expand=_expand(output, trained) if trained and output and config and config.save == "factored" else "",
         chosen=_chosen(scan, selection),
         targets=_targets(selection, run, scan_name, trained),
         chart_data=_chart_data(scan, run, selection),
@@ -197,6 +197,11 @@ def _trained(run: Results | None, config: LaserConfig | None, output: Path | Non
     if run is None or output is None or not (run.kept or run.kept_budget):
         return ""
     return f"{output.resolve()}{'-plain' if config and config.save == 'factored' else ''}"
+
+
+def _expand(output: Path, trained: str) -> str:
+    """The command that makes the plain model to train of the factored one in `output`."""
+    return shlex.join(["splaser", "expand", str(output.resolve()), "-o", trained])
 
 
 def _targets(
