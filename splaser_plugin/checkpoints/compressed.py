@@ -78,6 +78,10 @@ def compressed_weights(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> d
         layers.setdefault(layer, {})[last] = stored
     quantised = {layer: mine for layer, mine in layers.items() if "weight_scale" in mine}
     shapes = _packed_shapes(checkpoint, [mine["weight_shape"] for mine in quantised.values() if "weight_shape" in mine])
+    beside = {
+        layer: tuple(stored for name, stored in mine.items() if OF_ACTIVATIONS.fullmatch(name))
+        for layer, mine in layers.items()
+    }
     found = {}
     for layer, mine in quantised.items():
         scales = mine["weight_scale"]
@@ -100,7 +104,8 @@ def compressed_weights(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> d
             scheme,
             {name: mine[name] for name in names},
             (rows, columns * 2 if layout == NVFP4 else columns),
-            tuple(stored for name, stored in mine.items() if OF_ACTIVATIONS.fullmatch(name)),
+            # an attention's scales of keys and values are unused with the first of its layers
+            beside.pop(layer) + beside.pop(layer.rpartition(".")[0], ()),
         )
     return found
 

@@ -89,6 +89,7 @@ def compressed(folder, layout, model, **settings):
             parts, meant[name] = coded(tensors.pop(name))
             tensors |= {f"{layer}.weight_{last}".removesuffix("_"): part for last, part in parts.items()}
             tensors[f"{layer}.input_scale"] = torch.ones(1)
+            tensors[f"{layer.rpartition('.')[0]}.k_scale"] = torch.ones(1)
         return tensors
 
     saved(model, folder)
