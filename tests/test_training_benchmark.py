@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
+
 import pytest
 from scipy import stats
 
-from tests.benchmarks.training import Row, interval, table
+from tests.benchmarks.training import Row, interval, main, table
 
 
 def row(arm, seed, loss, part="held-out"):
@@ -17,6 +20,13 @@ def test_the_interval_is_that_of_a_paired_t_test():
     expected = stats.ttest_rel(first, second).confidence_interval(0.95)
     found = interval([one - other for one, other in zip(first, second, strict=True)])
     assert found == pytest.approx((expected.low, expected.high))
+
+
+def test_measurements_of_other_options_are_refused(tmp_path):
+    measured = tmp_path / "measured.jsonl"
+    measured.write_text(json.dumps(asdict(replace(row("all", 0, 2.0), settings="--steps 16"))) + "\n")
+    with pytest.raises(SystemExit, match=r"measured with --steps 16\. Give these options, or another file"):
+        main(["--pairs", "pairs.jsonl", "--text", "notes.txt", "--measured", str(measured)])
 
 
 def test_an_arm_is_compared_with_the_random_half_of_its_own_seed():

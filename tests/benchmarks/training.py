@@ -68,6 +68,8 @@ class Row:
     """Mean loss of the chosen answers, in nats a token."""
     margin: float
     text_loss: float
+    settings: str = ""
+    """The options that all rows of a file have to share."""
 
     @property
     def place(self) -> tuple[str, str, str, int, float, str]:
@@ -117,7 +119,9 @@ class Study:
             trainer.train()
         trained = trainer.model.merge_and_unload() if peft else trainer.model
         trained.eval()
-        return Row(task, mode, arm, seed, rate, part, parameters, **self._measure(trained, tokenizer, part))
+        found = self._measure(trained, tokenizer, part)
+        settings = settings_of(self.arguments)
+        return Row(task, mode, arm, seed, rate, part, parameters, **found, settings=settings)
 
     def _trainer(self, task: str, model: Any, tokenizer: Any, peft: Any, seed: int, rate: float, folder: str) -> Any:
         import trl
@@ -204,6 +208,12 @@ def _cell(rows: Sequence[Row], random: dict[int, Row], name: str) -> str:
     return f"{mean}, {np.mean(differences):+.4f} ({low:+.4f} to {high:+.4f})"
 
 
+def settings_of(arguments: argparse.Namespace) -> str:
+    """What a measurement depends on, apart from its place in the table."""
+    names = ("model", "pairs", "text", "steps", "batch", "length", "chars", "judged", "rank")
+    return ", ".join(f"--{name} {getattr(arguments, name)}" for name in names)
+
+
 def read(path: Path) -> list[Row]:
     return [Row(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -231,6 +241,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> None:
     arguments = parse(words)
+    others = {row.settings for row in read(arguments.measured)} - {settings_of(arguments)}
+    if others:
+        raise SystemExit(f"{arguments.measured}: measured with {others.pop()}. Give these options, or another file.")
     rows = {row.place: row for row in read(arguments.measured)}
     study = Study(arguments)
 
