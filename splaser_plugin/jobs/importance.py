@@ -49,8 +49,7 @@ def importances(
 
     if by not in MEASURED:
         raise ConfigError(f"by: got {by!r}, expected one of {', '.join(MEASURED)}.")
-    if not text:
-        raise ConfigError(f"--by {by} is measured on a text. Give --text FILE.")
+    _check_text(by, text)
     context = context_length(model)
     window = min(WINDOW, context or WINDOW)
     rows = window_rows(read_windows(text, tokenizer, window=window, count=WINDOWS, context=context))
@@ -71,9 +70,13 @@ def importances_of_folder(
 
     if select.by not in MEASURED:
         return None
-    if not select.text:
-        raise ConfigError(f"--by {select.by} is measured on a text. Give --text FILE.")
+    _check_text(select.by, select.text)
     from splaser_plugin.weights.loading import load_model
 
     loaded, tokenizer = load_model(model)
     return importances(loaded, tokenizer, by=select.by, text=select.text, progress=progress)
+
+
+def _check_text(by: str, text: str) -> None:
+    if not text:
+        raise ConfigError(f"--by {by} is measured on a text. Give --text FILE.")
