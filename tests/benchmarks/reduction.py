@@ -5,9 +5,9 @@
 
 The text's first half is what the reductions are calibrated on, its second half what they are judged on. Each row is
 one model, measured once and kept in the file of measurements: run the command again to go on where it was stopped.
-The statistics are kept beside it, in FILE.pt; both are for one text and one choice of tokens. `--singles` truncates one
-matrix at a time, to ranks whose predicted costs span a hundredfold, and sets them beside the divergence (KL) that is
-measured on one window of the judging half; those are kept in FILE.singles.jsonl.
+The statistics are kept beside it, in FILE.pt, and the options that all of them share in FILE.settings. `--singles`
+truncates one matrix at a time, to ranks whose predicted costs span a hundredfold, and sets them beside the divergence
+(KL) that is measured on one window of the judging half; those are kept in FILE.singles.jsonl.
 Ranks are `uniform` (each matrix loses the same share) or `allocated` over all matrices at once: by predicted nats for
 `fisher`, by the share of the lost output or weight energy of the matrix for the others. `gauge` stores r (n + m - r)
 numbers for a rank, the rest r (n + m). Bytes are those of the blocks' matrices in the model's dtype.
@@ -33,6 +33,8 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from splaser_plugin.cli.demo import prepare_model
 from splaser_plugin.data.pairs import load_pairs
 from splaser_plugin.data.windows import open_text
@@ -48,6 +50,7 @@ from splaser_plugin.weights.gauge import gauge
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import context_length, load_model
 from splaser_plugin.weights.matrices import Matrix
+from tests.benchmarks.reduction_rows import Row, hold_to, predictions, read, table
 
 ROOT = Path(__file__).parents[2]
 WINDOW = 512
@@ -74,42 +77,6 @@ METHODS = {
     "whitened allocated": Method("whitened"),
     "fisher allocated": Method("fisher"),
     "fisher allocated gauge": Method("fisher", storage=gauge_storage),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured of one method at one budget."""
-
-    method: str
-    budget: float
-    """Share of the numbers in the blocks' matrices to remove, 0 to 1."""
-    removed: float
-    """Share that was removed."""
-    loss: float
-    """Nats a token above the base, on the judging half."""
-    standard_error: float
-    """Of `loss`, over windows."""
-    predicted: float | None
-    """Cost that the allocation expected, in nats a token; None where it has another unit."""
-    bytes: int
-    seconds: dict[str, float]
-    peak_bytes: int
-    """Of the whole process so far."""
-    margin: float | None = None
-    """Change of the preference margin on the pairs, in nats a token; None without pairs."""
-    margin_error: float | None = None
-    """Standard error of `margin`, over pairs."""
-    speed: float | None = None
-    """Tokens a second of a forward pass through the factored layers, over those of the dense model; None where it
-    wasn't asked for."""
-
-
-CELLS: dict[str, Callable[[Row], str]] = {
-    "loss": lambda row: f"{row.loss:+.4f} +- {row.standard_error:.4f}",
-    "margin": lambda row: "" if row.margin is None else f"{row.margin:+.4f} +- {row.margin_error or 0:.4f}",
-    "speed, of the dense model's": lambda row: "" if row.speed is None else f"{row.speed:.2f}",
-    "MB": lambda row: f"{row.bytes / 1e6:.0f}",
 }
 
 
@@ -298,42 +265,10 @@ def uniform_rank(matrix: Matrix, storage: Storage, budget: float) -> int:
     return max(rank for rank in range(1, min(matrix.shape)) if rank == 1 or storage(*matrix.shape, rank) <= room)
 
 
-def read(path: Path) -> dict[tuple[str, float], Row]:
-    rows = [Row(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
-    return {(row.method, row.budget): row for row in rows}
-
-
-def table(rows: dict[tuple[str, float], Row]) -> str:
-    """One table each of loss, margin, speed and bytes, as far as they were measured, and what each method took."""
-    budgets = sorted({budget for _, budget in rows})
-    shown = []
-    for title, cell in CELLS.items():
-        told = {place: text for place, row in rows.items() if (text := cell(row))}
-        names = [name for name in METHODS if any(name == method for method, _ in told)]
-        if names:
-            shown += [f"| {title} | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |"]
-            shown += ["| --- |" + " ---: |" * len(budgets)]
-            shown += [
-                f"| {name} | " + " | ".join(told.get((name, budget), "") for budget in budgets) + " |" for name in names
-            ]
-            shown += [""]
-    for name in METHODS:
-        mine = [row for row in rows.values() if row.method == name]
-        if mine:
-            seconds, peak = max(sum(row.seconds.values()) for row in mine), max(row.peak_bytes for row in mine)
-            shown.append(f"{name}: {seconds:.0f} s in all stages, at most {peak / 1e9:.1f} GB")
-    return "\n".join(shown)
-
-
-def predictions(rows: dict[tuple[str, float], Row]) -> str:
-    """Predicted cost against measured loss, with their rank correlation, where the cost is in nats."""
-    found = [row for row in rows.values() if row.predicted is not None]
-    if len(found) < 3:
-        return f"predicted against measured: {len(found)} rows in nats so far, too few for a rank correlation"
-    predicted, measured = [row.predicted for row in found], [row.loss for row in found]
-    correlation = spearmanr(predicted, measured).statistic
-    lines = [f"{row.method}, {row.budget:.0%}: {row.predicted:.4f} predicted, {row.loss:.4f} measured" for row in found]
-    return "\n".join([*lines, f"rank correlation over {len(found)} rows: {correlation:.2f}"])
+def settings_of(arguments: argparse.Namespace) -> str:
+    """What a measurement depends on, apart from its place in the table."""
+    names = ("text", "pairs", "speed", "calibration_tokens", "judged_tokens")
+    return ", ".join(f"--{name.replace('_', '-')} {getattr(arguments, name)}" for name in names)
 
 
 def measured_singles(path: Path, study: Callable[[], Study], count: int) -> str:
@@ -352,7 +287,7 @@ def measured_singles(path: Path, study: Callable[[], Study], count: int) -> str:
     )
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Ways to reduce SmolLM2 at several budgets, as a table.")
     parser.add_argument("--text", required=True, help="UTF-8 file: one half to calibrate on, the other to judge on")
     parser.add_argument("--pairs", default="", help="pairs to measure the margin on; nothing is calibrated on them")
@@ -364,7 +299,8 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=12_288)
     parser.add_argument("--judged-tokens", type=int, default=8_192)
     parser.add_argument("--threads", type=int, help="threads of torch")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
+    hold_to(settings_of(arguments), arguments.measured)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     path = arguments.measured
@@ -381,7 +317,7 @@ def main() -> None:
         row = measured[name, budget] = study().measure(name, budget)
         with path.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
-    print(table(measured))
+    print(table(measured, list(METHODS)))
     print(predictions(measured))
     if arguments.singles:
         print(measured_singles(path.with_suffix(".singles.jsonl"), study, arguments.singles))
