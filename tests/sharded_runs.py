@@ -81,16 +81,7 @@ class Way:
         """The trainer's arguments for it."""
         plain = self.name.removeprefix("lora-")
         zero_optimization = {**ZERO, **ZERO_REFUSED}.get(plain)
-        if zero_optimization is None:
-            return FSDP.get(plain, {})
-        return {
-            "deepspeed": {
-                "zero_optimization": {"overlap_comm": False, **zero_optimization},
-                "train_micro_batch_size_per_gpu": "auto",
-                "zero_allow_untrusted_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-            }
-        }
+        return FSDP.get(plain, {}) if zero_optimization is None else zero_arguments(zero_optimization)
 
     def model(self, **arguments: Any) -> Any:
         model = AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32, **arguments)
@@ -197,6 +188,19 @@ class Way:
         with torch.no_grad():
             found = AutoModelForCausalLM.from_pretrained(saved)(torch.arange(5, 25)[None]).logits
         return found[0, :, ::4999].flatten().tolist()
+
+
+def zero_arguments(zero_optimization: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The trainer's arguments for DeepSpeed. more: of its configuration."""
+    return {
+        "deepspeed": {
+            "zero_optimization": {"overlap_comm": False, **zero_optimization},
+            "train_micro_batch_size_per_gpu": "auto",
+            "zero_allow_untrusted_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            **more,
+        }
+    }
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from splaser_plugin.files.validation import NO_OTHER_KEYS, InvalidRecordError, N
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import by_name
-from splaser_plugin.weights.zero import set_masters
+from splaser_plugin.weights.zero import masters_following
 
 SCHEMA = "splaser.recipe/1"
 DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
@@ -120,11 +120,10 @@ def carry_out(recipe: Recipe, weights: Weights, *, progress: Progress = SILENT) 
             )
     if recipe.config.save == "factored":
         weights.keep_factors()
-    with progress.phase("apply", len(recipe.steps)) as advance:
+    with masters_following(weights.model), progress.phase("apply", len(recipe.steps)) as advance:
         for step in recipe.steps:
             weights.reduce(matrices[step.name], step.rank)
             advance(1)
-    set_masters(weights.parameters[matrices[step.name].parameter] for step in recipe.steps)
 
 
 def _settings(stored: Any) -> tuple[LaserConfig, dict[str, Any]]:

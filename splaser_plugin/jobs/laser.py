@@ -40,7 +40,7 @@ from splaser_plugin.weights.in_memory import Weights, check_generates, model_nam
 from splaser_plugin.weights.loading import find_model, load_model, pick_device
 from splaser_plugin.weights.rest import rest_of
 from splaser_plugin.weights.wrapped import unwrapped
-from splaser_plugin.weights.zero import set_masters, whole_where_it_fits
+from splaser_plugin.weights.zero import masters_following, whole_where_it_fits
 
 __all__ = ["LaserResult", "laser", "laser_weights", "read_pairs"]
 
@@ -76,11 +76,10 @@ def laser(
     progress = progress or default_progress()
     path = None if output is None else _checked(output, model, pairs, config, overwrite)
     kept = nullcontext(Journal()) if path is None else closing(LaserJournal(path, anew=overwrite))
-    with kept as journal, whole_where_it_fits(model):
+    with kept as journal, masters_following(model), whole_where_it_fits(model):
         result = _laser(*_begin(model, pairs, config, tokenizer, journal, path, progress))
         if path is not None:
             result.save_held(path, with_model=write_unchanged or not result.is_copy)
-    set_masters(result.weights.parameters[matrix.parameter] for matrix in result.search.ranks)
     return result
 
 
@@ -174,11 +173,9 @@ def laser_weights(
     progress: Progress = SILENT,
 ) -> LaserResult:
     """The job of `laser` on weights that are loaded already, wherever they live. name: how the model is called."""
-    with whole_where_it_fits(weights.model):
+    with masters_following(weights.model), whole_where_it_fits(weights.model):
         run = begin(weights, tokenizer, name=name, config=config, journal=journal, progress=progress)
-        result = _laser(run, prepare_measures(run, split))
-    set_masters(weights.parameters[matrix.parameter] for matrix in result.search.ranks)
-    return result
+        return _laser(run, prepare_measures(run, split))
 
 
 def _laser(run: Run, measures: Measures) -> LaserResult:

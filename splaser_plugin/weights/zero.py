@@ -46,20 +46,34 @@ def whole_where_it_fits(model: Any) -> Iterator[None]:
         yield
 
 
-def set_masters(parameters: Iterable[Any]) -> None:
-    """Give DeepSpeed's optimizer these weights as they are now: its next step would write back its own copies of them.
+@contextmanager
+def masters_following(model: Any) -> Iterator[None]:
+    """Afterwards, an error's included, DeepSpeed's optimizer has each weight that was changed inside.
 
-    The copies of other weights keep the digits that a weight in low precision doesn't have.
+    Its next step would write back its own fp32 copies of them. The copies of unchanged weights keep the digits that a
+    weight in low precision doesn't have. Entered before `whole_where_it_fits`, so that it ends after it.
     """
-    for parameter in parameters:
-        if hasattr(parameter, "_z3_optimizer"):
-            from deepspeed.utils import safe_set_local_fp32_param
+    try:
+        yield
+    finally:
+        for parameter in model.parameters() if isinstance(model, nn.Module) else ():
+            _set_master(parameter)
 
-            safe_set_local_fp32_param(parameter, parameter.ds_tensor.float())
-        elif hasattr(parameter, "_hp_mapping"):
-            from deepspeed.utils import safe_set_full_fp32_param
 
-            safe_set_full_fp32_param(parameter, parameter.detach().float())
+@torch.no_grad()
+def _set_master(parameter: Any) -> None:
+    """Of the part of the optimizer's copy that this process has, what its weights were not rounded from."""
+    if not parameter.requires_grad:
+        return
+    if hasattr(parameter, "_z3_optimizer"):
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+
+        master, weight = safe_get_local_fp32_param(parameter), parameter.ds_tensor.flatten()
+        safe_set_local_fp32_param(parameter, torch.where(master.to(weight.dtype) == weight, master, weight.float()))
+    elif getattr(parameter, "_hp_mapping", None) is not None:
+        master, place = parameter._hp_mapping.get_hp_fragment(), parameter._hp_mapping.lp_fragment_address
+        weight = parameter.flatten().narrow(0, place.start, place.numel)
+        master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.float()))
 
 
 def is_trained_by_deepspeed(model: nn.Module) -> bool:

@@ -14,12 +14,12 @@ from tests.builders import ROOT
 SCRIPT = str(ROOT / "tests" / "sharded_runs.py")
 
 
-def run_ways(python: str | Path, folder: Path, model: Path, *ways: str) -> None:
+def run_ways(python: str | Path, folder: Path, model: Path, *ways: str, script: str = SCRIPT) -> None:
     """Run the script alone, and in two processes with these ways, by default those that need no other tool."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     two = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     for launcher, names in (((), ()), (two, ways)):
-        command = [str(python), *launcher, SCRIPT, str(folder), str(model), *names]
+        command = [str(python), *launcher, script, str(folder), str(model), *names]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
 
