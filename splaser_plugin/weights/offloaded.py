@@ -6,9 +6,11 @@ numbers from its store each time, so what is written there is what the model com
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,9 @@ class OffloadedParameters:
         self._model = model
         self._hooks: dict[str, tuple[AlignDevicesHook, str]] = {}
         self._folder: Path | None = None
+        self._numbers = itertools.count()
+        self._files: dict[str, set[Path]] = {}
+        """Of each changed parameter: the file in use, and older ones that are still to be removed."""
         for path, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_meta:
@@ -77,25 +82,30 @@ class OffloadedParameters:
         return store, key
 
     def _on_disk(self, key: str, values: Tensor) -> dict[str, str]:
-        """Write a file and return what accelerate's index says of it.
+        """Write a new file and return what accelerate's index says of it.
 
-        The files of the model's own folder are never touched. Who still has the old numbers mapped keeps them, as the
-        old file is replaced and not written over.
+        The files of the model's own folder are never touched. Who still has the old numbers mapped keeps them, and
+        where that keeps their file from being removed, as on Windows, it goes with a later one.
         """
         if self._folder is None:
             folder = tempfile.TemporaryDirectory(prefix="splaser-", ignore_cleanup_errors=True)
             weakref.finalize(self._model, folder.cleanup)  # the model goes on without this object
             self._folder = Path(folder.name)
-        file = self._folder / f"{key}.safetensors"
+        file = self._folder / f"{key}.{next(self._numbers)}.safetensors"
+        old = self._files.setdefault(key, set())
         try:
-            new = file.with_suffix(".new")
-            save_file({key: values.cpu().contiguous()}, new)
-            new.replace(file)
+            save_file({key: values.cpu().contiguous()}, file)
         except (OSError, SafetensorError) as error:
+            old.add(file)
             raise OutputError(
                 f"{file.parent}: the changed {key} can't be written there ({error}). Make room, or set TMPDIR to a "
                 "folder that has some."
             ) from error
+        for path in tuple(old):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+                old.discard(path)
+        old.add(file)
         return {"safetensors_file": str(file), "weight_name": key, "dtype": str(values.dtype).removeprefix("torch.")}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -21,12 +22,14 @@ def test_a_scan_and_two_runs_end_under_windows_rules_as_they_do_here(tiny_folder
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     theirs.mkdir(), ours.mkdir()
     command = [sys.executable, "-m", "tests.files.windows_rules", str(tiny_folder), str(pairs), str(theirs)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    refused, in_use, unchanged = done.stdout.splitlines()
+    refused, in_use, unchanged, files = done.stdout.splitlines()
     assert "another run is at work there. Wait for its end" in refused
     assert "out: can't be written ([Errno 13] Permission denied" in in_use
     assert unchanged == "True"
+    assert files == "[1, 2, 2, 2]", "the one of before is read while the matrix is reduced, and goes with the next"
     scan(tiny_folder, output=ours / "scan.json")
     laser(str(tiny_folder), str(pairs), config=LaserConfig(**TO_RESUME), output=ours / "out")
     assert sorted(path.name for path in theirs.iterdir()) == sorted(path.name for path in ours.iterdir())

@@ -3,8 +3,8 @@
     python -m tests.files.windows_rules MODEL PAIRS FOLDER
 
 No module that only other systems have can be imported by splaser; no folder can be opened, and no file synced that is
-open for reading only; no file that is open can be removed, and nothing renamed that has one in it or takes another's
-name; a file that isn't opened for bytes has its line ends changed, which is refused here.
+open for reading only; no file that is open or mapped can be removed or replaced, and nothing renamed that has one in
+it or takes another's name; a file that isn't opened for bytes has its line ends changed, which is refused here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib
 import os
 import shutil
 import sys
+import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ def refuse(path: Any) -> None:
 
 
 def refuse_if_open(path: Any) -> None:
-    """Whether this process has the file open, or one in the folder."""
+    """Whether this process has the file open or mapped, or one in the folder."""
     inside = os.path.realpath(path)
+    if any(line.rpartition(" ")[2].startswith(inside) for line in Path("/proc/self/maps").read_text().splitlines()):
+        refuse(path)
     for descriptor in list(Path("/proc/self/fd").iterdir()):
         try:
             target = descriptor.readlink()
@@ -41,7 +44,8 @@ def refuse_if_open(path: Any) -> None:
 
 
 def set_rules() -> None:
-    open_, fsync, rename, unlink, import_ = os.open, os.fsync, os.rename, os.unlink, builtins.__import__
+    open_, fsync, import_ = os.open, os.fsync, builtins.__import__
+    rename, replace, unlink = os.rename, os.replace, os.unlink
 
     def windows_import(name: str, globals: Any = None, *rest: Any, **more: Any) -> Any:
         if name in ABSENT and str((globals or {}).get("__name__")).startswith("splaser_plugin"):
@@ -67,6 +71,11 @@ def set_rules() -> None:
             raise FileExistsError(errno.EEXIST, "File exists", str(target))
         rename(source, target)
 
+    def windows_replace(source: Any, target: Any) -> None:
+        refuse_if_open(source)
+        refuse_if_open(target)
+        replace(source, target)
+
     def windows_unlink(path: Any, **more: Any) -> None:
         if not more:
             refuse_if_open(path)
@@ -86,7 +95,8 @@ def set_rules() -> None:
     shutil._use_fd_functions = False  # type: ignore[attr-defined]
     builtins.__import__ = windows_import
     os.O_BINARY = O_BINARY  # type: ignore[attr-defined]
-    os.open, os.fsync, os.rename, os.unlink = windows_open, windows_fsync, windows_rename, windows_unlink  # type: ignore[assignment]
+    os.open, os.fsync, os.unlink = windows_open, windows_fsync, windows_unlink  # type: ignore[assignment]
+    os.rename, os.replace = windows_rename, windows_replace  # type: ignore[assignment]
 
 
 def main(model: str, pairs: str, folder: str) -> None:
@@ -122,6 +132,23 @@ def main(model: str, pairs: str, folder: str) -> None:
     except OutputError as error:
         print(error)
     print({file.name: file.read_bytes() for file in out.iterdir()} == before)
+    print(change_offloaded(model))
+
+
+def change_offloaded(model: str) -> list[int]:
+    """How many files a matrix on disk has after each of its changes; twice it is read and not yet let go meanwhile."""
+    from splaser_plugin.weights.in_memory import Weights
+    from splaser_plugin.weights.loading import load_model
+
+    weights = Weights(load_model(model, device_map="auto", max_memory=("cpu=12.64MB",))[0])
+    matrix = weights.matrices()[0][-1]
+    readers, counts = [], []
+    for rank in (5, 4, 3, 2):
+        readers = [*readers, weights.read(matrix)] if rank > 3 else []
+        weights.reduce(matrix, rank)
+        assert int((weights.read(matrix).double().svd().S > 1e-4).sum()) == rank
+        counts.append(len(list(Path(tempfile.gettempdir()).glob(f"splaser-*/{matrix.parameter}*"))))
+    return counts
 
 
 if __name__ == "__main__":

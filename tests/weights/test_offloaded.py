@@ -173,7 +173,7 @@ def test_a_full_disk_is_said_with_the_way_out(tiny_folder, monkeypatch, tmp_path
     first, second = weights.matrices()[0][-2:]
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     weights.reduce(first, 2)
-    (next(tmp_path.glob("splaser-*")) / f"{second.parameter}.new").mkdir()  # no file can be written there
+    (next(tmp_path.glob("splaser-*")) / f"{second.parameter}.1.safetensors").mkdir()  # no file can be written there
     with pytest.raises(OutputError, match=r"can't be written there.*set TMPDIR"):
         weights.reduce(second, 2)
 
