@@ -56,8 +56,10 @@ FREEZE_THERE = (
     f"give the callback to the trainer's callbacks=, or use {TRAINER}."
 )
 
-_LASERED_AFTER: weakref.WeakKeyDictionary[Any, weakref.ref[LaserCallback]] = weakref.WeakKeyDictionary()
-"""Which callback will laser a model at the end of its training."""
+_LASERING: weakref.WeakKeyDictionary[Any, dict[str, tuple[weakref.ref[LaserCallback], weakref.ref[TrainerState]]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Which callback lasers a model before its training, and which after it, and in which training that was."""
 
 Pairs = str | Path | PairSet | Iterable[Mapping[str, Any]]
 
@@ -126,6 +128,7 @@ class LaserCallback(TrainerCallback):
     ) -> None:
         training = self._training(args, state, event)
         self._check(training)
+        self._refuse_another(training)
         self._move(first=True)
         is_prepared = self._prepared is not None and self._prepared() is training.model
         if self.trainer is None and args.report_to and self.when is not None:
@@ -157,7 +160,6 @@ class LaserCallback(TrainerCallback):
             training.progress.result("base of the adapter", str(training.folder(BASE)))
         if self.when != "after":
             return
-        _LASERED_AFTER.pop(training.model, None)
         if state.is_hyper_param_search and state.global_step < state.max_steps and not control.should_training_stop:
             logger.warning("this trial was pruned at step %d, so it isn't lasered.", state.global_step)
             return
@@ -203,13 +205,21 @@ class LaserCallback(TrainerCallback):
                 self.selection = self._freeze(training)
             self._prepared = weakref.ref(training.model)
 
+    def _refuse_another(self, training: Training) -> None:
+        """Raise ConfigError where another callback of this training lasers at the same end of it as this one does."""
+        if self.when is None:
+            return
+        then = "after" if self.when == "after" else "before"
+        claims = _LASERING.setdefault(training.model, {})
+        if then in claims:
+            other, state = (claim() for claim in claims[then])
+            if state is training.state and other is not self:
+                raise ConfigError(f"two LaserCallbacks would laser this model {then} training. Leave one out.")
+        claims[then] = weakref.ref(self), weakref.ref(training.state)
+
     def _check_what_training_would_be_lost_on(self, training: Training) -> None:
         """Raise now what would otherwise be raised after hours of training."""
         model = training.model
-        other = _LASERED_AFTER.get(model, lambda: None)()
-        if other not in (None, self):
-            raise ConfigError("two LaserCallbacks would laser this model after training. Leave one out.")
-        _LASERED_AFTER[model] = weakref.ref(self)
         check_saves(model)
         if self.config.save == "factored":
             weights_of(model).keep_factors()

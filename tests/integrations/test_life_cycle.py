@@ -133,12 +133,28 @@ def test_a_smaller_batch_after_too_little_memory_is_no_second_laser(tmp_path, to
     assert "laser/score_after" in trainer.state.log_history[0]
 
 
-def test_two_callbacks_that_laser_the_same_model_after_training_are_refused(trainer_of, pairs):
-    both = [LaserCallback(pairs=pairs, config=CONFIG) for _ in range(2)]
-    trainer = trainer_of(tiny_llama(), *both)
-    with pytest.raises(ConfigError, match="two LaserCallbacks would laser this model after training"):
+@pytest.mark.parametrize(
+    ("kinds", "then"), [(("after",) * 2, "after"), (("before",) * 2, "before"), (("init", "before"), "before")]
+)
+def test_two_callbacks_that_laser_the_same_model_at_the_same_end_of_training_are_refused(
+    kinds, then, trainer_of, pairs
+):
+    model = tiny_llama()
+    trainer = trainer_of(model, *(LaserCallback(when=when, pairs=pairs, config=CONFIG) for when in kinds))
+    with pytest.raises(ConfigError, match=f"two LaserCallbacks would laser this model {then} training. Leave one out"):
         trainer.train()
     assert trainer.state.global_step == 0
+    again = LaserCallback(when=kinds[0], pairs=pairs, config=CONFIG)
+    trainer_of(model, again).train()
+    assert again.result is not None, "what was refused doesn't keep the model from another training"
+
+
+def test_a_laser_at_each_end_of_training_is_two_lasers(trainer_of, pairs):
+    both = [LaserCallback(when=when, pairs=pairs, config=CONFIG) for when in ("before", "after")]
+    trainer_of(tiny_llama(), *both).train()
+    first, second = (callback.result.recipe for callback in both)
+    assert first.steps
+    assert first.weights_identity != second.weights_identity
 
 
 def test_each_trial_of_a_search_is_lasered_into_its_own_folder_and_pruned_ones_are_not(remaking, pairs, tmp_path):
