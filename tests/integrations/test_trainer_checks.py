@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from transformers import (
     CLIPImageProcessorPil,
@@ -31,7 +31,8 @@ def test_pairs_come_from_the_trainers_evaluation_data_if_it_has_text(trainer_of,
         trainer.train()
     parts = Dataset.from_list(pairs[:2]), Dataset.from_list(pairs[2:])
     wanted = {row["prompt"] for row in pairs}
-    for data in (Dataset.from_list(pairs), dict(zip("ab", parts, strict=True))):
+    by_name = dict(zip("ab", parts, strict=True))
+    for data in (Dataset.from_list(pairs), by_name, DatasetDict(by_name)):
         trainer = trainer_of(tiny_llama())
         trainer.eval_dataset = data
         callback = LaserCallback(config=CONFIG, trainer=trainer)
