@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import logging
 import math
 import os
 import time
@@ -20,8 +21,12 @@ from torch import Tensor, nn
 
 from splaser_plugin.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 PATIENCE_S = 300.0
 """How long one process waits for the others to begin with the same work, which may still be saving a checkpoint."""
+SAID_AFTER_S = 10.0
+"""After how long it says that it waits, and what for."""
 
 _meetings = itertools.count()
 _whole: set[int] = set()
@@ -112,15 +117,28 @@ def join_processes() -> None:
 def meet(what: str) -> None:
     """Wait until every process has come here, as each must that is to share the work.
 
-    what: the call that all have to make. Raises ConfigError when some don't come within `PATIENCE_S`: they may never.
+    what: the call that all have to make; after `SAID_AFTER_S` the first that came says so. Raises ConfigError when some
+    don't come within `PATIENCE_S`: they may never.
     """
     if process_count() == 1:
         return
     store = dist.distributed_c10d._get_default_store()  # a barrier of torch's own would wait for ever
     key = f"splaser/{what}/{next(_meetings)}"
-    here, deadline = store.add(key, 1), time.monotonic() + PATIENCE_S
+    here, began = store.add(key, 1), time.monotonic()
+    is_to_be_said = here == 1
     while here < process_count():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if is_to_be_said and waited > SAID_AFTER_S:
+            is_to_be_said = False
+            logger.warning(
+                "waiting until all of %d processes call %s, and %d did, for %.0f s at most. Where that stands in "
+                "`if is_main_process`, take it out: all share the work.",
+                process_count(),
+                what,
+                here,
+                PATIENCE_S,
+            )
+        if waited > PATIENCE_S:
             raise ConfigError(
                 f"{here} of {process_count()} processes called {what} within {PATIENCE_S:.0f} s, and all have to, as "
                 "they share the work. Take it out of `if is_main_process`."

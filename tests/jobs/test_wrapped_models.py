@@ -73,7 +73,7 @@ from splaser_plugin.errors import ConfigError
 from tests.builders import THREE_PAIRS, tiny_llama
 
 dist.init_process_group("gloo")
-splaser_plugin.distributed.PATIENCE_S = 2.0
+splaser_plugin.distributed.SAID_AFTER_S, splaser_plugin.distributed.PATIENCE_S = 0.5, 2.0
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 config = LaserConfig(scorer="margin", candidates=1, edge="mp")
 result = laser(nn.parallel.DistributedDataParallel(tiny_llama()), THREE_PAIRS, config=config, tokenizer=tokenizer)
@@ -110,6 +110,8 @@ def test_what_the_main_process_does_alone_is_told_so(tiny_folder, tmp_path):
     for line, call in zip(said, ("laser()", "LaserResult.save()", "scan()", "apply()"), strict=True):
         assert line.startswith(f"1 of 2 processes called {call} within 2 s, and all have to")
         assert line.endswith("Take it out of `if is_main_process`.")
+        assert f"waiting until all of 2 processes call {call}, and 1 did, for 2 s at most." in done.stderr
+    assert done.stderr.count("Where that stands in `if is_main_process`, take it out: all share the work.") == 4
     assert not (tmp_path / "out").exists()
 
 
