@@ -154,7 +154,10 @@ def _stored_tensor(name: str, entry: object, shard: Path, data_start: int) -> St
     if not _is_unicode(name):
         raise CheckpointError(f"{where}: its name has half a surrogate pair and can't be written as UTF-8.")
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
-        raise CheckpointError(f"{where}: dtype {shown(dtype_name)}, expected one of {', '.join(DTYPES)}.")
+        raise CheckpointError(
+            f"{where}: dtype {shown(dtype_name)}, expected one of {', '.join(DTYPES)}. It is newer than this program, "
+            "or the file is damaged. Give the model in bfloat16 or float32, or download it again."
+        )
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise CheckpointError(
             f"{where}: shape {shown(shape)}, expected at most {MAX_DIMENSIONS} whole numbers below 2^63."

@@ -24,8 +24,13 @@ def printable(text: str, max_chars: int = MESSAGE_CHARS) -> str:
 
 
 def first_line_of(error: BaseException) -> str:
-    """Of another library's message, at most 200 of its characters, printable; the error's kind where it has none."""
-    return printable(next(iter(str(error).strip().splitlines()), type(error).__name__)[:200])
+    """Of another library's message, at most 200 of its characters, printable; the error's kind where it has none.
+
+    A line that ends in a colon goes on with the next one.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    ends = next((place for place, line in enumerate(lines) if not line.endswith(":")), len(lines))
+    return printable(" ".join(lines[: ends + 1])[:200] or type(error).__name__)
 
 
 def shown(value: object) -> str:

@@ -136,6 +136,10 @@ LIES = {
     "unknown field": (as_file({"w": {**entry(), "x": 1}}, bytes(8)), "tensor 'w' is .* expected dtype, shape and"),
     "lone surrogate": (as_file({"\ud800": entry()}, bytes(8)), r"tensor '\\ud800': its name has half a surrogate pair"),
     "unknown dtype": (as_file({"w": entry(dtype="F31")}, bytes(8)), "'w': dtype 'F31', expected one of BOOL, U8"),
+    "dtype of newer files": (
+        as_file({"w": entry(dtype="F8_E8M0")}, bytes(8)),
+        "dtype 'F8_E8M0', .*It is newer than this program, or the file is damaged. Give the model in bfloat16",
+    ),
     "dtype not a string": (as_file({"w": entry(dtype=["F32"])}, bytes(8)), r"'w': dtype \['F32'\], expected one of"),
     "shape negative": (as_file({"w": entry([-2])}, bytes(8)), r"'w': shape \[-2\], expected"),
     "shape of booleans": (as_file({"w": entry([True, 2])}, bytes(8)), r"'w': shape \[True, 2\], expected"),
