@@ -20,6 +20,8 @@ from splaser_plugin.files.text import shown
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ADAPTER_CONFIG, ADAPTER, PICKLED_ADAPTER = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+LEFT_BY_TRAINERS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
+"""Pickles of a checkpoint that only a training which goes on reads."""
 READ_BY_TRANSFORMERS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -89,8 +91,13 @@ def check_embedder_folder(folder: Path, *, allow_pickle: bool = False) -> None:
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         if file.suffix == ".safetensors":
             read_file_header(file, EmbedderError)
-        elif file.suffix in PICKLES and not allow_pickle and not file.with_name(SINGLE_NAME).exists():
+        elif file.suffix in PICKLES and not allow_pickle and not _is_never_read(file):
             raise EmbedderError(_refused_pickle(file))
+
+
+def _is_never_read(file: Path) -> bool:
+    """Of a pickled file beside an embedder's: what a trainer left, and weights that are there as safetensors, too."""
+    return file.name in LEFT_BY_TRAINERS or file.with_name(SINGLE_NAME).exists()
 
 
 def read_file_header(file: Path, error: type[SplaserError]) -> list[StoredTensor]:

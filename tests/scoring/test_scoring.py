@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from splaser_plugin.checkpoints.trust import check_embedder_folder
 from splaser_plugin.data.pairs import pairs_from_rows
 from splaser_plugin.errors import EmbedderError
 from splaser_plugin.generation.generator import Generator
@@ -158,6 +159,15 @@ def test_an_embedder_from_the_hub_is_checked_like_a_folder(tmp_path, monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(EmbedderError, match="pickled weights can run code"):
         SentenceEmbedder("org/pickled", CPU)
+
+
+@pytest.mark.parametrize("name", ["training_args.bin", "optimizer.pt", "rng_state.pth"])
+def test_what_a_trainer_left_beside_an_embedder_is_no_weight(name, tmp_path):
+    (tmp_path / name).write_bytes(b"")
+    check_embedder_folder(tmp_path)
+    (tmp_path / f"other_{name}").write_bytes(b"")
+    with pytest.raises(EmbedderError, match=f"other_{name}: pickled weights can run code"):
+        check_embedder_folder(tmp_path)
 
 
 CHINESE = "把锅里的水烧开然后放两勺小苏打静置一小时再用软海绵轻轻擦掉烧焦的部分" * 14
