@@ -52,7 +52,8 @@ ZERO: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """DeepSpeed's `zero_optimization`; in the last no whole model fits into a process, and vectors alone stay whole."""
-ZERO_WAYS = (*ZERO, "lora-zero2", "lora-zero3", "lora-zero3-layers")
+ZERO_WAYS = (*ZERO, "lora-zero1", "lora-zero2", "lora-zero3", "lora-zero3-layers")
+RESUMED = ("lora-one", "lora-zero1", "lora-zero2", "lora-zero3")
 ZERO_REFUSED = {"zero3-no-room": ZERO["zero3"], "zero2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 WAYS = ("ddp", *FSDP2, "lora-ddp", *(f"lora-{way}" for way in FSDP2), "tp", "own-fsdp", "loaded-fsdp")
 REFUSED = ("fsdp1", "main-alone")
@@ -96,21 +97,25 @@ class Way:
         )  # fmt: skip
         return get_peft_model(model, lora)
 
-    def trained(self, when: str, config: LaserConfig, **freezing: Any) -> tuple[Recipe, Path]:
-        """A real Trainer: one step, too small to change a weight, with an evaluation."""
+    def trainer(self, callback: LaserCallback, out: Path, **changes: Any) -> Trainer:
+        """A real one: of one step, too small to change a weight, with an evaluation."""
         ids = self.tokenizer("The cat sat on the mat and looked out.")["input_ids"]
         rows = Dataset.from_list([{"input_ids": ids, "labels": ids}] * 4)
-        out = self.folder / f"{self.name}-{when}"
-        callback = LaserCallback(when=when, pairs=PAIRS, config=config, **freezing)
-        arguments = TrainingArguments(
-            output_dir=str(out), max_steps=1, per_device_train_batch_size=1, learning_rate=1e-9, report_to=[],
-            save_strategy="no", eval_strategy="steps", eval_steps=1, disable_tqdm=True, optim="adamw_torch",
-            use_cpu=not self.sharding, **self.sharding,
-        )  # fmt: skip
-        trainer = Trainer(
+        settings = {
+            "output_dir": str(out), "max_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 1e-9,
+            "report_to": [], "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 1, "disable_tqdm": True,
+            "optim": "adamw_torch", "use_cpu": not self.sharding,
+        }  # fmt: skip
+        arguments = TrainingArguments(**{**settings, **self.sharding, **changes})  # first: ZeRO-3 loads in parts
+        return Trainer(
             self.model(), arguments, train_dataset=rows, eval_dataset=rows, processing_class=self.tokenizer,
             callbacks=[callback],
         )  # fmt: skip
+
+    def trained(self, when: str, config: LaserConfig, **freezing: Any) -> tuple[Recipe, Path]:
+        out = self.folder / f"{self.name}-{when}"
+        callback = LaserCallback(when=when, pairs=PAIRS, config=config, **freezing)
+        trainer = self.trainer(callback, out)
         trainer.train()
         if freezing:
             trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
@@ -118,6 +123,16 @@ class Way:
         if when != "after":
             trainer.save_model(str(out / "saved"))
         return callback.result.recipe, out / ("lasered" if when == "after" else "saved")
+
+    def resumed(self) -> tuple[list[float], list[float]]:
+        """Evaluation losses of two steps after a search before training, and of the second one alone, resumed."""
+        losses, out = [], self.folder / f"{self.name}-resumed"
+        for checkpoint in (None, str(out / "checkpoint-1")):
+            callback = LaserCallback(when="before", pairs=PAIRS, config=BEFORE)
+            trainer = self.trainer(callback, out, max_steps=2, save_strategy="steps", save_steps=1)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            losses.append([log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log])
+        return losses[0], losses[1]
 
     def own(self, model: Any, config: LaserConfig) -> tuple[Recipe, Path]:
         """`laser` on a model that its owner spread."""
@@ -167,8 +182,10 @@ class Way:
             found = {"after": self.own(self.spread(), AFTER), "before": self.own(self.spread(), BEFORE)}
         else:
             found = {"after": self.trained("after", AFTER), "before": self.trained("before", BEFORE)}
-            if self.name in ("one", "zero2", "zero3"):
+            if self.name in ("one", "zero1", "zero2", "zero3"):
                 found["init"] = self.trained("init", BEFORE, freeze_to="top", top=1)
+            if self.name in ("lora-one", "lora-zero2", "lora-zero3"):
+                found["init"] = self.trained("init", BEFORE)
         if dist.is_initialized():
             dist.barrier()
         if is_main():
@@ -177,6 +194,10 @@ class Way:
                 for when, (recipe, saved) in found.items()
             }
             (self.folder / f"{self.name}.json").write_text(json.dumps(written))
+        if self.name in RESUMED:
+            losses = self.resumed()
+            if is_main():
+                (self.folder / f"{self.name}-resumed.json").write_text(json.dumps(losses))
         if dist.is_initialized():
             dist.barrier()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.integrations.ways import check_way, run_ways
-from tests.sharded_runs import ZERO, ZERO_REFUSED, ZERO_WAYS
+from tests.sharded_runs import RESUMED, ZERO, ZERO_REFUSED, ZERO_WAYS
 from tests.tools.runs import ENVIRONMENTS, HERE, tensors
 
 PYTHON = Path(str(ENVIRONMENTS)) / "deepspeed/bin/python"
@@ -34,6 +34,14 @@ def stopped(tiny_folder, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("way", ZERO_WAYS)
 def test_the_recipe_and_what_is_saved_are_those_of_one_process(way, found):
     check_way(way, found)
+
+
+@pytest.mark.parametrize("way", RESUMED[1:])
+def test_under_lora_the_lasered_base_is_restored_when_training_goes_on(way, found):
+    alone, _ = json.loads((found / "lora-one-resumed.json").read_text())
+    whole, resumed = json.loads((found / f"{way}-resumed.json").read_text())
+    assert whole == pytest.approx(alone, abs=1e-4)
+    assert resumed == pytest.approx(whole, abs=1e-5)
 
 
 def test_offloading_is_refused(found):
