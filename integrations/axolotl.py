@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from axolotl.integrations.base import BasePlugin
@@ -11,18 +12,22 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from splaser_plugin.config.stages import LaserConfig, SelectConfig
 from splaser_plugin.errors import ConfigError
+from splaser_plugin.integrations.check import check_plan, named_for_peft
 from splaser_plugin.integrations.configs.axolotl import (
     FUSED_KERNELS,
     NOT_WITH_LORA,
     NOT_WITH_UNFROZEN,
     SPECTRUM,
+    adapter_targets,
     refuse_plugins,
+    targets,
     unfrozen_patterns,
 )
+from splaser_plugin.integrations.configs.plan import Plan
 from splaser_plugin.integrations.freeze import check_trained
 from splaser_plugin.jobs.importance import importances_of_folder
 from splaser_plugin.scanning.records import Scan
-from splaser_plugin.scanning.selection import Selection, choose, lora_targets
+from splaser_plugin.scanning.selection import Selection, choose
 
 LOG = get_logger("axolotl.splaser")  # Axolotl shows INFO of no others
 
@@ -116,12 +121,12 @@ class SPLaserPlugin(BasePlugin):
         """Scan and choose; called a second time for the reference model of a DPO run."""
         section = read_section(cfg["splaser"])
         if self.selection is None:
-            self.selection = select(section, cfg["base_model"])
+            self.selection = checked(select(section, cfg["base_model"]), section.mode, cfg)
             _log(self.selection)
         if section.mode == "unfrozen":
             cfg["unfrozen_parameters"] = unfrozen_patterns(self.selection)
         else:
-            cfg["lora_target_modules"] = lora_targets(self.selection)
+            cfg.update(adapter_targets(self.selection))
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         """Make sure that exactly the chosen matrices are trained; add the laser where it was asked for."""
@@ -179,6 +184,19 @@ def select(section: SPLaserSection, base_model: str) -> Selection:
     else:
         scan, source = _scan_from_disk(base_model), f"scan of {base_model}"
     return choose(scan, section.select, source=source, importances=importances_of_folder(base_model, section.select))
+
+
+def checked(selection: Selection, mode: str, cfg: Mapping[str, Any]) -> Selection:
+    """The selection by the names that PEFT takes, checked on the model's class before its weights are loaded.
+
+    Raises MatrixError unless exactly the chosen matrices would be trained, and ConfigError for dropout with experts.
+    """
+    plan = Plan(selection=selection, mode="unfrozen" if mode == "unfrozen" else cfg["adapter"], model=cfg["base_model"])
+    if mode == "lora":
+        plan = replace(plan, selection=named_for_peft(selection, plan.model))
+        targets(plan, cfg)
+    check_plan(plan)
+    return plan.selection
 
 
 def _scan_from_disk(base_model: str) -> Scan:

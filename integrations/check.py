@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,37 @@ def check_plan(plan: Plan) -> None:
     model = plan.model or plan.selection.model
     if plan.mode == "unfrozen":
         check_unfrozen(plan.selection, model, unfrozen_patterns(plan.selection))
-    else:
-        check_adapters(plan.selection, model, task_type="CAUSAL_LM", target_modules=lora_targets(plan.selection))
+        return
+    modules, parameters = lora_targets(plan.selection)
+    packed = [matrix.name for matrix in plan.selection.matrices if matrix.parameter and matrix.experts == 1]
+    if plan.mode == "qlora" and packed:
+        raise MatrixError(
+            f"{packed[0]}: PEFT can adapt it alone only where its weight isn't packed into 4 bits. Use --mode lora, or "
+            "choose other --types, as self_attn."
+        )
+    check_adapters(plan.selection, model, task_type="CAUSAL_LM", target_modules=modules, target_parameters=parameters)
+
+
+def named_for_peft(selection: Selection, model: str) -> Selection:
+    """The selection with the parameter's name of each matrix whose module's name PEFT would take for others.
+
+    Since 0.18 PEFT reads gate_proj, up_proj, down_proj and gate of some models of experts, at the end of any name, as
+    all the experts of all blocks, which older versions of transformers had under these names.
+
+    model: folder or hub id; where it isn't on this machine, or PEFT isn't, the selection is given back as it is.
+    """
+    empty = empty_model_of(model)
+    if empty is None:
+        return selection
+    ends = {matrix.name.rpartition(".")[2] for matrix in selection.matrices if not matrix.parameter}
+    taken = {end for end in ends if _takes_for_experts(empty, end)}
+    matrices = (
+        replace(matrix, parameter=f"{matrix.name}.weight")
+        if not matrix.parameter and matrix.name.rpartition(".")[2] in taken
+        else matrix
+        for matrix in selection.matrices
+    )
+    return replace(selection, matrices=tuple(matrices))
 
 
 def check_adapters(selection: Selection, model: str, **values: Any) -> None:
@@ -50,8 +80,8 @@ def check_adapters(selection: Selection, model: str, **values: Any) -> None:
     empty = empty_model_of(model)
     if empty is None:
         return
-    names = [name for name, _ in empty.named_modules()]
-    _refuse_unknown(selection.names, names, model)
+    names = [name for name, _ in empty.named_modules()] + [name for name, _ in empty.named_parameters()]
+    _refuse_unknown([matrix.parameter or matrix.name for matrix in selection.matrices], names, model)
     try:
         import torch
         from peft import LoraConfig, get_peft_model
@@ -67,7 +97,15 @@ def check_adapters(selection: Selection, model: str, **values: Any) -> None:
             f"{model}: PEFT can't adapt the chosen matrices ({first_line_of(error)}). Choose other --types, as "
             "self_attn, or train in mode unfrozen."
         ) from error
-    _compare(set(selection.names), _adapted(adapted), model, "PEFT")
+    layers = adapted_layers(adapted.get_base_model())
+    _compare(set(selection.names), set(layers), model, "PEFT")
+    for matrix in selection.matrices:
+        count = getattr(layers[matrix.name], "num_experts", 1)
+        if count != matrix.experts:
+            raise MatrixError(
+                f"{model}: PEFT would adapt {matrix.name} as {count} matrices, and it holds {matrix.experts} experts. "
+                "Leave experts out, as with --types self_attn, or train in mode unfrozen."
+            )
 
 
 def check_unfrozen(selection: Selection, model: str, patterns: Sequence[str]) -> None:
@@ -75,14 +113,17 @@ def check_unfrozen(selection: Selection, model: str, patterns: Sequence[str]) ->
 
     The rule: a parameter is trained when a pattern matches from its name's beginning.
     """
+    from splaser_plugin.scanning.selection import trained_parameters
+
     empty = empty_model_of(model)
     if empty is None:
         return
     parameters = [name for name, _ in empty.named_parameters()]
-    _refuse_unknown([f"{name}.weight" for name in selection.names], parameters, model)
+    wanted = trained_parameters(selection)
+    _refuse_unknown(wanted, parameters, model)
     compiled = [re.compile(pattern.replace(".", r"\.")) for pattern in patterns]
     trained = {name for name in parameters if any(pattern.match(name) for pattern in compiled)}
-    _compare({f"{name}.weight" for name in selection.names}, trained, model, "the trainer")
+    _compare(set(wanted), trained, model, "the trainer")
 
 
 def _local(model: str) -> Path | None:
@@ -97,11 +138,35 @@ def _local(model: str) -> Path | None:
         return None
 
 
-def _adapted(model: Any) -> set[str]:
+def adapted_layers(base: Any) -> dict[str, Any]:
+    """PEFT's LoRA layers in a base model, by the names of the modules and of the stacks that they adapt."""
     from peft.tuners.lora import LoraLayer
 
-    base = model.get_base_model()
-    return {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    from splaser_plugin.checkpoints.roles import plain_name
+    from splaser_plugin.weights.matrices import module_name
+
+    found = {}
+    for path, layer in base.named_modules():
+        if isinstance(layer, LoraLayer):
+            own = getattr(layer, "parameter_name", "weight")
+            found[module_name(str(plain_name(f"{path}.{own}")))] = layer
+    return found
+
+
+def _takes_for_experts(empty: Any, end: str) -> bool:
+    """Whether PEFT turns a module's name that ends so into experts' parameters, or refuses it alone."""
+    from peft import LoraConfig
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # a version that takes names as they are
+        return False
+    config = LoraConfig(target_modules=[end])
+    try:
+        convert_peft_config_for_transformers(config, model=empty, conversions=None)
+    except ValueError:  # gate_proj without up_proj
+        return True
+    return end not in (config.target_modules or ())
 
 
 def _refuse_unknown(names: Sequence[str], known: Collection[str], model: str) -> None:

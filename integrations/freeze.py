@@ -9,14 +9,16 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from splaser_plugin.errors import MatrixError, ModelError, nearest
+from splaser_plugin.weights.matrices import module_name
 
-WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer"})
 
 
 class FreezeCallback(TrainerCallback):
     """Freezes all but the named matrices when the trainer is made, before its optimizer is.
 
-    names: module names, as `Selection.names` gives them. Raises MatrixError when the model lacks one of them.
+    names: of modules and stacks of experts, as `Selection.names` gives them.
+    Raises MatrixError when the model lacks one of them.
     """
 
     def __init__(self, names: Collection[str]) -> None:
@@ -29,16 +31,19 @@ class FreezeCallback(TrainerCallback):
 
 
 def freeze_all_but(model: nn.Module, names: Collection[str]) -> None:
-    """Let only the weights of these modules be trained. Raises MatrixError when the model lacks one of them."""
+    """Let only the weights of these modules, and these stacks of experts, be trained.
+
+    Raises MatrixError when the model lacks one of them.
+    """
     parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
-    missing = [name for name in names if f"{name}.weight" not in parameters]
+    wanted = {f"{name}.weight" if f"{name}.weight" in parameters else name for name in names}
+    missing = sorted(wanted - parameters.keys())
     if missing:
         modules = [name.removesuffix(".weight") for name in parameters]
         raise MatrixError(
             f"{len(missing)} of {len(names)} chosen matrices aren't in this model: {missing[0]}; "
             f"{nearest(missing[0], modules)}. Use the scan of the model that is trained."
         )
-    wanted = {f"{name}.weight" for name in names}
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in wanted)
 
@@ -58,7 +63,7 @@ def check_trained(model: nn.Module, names: Collection[str]) -> None:
     Raises ModelError that names what is trained beside them, or what of them is not.
     """
     trained = {
-        _plain(name).partition(".lora_")[0].removesuffix(".weight")
+        module_name(_plain(_adapted_by(model, name)))
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
@@ -69,6 +74,12 @@ def check_trained(model: nn.Module, names: Collection[str]) -> None:
                 f"{min(wrong)} {what}, as {len(wrong)} in all: expected exactly the {len(wanted)} chosen matrices. "
                 "Look for other options that freeze or train weights."
             )
+
+
+def _adapted_by(model: nn.Module, name: str) -> str:
+    """The name of the parameter that an adapter's parameter changes; of another its own."""
+    layer, is_adapter, _ = name.partition(".lora_")
+    return f"{layer}.{getattr(model.get_submodule(layer), 'parameter_name', 'weight')}" if is_adapter else name
 
 
 def _plain(name: str) -> str:

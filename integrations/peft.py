@@ -22,19 +22,21 @@ def lora_config(
     rank_pattern: bool = False,
     **options: Any,
 ) -> LoraConfig:
-    """A `peft.LoraConfig` whose targets are the full names of the chosen matrices.
+    """A `peft.LoraConfig` whose targets are the full names of the chosen matrices, and of stacks of experts.
 
     rank: of each adapter; see `selection.matched_rank` for one that keeps the number of parameters. alpha:
     twice the rank by default. rank_pattern: give each matrix a rank in proportion to its rank above the
     edge instead, see `rank_patterns`. options: other arguments of `LoraConfig`.
 
     Raises MatrixError when a chosen matrix can't have an adapter, or PEFT would adapt others than the chosen ones of
-    the scanned model (checked where that is on this machine), and RankError when a rank is out of range.
+    the scanned model (checked where that is on this machine), RankError when a rank is out of range, and ConfigError
+    for dropout with experts.
     """
     from peft import LoraConfig
 
-    from splaser_plugin.integrations.check import check_adapters
+    from splaser_plugin.integrations.check import check_adapters, named_for_peft
 
+    selection = named_for_peft(selection, selection.model)
     values = adapter_config(selection, rank=rank, alpha=alpha, dropout=dropout, rank_pattern=rank_pattern)
     # known by the class, and set by PEFT from the model itself
     del values["peft_type"], values["base_model_name_or_path"]
@@ -44,12 +46,12 @@ def lora_config(
 
 
 def adapted_modules(model: nn.Module) -> list[str]:
-    """Names, in the base model, of the modules that have a LoRA adapter, in the model's order."""
+    """Names, in the base model, of what has a LoRA adapter, in the model's order: modules, and stacks of experts."""
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
 
-    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-    return [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
+    from splaser_plugin.integrations.check import adapted_layers
+
+    return list(adapted_layers(model.get_base_model() if isinstance(model, PeftModel) else model))
 
 
 def merge_and_unload(model: Any) -> Any:

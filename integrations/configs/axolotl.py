@@ -84,7 +84,7 @@ def axolotl_yaml(
     }[plan.mode]
     if plugin:
         unwanted += ("unfrozen_parameters", "lora_target_modules")
-    without = [key for key in given if key in unwanted]
+    without = [key for key in given if key in unwanted and key not in values]
     if without:
         lines.append(f"Taken out of {base.name}: {', '.join(without)}.")
     return merged_yaml(base, values, lines + _notes(values), without=without)
@@ -123,12 +123,23 @@ def targets(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
             # with frozen weights below, reentrant checkpointing loses the gradients
             "gradient_checkpointing_kwargs": {**kwargs, "use_reentrant": False},
         }
+    if given.get("lora_dropout") and lora_targets(plan.selection)[1]:
+        raise ConfigError(
+            f"lora_dropout {given['lora_dropout']}: PEFT has no dropout for experts. Set it to 0, or leave experts "
+            "out, as with --types self_attn."
+        )
     return {
         **_adapter(plan, given),
-        "lora_target_modules": lora_targets(plan.selection),
+        **adapter_targets(plan.selection),
         # these are for blocks in which every projection has an adapter
         **dict.fromkeys(FUSED_KERNELS, False),
     }
+
+
+def adapter_targets(selection: Selection) -> dict[str, Any]:
+    """Axolotl's keys for the targets of adapters."""
+    modules, parameters = lora_targets(selection)
+    return {"lora_target_modules": modules, **({"lora_target_parameters": parameters} if parameters else {})}
 
 
 def plugin_targets(plan: Plan, given: Mapping[str, Any], laser: str | None) -> dict[str, Any]:

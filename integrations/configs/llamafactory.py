@@ -11,7 +11,7 @@ from pprint import pformat
 from typing import Any
 
 from splaser_plugin.data.formats import recognise
-from splaser_plugin.errors import ConfigError, OutputError
+from splaser_plugin.errors import ConfigError, MatrixError, OutputError
 from splaser_plugin.files.json import read_json
 from splaser_plugin.integrations.configs.plan import DEFAULT_RANK, Plan, first_row, header, unusable
 from splaser_plugin.integrations.configs.yaml_text import base_values, comment, merged_yaml, new_yaml
@@ -131,7 +131,13 @@ def targets(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
     if plan.rank or "lora_rank" not in given:
         rank = plan.rank or DEFAULT_RANK
         values |= {"lora_rank": rank, "lora_alpha": 2 * rank}
-    return values | {"lora_target": ",".join(lora_targets(plan.selection))}
+    modules, parameters = lora_targets(plan.selection)
+    if parameters:
+        raise MatrixError(
+            f"{parameters[0]}: PEFT has to be told it as a parameter, and LLaMA-Factory has no key for that. Use "
+            "--mode unfrozen, leave it out as with --types self_attn, or train in Axolotl."
+        )
+    return values | {"lora_target": ",".join(modules)}
 
 
 def dataset_name(dataset: Path, stage: str) -> str:

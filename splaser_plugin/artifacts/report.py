@@ -261,7 +261,7 @@ def _chart_data(scan: Scan, run: Results | None, selection: Selection | SplaserE
         "matrices": [
             {
                 **_matrix(matrix, types.index(matrix.type), tried.get(matrix.name), points),
-                "chosen": matrix.name in chosen,
+                "chosen": matrix.trained_as in chosen,
             }
             for matrix in scan.matrices
         ],

@@ -55,8 +55,11 @@ def _chosen(scan: Path, select: SelectConfig, model: str) -> Selection:
 
 
 def _plan(selection: Selection, training: TrainingConfig, stage: str) -> Plan:
+    from splaser_plugin.integrations.check import named_for_peft
     from splaser_plugin.integrations.configs.plan import Plan, choose_rank
 
+    if training.mode != "unfrozen":
+        selection = named_for_peft(selection, training.model or selection.model)
     rank, reason = choose_rank(selection, training.lora_rank, training.match_rank)
     return Plan(
         selection=selection,
@@ -158,11 +161,12 @@ def peft(
     overwrite: Overwrite = False,
 ) -> None:
     """A LoRA configuration for PEFT, as adapter_config.json."""
-    from splaser_plugin.integrations.check import check_adapters
+    from splaser_plugin.integrations.check import check_adapters, named_for_peft
     from splaser_plugin.integrations.configs.adapter import adapter_config
     from splaser_plugin.integrations.configs.plan import DEFAULT_RANK, choose_rank
 
     selection = _chosen(scan, select, model)
+    selection = named_for_peft(selection, model or selection.model)
     rank, _ = choose_rank(selection, ranks.lora_rank, ranks.match_rank)
     values = adapter_config(selection, rank=rank or DEFAULT_RANK, rank_pattern=rank_pattern, model=model)
     check_adapters(selection, model or selection.model, **values)

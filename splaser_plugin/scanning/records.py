@@ -19,7 +19,7 @@ from splaser_plugin.files.json import read_json, write_json
 from splaser_plugin.files.validation import NO_OTHER_KEYS, InvalidRecordError, Number, Whole, validated
 from splaser_plugin.spectra.edges import EDGES, EdgeFit, fit_edges
 from splaser_plugin.tables import Table
-from splaser_plugin.weights.matrices import SHARES, Matrix, Skipped
+from splaser_plugin.weights.matrices import SHARES, Matrix, Skipped, module_name
 
 SCHEMA = "splaser.scan/1"
 QUANTILES = 256
@@ -82,6 +82,13 @@ class MatrixScan:
     """The part of a composite model that it stands in; empty for the language model."""
     stored: tuple[str, ...] = field(default=(), compare=False)
     """Names on disk of the tensors it is made of; none where the model was scanned in memory."""
+    stack: str = ""
+    """The parameter that holds this expert's matrix with those of the others; empty for a matrix of its own."""
+
+    @property
+    def trained_as(self) -> str:
+        """What a choice of matrices to train calls it: its own name, or that of its stack."""
+        return module_name(self.stack) if self.stack else self.name
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in scan.json."""
@@ -199,6 +206,7 @@ def matrix_scan(matrix: Matrix, values: np.ndarray) -> MatrixScan:
         spectrum=array("d", [float(f"{value:.6g}") for value in values[places]]),
         tower=matrix.tower,
         stored=matrix.stored,
+        stack="" if matrix.expert is None else matrix.parameter,
     )
 
 

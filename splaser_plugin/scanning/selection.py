@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from statistics import fmean
 from typing import Any
 
 from splaser_plugin.config.stages import SelectConfig
@@ -14,7 +15,7 @@ from splaser_plugin.scanning.measures import CONTROLS, MEASURED, OF_EDGES, Scann
 from splaser_plugin.scanning.scan import Scan
 from splaser_plugin.scanning.spectrum_format import PublishedScan, PublishedSnr
 from splaser_plugin.tables import Table
-from splaser_plugin.weights.matrices import compile_pattern, looks_like_embedding
+from splaser_plugin.weights.matrices import compile_pattern, looks_like_embedding, module_name
 
 HEADS = frozenset({"lm_head", "embed_out"})
 
@@ -32,6 +33,11 @@ class Chosen:
     """What it was chosen by; None: it has no noise values, its value isn't known, or it wasn't chosen by a value."""
     rank: int | None
     """Singular values above the edge; None where the scan doesn't say."""
+    parameter: str = ""
+    """Full name of the parameter, where that has to be named instead of the module: a stack of experts' matrices, or
+    a matrix that PEFT would take for one."""
+    experts: int = 1
+    """How many matrices of this shape are stacked in it. Value and rank are their means."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Selection(Table):
     matrices: tuple[Chosen, ...]
     """Module type by module type, each from the best by `by` to the worst."""
     considered: int
-    """How many matrices there were to choose from."""
+    """How many matrices there were to choose from, a stack of experts' matrices being one."""
     block_sides: int | None
     """Rows + columns, summed over every matrix of the scan inside the blocks: how many parameters LoRA of
     rank 1 on all of them trains. None where the scan has no shapes."""
@@ -102,7 +108,8 @@ def choose(
 
     Best are the highest; of `kappa`, the condition number, the lowest. `fisher` and `gradient` need `importances`.
     Types are every one but norms, unless the configuration names some; head and embeddings are each alone of
-    their type. Ties are never broken by the order of the file: see `Scan.ranked`.
+    their type. Experts whose matrices are stacked in one parameter are chosen together, by their mean. Ties are never
+    broken by the order of the file: see `Scan.ranked`.
 
     Args:
         scan: What was scanned, by splaser or as it is published.
@@ -122,8 +129,9 @@ def choose(
     config = replace(config or SelectConfig(), **options)
     by, edge = config.by, config.edge or scan.edge
     count_of = _count(config)
-    ranked = best_first(scan, by, edge, seed=config.seed, importances=importances)
-    wanted = [matrix for matrix in scan.matrices if not (is_head(matrix.name) or is_embedding(matrix.name))]
+    ranked = [_chosen(*found, edge) for found in best_first(scan, by, edge, seed=config.seed, importances=importances)]
+    together = experts_together(ranked, scan, by)
+    wanted = [matrix for matrix in together if not (is_head(matrix.name) or is_embedding(matrix.name))]
     if config.types:
         wanted = _of_types(wanted, config.types)
     else:
@@ -131,15 +139,14 @@ def choose(
     if not wanted:
         raise MatrixError(f"{source or scan.model}: no matrix to choose from. Scan more, or give other --types.")
 
-    best = _best(ranked, wanted, count_of, is_spaced=by == "uniform")
-    chosen = [_chosen(matrix, value, edge) for group in best.values() for matrix, value in group]
+    chosen = [matrix for group in _best(wanted, count_of, is_spaced=by == "uniform").values() for matrix in group]
     tied: list[str] = []
     for asked, flag, belongs in (
         (config.include_head, "--include-head", is_head),
         (config.include_embeddings, "--include-embeddings", is_embedding),
     ):
         if asked:
-            outside, shared = _outside_blocks(scan, ranked, flag, belongs, edge)
+            outside, shared = _outside_blocks(scan, ranked, flag, belongs)
             chosen += outside
             tied += shared
     return Selection(
@@ -157,15 +164,17 @@ def choose(
 def top_by_type(scan: Scan | PublishedScan, count: int = 16) -> dict[str, list[str]]:
     """Module type to the names of its `count` matrices of highest snr_ratio: the published scanner's top.json."""
     config = SelectConfig(top=count)
-    best = _best(best_first(scan, config.by, scan.edge), scan.matrices, _count(config))
-    return {kind: [matrix.name for matrix, _ in group] for kind, group in best.items()}
+    ranked = [_chosen(*found, scan.edge) for found in best_first(scan, config.by, scan.edge)]
+    best = _best(ranked, _count(config))
+    return {kind: [matrix.name for matrix in group] for kind, group in best.items()}
 
 
-def lora_targets(selection: Selection) -> list[str]:
-    """Full module names for LoRA, in the selection's order.
+def lora_targets(selection: Selection) -> tuple[list[str], list[str]]:
+    """Full names for LoRA, in the selection's order: (modules, parameters), for PEFT's target_modules and
+    target_parameters.
 
     Raises MatrixError when one of them can't have an adapter of its own: a tied weight (merging it would
-    change the other module too), a norm, or an expert.
+    change the other module too), a norm, or a single expert.
     """
     if selection.tied:
         raise MatrixError(
@@ -173,27 +182,29 @@ def lora_targets(selection: Selection) -> list[str]:
             "both. Leave it out, or train it in mode unfrozen."
         )
     for matrix in selection.matrices:
-        _refuse_expert(matrix.name)
+        _refuse_expert(matrix)
         if is_norm(matrix.name):
             raise MatrixError(f"{matrix.name} is a norm, which LoRA can't adapt. Leave it out of --types.")
-    return selection.names
+    modules = [matrix.name for matrix in selection.matrices if not matrix.parameter]
+    return modules, [matrix.parameter for matrix in selection.matrices if matrix.parameter]
 
 
 def trained_parameters(selection: Selection) -> list[str]:
     """Names of the parameters that full fine-tuning of the selection trains, in the selection's order.
 
-    Raises MatrixError when an expert is among them, since it can't be trained alone.
+    Raises MatrixError when a single expert is among them, since it can't be trained alone.
     """
     for matrix in selection.matrices:
-        _refuse_expert(matrix.name)
-    return [f"{matrix.name}.weight" for matrix in selection.matrices]
+        _refuse_expert(matrix)
+    return [matrix.parameter or f"{matrix.name}.weight" for matrix in selection.matrices]
 
 
 def matched_rank(selection: Selection, match_rank: int) -> int:
     """The LoRA rank at which the selection trains as many parameters as `match_rank` on all matrices.
 
-    A matrix of n x m has r (n + m) LoRA parameters, so the rank is match_rank times the sum of n + m over
-    all matrices inside the blocks, divided by that over the chosen ones, to the nearest whole number.
+    A matrix of n x m has r (n + m) LoRA parameters, and so has each one in a stack, so the rank is match_rank times
+    the sum of n + m over all matrices inside the blocks, divided by that over the chosen ones, to the nearest whole
+    number.
     Raises RankError when a chosen matrix is too small for it, MatrixError when shapes aren't known.
     """
     if match_rank < 1:
@@ -201,7 +212,7 @@ def matched_rank(selection: Selection, match_rank: int) -> int:
     shapes = known_shapes(selection)
     if selection.block_sides is None:
         raise MatrixError(f"{selection.source}: it has no shapes, so no rank can be matched. {_GIVE_RANK}")
-    chosen_sides = sum(map(sum, shapes.values()))
+    chosen_sides = adapter_sides(selection)
     rank = round(match_rank * selection.block_sides / chosen_sides)
     name, shape = min(shapes.items(), key=lambda item: min(item[1]))
     if rank > min(shape):
@@ -224,6 +235,12 @@ def known_shapes(selection: Selection) -> dict[str, tuple[int, int]]:
             raise MatrixError(f"{selection.source}: it has no shape for {matrix.name}. {_GIVE_RANK}")
         shapes[matrix.name] = matrix.shape
     return shapes
+
+
+def adapter_sides(selection: Selection) -> int:
+    """How many parameters LoRA of rank 1 on the chosen matrices trains. Raises MatrixError as `known_shapes`."""
+    shapes = known_shapes(selection)
+    return sum(matrix.experts * sum(shapes[matrix.name]) for matrix in selection.matrices)
 
 
 def is_head(name: str) -> bool:
@@ -263,7 +280,7 @@ def _how(config: SelectConfig, edge: str) -> str:
     }[config.by]
 
 
-def _of_types(matrices: Sequence[Scanned], types: Sequence[str]) -> list[Scanned]:
+def _of_types(matrices: Sequence[Chosen], types: Sequence[str]) -> list[Chosen]:
     known = sorted({matrix.type for matrix in matrices})
     patterns = [compile_pattern(pattern) for pattern in types]
     for pattern, regex in zip(types, patterns, strict=True):
@@ -273,18 +290,12 @@ def _of_types(matrices: Sequence[Scanned], types: Sequence[str]) -> list[Scanned
 
 
 def _best(
-    ranked: Sequence[tuple[Scanned, float | None]],
-    wanted: Iterable[Scanned],
-    count_of: Callable[[int], int],
-    *,
-    is_spaced: bool = False,
-) -> dict[str, list[tuple[Scanned, float | None]]]:
+    ranked: Iterable[Chosen], count_of: Callable[[int], int], *, is_spaced: bool = False
+) -> dict[str, list[Chosen]]:
     """The first of each module type, or those evenly spaced over all of it."""
-    names = {matrix.name for matrix in wanted}
-    groups: dict[str, list[tuple[Scanned, float | None]]] = {}
-    for matrix, value in ranked:
-        if matrix.name in names:
-            groups.setdefault(matrix.type, []).append((matrix, value))
+    groups: dict[str, list[Chosen]] = {}
+    for matrix in ranked:
+        groups.setdefault(matrix.type, []).append(matrix)
     best = {}
     for kind, group in sorted(groups.items()):
         count = count_of(len(group))
@@ -299,17 +310,46 @@ def _chosen(matrix: Scanned, value: float | None, edge: str) -> Chosen:
     return Chosen(matrix.name, matrix.type, matrix.shape, value, matrix.edges[edge].rank)
 
 
+def experts_together(ranked: Sequence[Chosen], scan: Scan | PublishedScan, by: str) -> list[Chosen]:
+    """The same, best first, with one entry for each stack of experts' matrices, since none of them is trained alone.
+
+    Its value and rank are the means of those of its experts that have one. Where none has, it stands where the first
+    of them stood: before all that have a value by a figure of an edge (no noise values are the highest SNR), else last.
+    """
+    stacks = {} if isinstance(scan, PublishedScan) else {matrix.name: matrix.stack for matrix in scan.matrices}
+    groups: dict[str, list[Chosen]] = {}
+    for matrix in ranked:
+        groups.setdefault(stacks.get(matrix.name) or matrix.name, []).append(matrix)
+    if not any(stacks.values()):
+        return list(ranked)
+    whole = [group[0] if not stacks[group[0].name] else _stack(name, group) for name, group in groups.items()]
+    sign, unknown = 1 if by == "kappa" else -1, -math.inf if by in OF_EDGES else math.inf
+    return sorted(whole, key=lambda matrix: unknown if matrix.value is None else sign * matrix.value)
+
+
+def _stack(parameter: str, experts: Sequence[Chosen]) -> Chosen:
+    values = [expert.value for expert in experts if expert.value is not None]
+    ranks = [expert.rank for expert in experts if expert.rank is not None]
+    return replace(
+        experts[0],
+        name=module_name(parameter),
+        value=fmean(values) if values else None,
+        rank=round(fmean(ranks)) if ranks else None,
+        parameter=parameter,
+        experts=len(experts),
+    )
+
+
 def _outside_blocks(
     scan: Scan | PublishedScan,
-    ranked: Iterable[tuple[Scanned, float | None]],
+    ranked: Iterable[Chosen],
     flag: str,
     belongs: Callable[[str], bool],
-    edge: str,
 ) -> tuple[list[Chosen], list[str]]:
     """The head or the embeddings, ranked or not, and the names of those whose weight is shared."""
-    values = {matrix.name: value for matrix, value in ranked}
-    chosen = [_chosen(matrix, values[matrix.name], edge) for matrix in scan.matrices if belongs(matrix.name)]
-    skipped = [left_out.name for left_out in scan.skipped if belongs(left_out.name) and left_out.name not in values]
+    by_name = {matrix.name: matrix for matrix in ranked}
+    chosen = [by_name[matrix.name] for matrix in scan.matrices if belongs(matrix.name)]
+    skipped = [left_out.name for left_out in scan.skipped if belongs(left_out.name) and left_out.name not in by_name]
     chosen += [Chosen(name, name, None, None, None) for name in skipped]
     shared = sorted(name for name in _tied_names(scan) if belongs(name))
     if shared and belongs is is_head:
@@ -338,10 +378,11 @@ def _block_sides(scan: Scan | PublishedScan) -> int | None:
     return sum(sum(matrix.shape) for matrix in scan.matrices if matrix.block is not None and not is_norm(matrix.name))
 
 
-def _refuse_expert(name: str) -> None:
-    """By its name, since the scans that Spectrum and laserRMT publish have nothing else to tell it by."""
-    if name.endswith("]") or "experts" in name.split("."):
+def _refuse_expert(matrix: Chosen) -> None:
+    """By its name, since published scans and those of old versions have nothing else to tell it by."""
+    name = matrix.name
+    if not matrix.parameter and (name.endswith("]") or "experts" in name.split(".")):
         raise MatrixError(
             f"{name} is one expert: transformers keeps all experts of a block in one parameter, so that it can't "
-            "be trained alone. Leave experts out, as with --types self_attn."
+            "be trained alone. Leave experts out, as with --types self_attn, or scan the model with this version."
         )

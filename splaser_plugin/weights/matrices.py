@@ -35,6 +35,7 @@ class Matrix:
     shape: tuple[int, int]
     """(rows, columns) as stored."""
     expert: int | None = None
+    """Its place in a stacked parameter."""
     transposed: bool = False
     """Stored as (inputs, outputs), the other way round from a linear layer (GPT-2's Conv1D)."""
     tower: str = ""

@@ -174,25 +174,21 @@ def _selection(folder: Path) -> Any:
     from splaser_plugin.config.stages import SelectConfig
     from splaser_plugin.scanning.selection import choose
 
-    found = scan(folder)
-    kinds = tuple({matrix.type for matrix in found.matrices if not matrix.name.endswith("]")})
-    return choose(found, SelectConfig(top=1, types=kinds))
+    return choose(scan(folder), SelectConfig(top=1))
 
 
 def _lora(folder: Path) -> str:
     from peft import get_peft_model
 
     from splaser_plugin.errors import MatrixError
-    from splaser_plugin.integrations.check import check_adapters
     from splaser_plugin.integrations.peft import adapted_modules, lora_config
-    from splaser_plugin.scanning.selection import lora_targets
 
     try:
         selection = _selection(folder)
-        check_adapters(selection, str(folder), task_type="CAUSAL_LM", target_modules=lora_targets(selection))
+        config = lora_config(selection, rank=2, task_type="CAUSAL_LM")
     except MatrixError as error:
         return f"refused: {str(error).partition(': ')[2][:100]}"
-    adapted = set(adapted_modules(get_peft_model(_loaded(folder), lora_config(selection, rank=2))))
+    adapted = set(adapted_modules(get_peft_model(_loaded(folder), config)))
     return "ok" if adapted == set(selection.names) else f"silently others: {min(adapted ^ set(selection.names))}"
 
 

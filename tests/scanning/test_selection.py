@@ -115,7 +115,7 @@ def test_head_and_embeddings_come_only_when_asked_for_ranked_or_not():
         selection = choose(scan, top=1, include_head=True, include_embeddings=True)
         assert selection.names == ["model.layers.0.mlp.down_proj", "lm_head", "model.embed_tokens"]
         assert selection.tied == ()
-        assert lora_targets(selection) == selection.names
+        assert lora_targets(selection) == (selection.names, [])
 
 
 def test_of_an_old_scan_what_is_tied_is_known_by_its_reason():
@@ -163,7 +163,8 @@ def test_experts_cannot_be_trained_alone():
     for use in (lora_targets, trained_parameters):
         with pytest.raises(MatrixError, match=r"down_proj\[3\] is one expert.*types"):
             use(selection)
-    assert lora_targets(choose(scan_of(expert, *blocks({"self_attn.q_proj": [1.0]})), top=1, types=["self_attn"]))
+    attention = choose(scan_of(expert, *blocks({"self_attn.q_proj": [1.0]})), top=1, types=["self_attn"])
+    assert lora_targets(attention) == (["model.layers.0.self_attn.q_proj"], [])
 
 
 @pytest.mark.parametrize(
