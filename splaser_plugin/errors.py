@@ -82,6 +82,10 @@ class ScorerError(SplaserError):
     """A scorer of the user's own can't be loaded, or returns no usable scores."""
 
 
+class TaskError(SplaserError):
+    """A task of lm-evaluation-harness can't be found, loaded or used."""
+
+
 class RecipeError(SplaserError):
     """A recipe or scan file is damaged, of another version, or made for another model."""
 

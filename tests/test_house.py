@@ -156,7 +156,7 @@ def test_nothing_is_imported_from_a_test_module(path):
 
 def test_the_lowest_versions_that_are_tried_are_those_that_are_allowed():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    lists = re.findall(r"^(?:dependencies|gguf|trl|emit) = \[(.*?)\]", project, re.MULTILINE | re.DOTALL)
+    lists = re.findall(r"^(?:dependencies|gguf|trl|eval|emit) = \[(.*?)\]", project, re.MULTILINE | re.DOTALL)
     allowed = {name for list in lists for name in re.findall(r'"(.*?)"', list)}
     lines = (ROOT / ".ci" / "lowest.txt").read_text(encoding="utf-8").splitlines()
     assert {line.replace("==", ">=") for line in lines if not line.startswith("#")} == allowed

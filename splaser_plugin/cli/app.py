@@ -241,14 +241,16 @@ def apply(
 def compare(
     *,
     models: Annotated[list[str], typer.Argument(help="Model folders, .gguf files or hub ids; the first is the base.")],
-    pairs: Annotated[str, typer.Option(help="Preference pairs: a json, jsonl, csv or parquet file, or a data set.")],
+    pairs: Annotated[
+        str, typer.Option(help="Preference pairs, as laser takes them; not needed with --tasks or --text.")
+    ] = "",
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the comparison goes, as JSON.")],
     config: CompareConfig,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure models on the same pairs and text, each against the first with 95 % intervals."""
+    """Measure models on the same pairs, text and tasks, each against the first with 95 % intervals."""
     from splaser_plugin.jobs.compare import compare as run_compare
 
     progress = _progress(quiet, verbose, "jobs.compare")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
+from textwrap import wrap
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console, Group, RenderableType
@@ -19,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from splaser_plugin.cli.trial_table import shortened, trial_line, trial_table
+from splaser_plugin.config.tasks import task_of
 from splaser_plugin.files.text import printable
 from splaser_plugin.progress import Advance, Progress, ignore
 
@@ -215,9 +217,9 @@ def _comparison_table(names: Sequence[str], figures: Sequence[Mapping[str, Figur
     table.add_column("", no_wrap=True)
     for place in shown:
         table.add_column(escape(names[place]), justify="right", overflow="fold", width=WIDEST if place else None)
-    for name, form in _FORMS.items():
-        if name in figures[0]:
-            table.add_row(form.called, *(form.cell(figures[place][name]) for place in shown))
+    for name in figures[0]:
+        form = _FORMS.get(name) or _of_task(name)
+        table.add_row(form.called, *(form.cell(figures[place][name]) for place in shown))
     return table
 
 
@@ -249,3 +251,8 @@ _FORMS = {
     "file_bytes": _Form("bytes on disk", "{:,}", "{:+,}"),
     "tokens_per_s": _Form("tokens a second", "{:,.1f}", "{:.2f}", "x"),
 }
+
+
+def _of_task(name: str) -> _Form:
+    called = escape(task_of(name)).replace(":", " ")
+    return _Form("\n".join(wrap(called, WIDEST)), "{:.4f}", "{:+.4f}")

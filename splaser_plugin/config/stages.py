@@ -16,6 +16,7 @@ from pydantic import Field
 from splaser_plugin.config.guards import AUTO, parse_guards
 from splaser_plugin.config.options import Options, stage
 from splaser_plugin.config.placement import LoadConfig, PlaceConfig
+from splaser_plugin.config.tasks import parse_tasks
 from splaser_plugin.config.template_kwargs import parse_template_kwargs
 from splaser_plugin.errors import ConfigError
 
@@ -117,7 +118,8 @@ class MeasureConfig(PlaceConfig):
     """How a model is measured: the pairs, the answers, the text and the scores."""
 
     samples: int = Field(default=128, ge=1)
-    """Pairs to read: the first usable ones, held-out ones among them; as many windows of --text."""
+    """Pairs to read: the first usable ones, held-out ones among them; as many windows of --text, and as many documents
+    of a task."""
     max_prompt_chars: int = Field(default=MAX_CHARS, ge=1)
     """Pairs with a longer prompt are dropped."""
     max_answer_chars: int = Field(default=MAX_CHARS, ge=1)
@@ -128,6 +130,8 @@ class MeasureConfig(PlaceConfig):
     """Text for perplexity: a file, or a hub data set with a text column, as NAME or NAME:SUBSET."""
     window: int = Field(default=384, ge=2)
     """Tokens in one window of --text; windows don't overlap."""
+    tasks_path: str = ""
+    """Folder of your own task files (YAML) of lm-evaluation-harness, beside the tasks that it has."""
     embedder: str = DEFAULT_EMBEDDER
     """Sentence-transformers model (folder or id), or 'self'."""
     template: Literal["auto", "chatml", "instruct"] = "auto"
@@ -159,8 +163,13 @@ class MeasureConfig(PlaceConfig):
 class CompareConfig(MeasureConfig):
     """How models are compared with each other."""
 
+    tasks: str = ""
+    """Tasks of lm-evaluation-harness, with commas: its own (arc_easy), or those of --tasks-path."""
+
     def __post_init__(self) -> None:
         MeasureConfig.__post_init__(self)
+        if self.tasks_path and not parse_tasks(self.tasks):
+            raise ConfigError("--tasks-path has the files of --tasks, and there are none. Give --tasks NAME too.")
         if self.embedder == "self":
             raise ConfigError(
                 "--embedder self: each model would measure itself. Give a sentence-transformers model (folder or id)."

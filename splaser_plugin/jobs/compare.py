@@ -1,17 +1,18 @@
-"""Models side by side on the same pairs and the same text, each against the first."""
+"""Models side by side on the same pairs, text and tasks, each against the first."""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from splaser_plugin.config.stages import CompareConfig
+from splaser_plugin.config.tasks import LM_EVAL, parse_tasks
 from splaser_plugin.data.pairs import PairSet, PairSource, read_pairs_from
 from splaser_plugin.data.split import LEAST
 from splaser_plugin.errors import ConfigError, PairsError
@@ -23,6 +24,7 @@ from splaser_plugin.scoring.perplexity import exp, perplexity
 from splaser_plugin.scoring.scorers import Material, Scorers, check_scorers
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.scoring.semantic import SemanticScorer
+from splaser_plugin.scoring.tasks import Documents, Values, load_tasks
 from splaser_plugin.statistics import RISK, can_reach, paired_bootstrap
 from splaser_plugin.tables import Table
 from splaser_plugin.weights.loading import ModelSource, find_model, load_model, pick_device
@@ -30,9 +32,11 @@ from splaser_plugin.weights.loading import ModelSource, find_model, load_model, 
 SCHEMA = "splaser.comparison/1"
 OTHER_TOKENS = "its tokenizer cuts texts otherwise than the first model's, so figures a token can't be compared"
 
-
 FEW = f"expected at least {LEAST} for an interval"
 UNBOUNDED = "too large for a number: the model gives the text no probability to speak of"
+UNDEFINED = "the task gives no finite number"
+WHOLE = "of all documents together, so there are no differences of single ones"
+NO_PAIRS = PairSet((), "none", {}, 0)
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,9 @@ class Measured:
     """What one model was measured to be."""
 
     model: str
-    semantic: Scores
-    margin: Scores
+    semantic: Scores | None
+    """None, as is the margin, without pairs."""
+    margin: Scores | None
     likelier: Scores
     """1 for each pair whose chosen answer is likelier a token than its rejected one, else 0; pairs without a rejected
     one are left out."""
@@ -54,10 +59,16 @@ class Measured:
     """Time that the answers took."""
     tokens: tuple[Any, ...]
     """Token ids of all reference answers and windows: equal for models that can be compared token by token."""
+    tasks: Mapping[str, list[Values]] = field(default_factory=dict)
+    """Task to what its metrics give for each of its documents."""
+
+    @property
+    def generated_tokens(self) -> int:
+        return self.semantic.generated_tokens if self.semantic else 0
 
     @property
     def tokens_per_s(self) -> float:
-        return self.semantic.generated_tokens / self.generation_s
+        return self.generated_tokens / self.generation_s
 
 
 @dataclass(frozen=True)
@@ -69,8 +80,8 @@ class Figure:
     change: float | None = None
     """Against the first model; see RATIOS."""
     interval: tuple[float, float] | None = None
-    """95 % interval of the change, by paired bootstrap over pairs or windows; None where nothing is sampled or too few
-    differ."""
+    """95 % interval of the change, by paired bootstrap over pairs, windows or documents; None where nothing is sampled
+    or too few differ."""
     reason: str | None = None
     """Why there is no value, no change, or no interval."""
 
@@ -86,9 +97,10 @@ class Comparison(Table):
     models: tuple[Measured, ...]
     pairs: PairSet
     config: CompareConfig
+    tasks: tuple[Documents, ...] = ()
 
     def figures(self) -> list[dict[str, Figure]]:
-        """Of each model, metric to figure; without perplexity where there was no text."""
+        """Of each model, metric to figure: of what was measured. A task's metric is `lm-eval:TASK:METRIC`."""
         return [self._figures(model) for model in self.models]
 
     def __repr__(self) -> str:
@@ -110,16 +122,18 @@ class Comparison(Table):
             "schema": SCHEMA,
             "pairs": {"source": self.pairs.source, "used": len(self.pairs), "dropped": dict(self.pairs.dropped)},
             "windows": len(self.models[0].text.items) if self.models[0].text else 0,
+            "tasks": {task.name: {"used": len(task), "available": task.available} for task in self.tasks},
             "settings": self.config.to_dict(),
             "models": [
                 {
                     "model": model.model,
                     "figures": {name: _plain(name, figure) for name, figure in figures.items()},
-                    "per_pair": {"semantic": list(model.semantic.values), "margin": list(model.margin.values)},
-                    "per_window": list(model.text.values) if model.text else [],
-                    "answers": [answer.text for answer in model.semantic.answers],
-                    "generated_tokens": model.semantic.generated_tokens,
-                    "half_read_answers": model.semantic.half_read_answers,
+                    "per_pair": {"semantic": _values(model.semantic), "margin": _values(model.margin)},
+                    "per_window": _values(model.text),
+                    "per_document": {task.name: task.by_mean(model.tasks[task.name]) for task in self.tasks},
+                    "answers": [answer.text for answer in model.semantic.answers] if model.semantic else [],
+                    "generated_tokens": model.generated_tokens,
+                    "half_read_answers": model.semantic.half_read_answers if model.semantic else 0,
                 }
                 for model, figures in zip(self.models, self.figures(), strict=True)
             ],
@@ -131,21 +145,35 @@ class Comparison(Table):
     def _figures(self, model: Measured) -> dict[str, Figure]:
         first = self.models[0]
         is_first, same_tokens = model is first, model.tokens == first.tokens
-        found = {
-            "semantic": self._mean(model.semantic, first.semantic, is_first),
-            "margin": self._mean(model.margin, first.margin, is_first, same_tokens),
-        }
+        found = {}
+        if model.semantic and first.semantic:
+            found["semantic"] = self._mean(model.semantic, first.semantic, is_first)
+        if model.margin and first.margin:
+            found["margin"] = self._mean(model.margin, first.margin, is_first, same_tokens)
         if model.likelier.items:
             found["likelier"] = self._mean(model.likelier, first.likelier, is_first)
         if model.text and first.text:
             found["perplexity"] = self._perplexity(model.text, first.text, is_first, same_tokens)
+        for task in self.tasks:
+            found |= self._of_task(task, model, first)
         for name in ("parameters", "file_bytes"):
             value = getattr(model, name)
             change = None if is_first else value - getattr(first, name)
             found[name] = Figure(value, change, reason=None if is_first else "counted, not sampled")
-        ratio = None if is_first or not first.semantic.generated_tokens else model.tokens_per_s / first.tokens_per_s
-        found["tokens_per_s"] = Figure(model.tokens_per_s, ratio, reason="one timing, in this run")
+        if model.semantic:
+            ratio = None if is_first or not first.generated_tokens else model.tokens_per_s / first.tokens_per_s
+            found["tokens_per_s"] = Figure(model.tokens_per_s, ratio, reason="one timing, in this run")
         return found
+
+    def _of_task(self, task: Documents, model: Measured, first: Measured) -> dict[str, Figure]:
+        is_first, values, base = model is first, model.tasks[task.name], first.tasks[task.name]
+        means, base_means = task.by_mean(values), task.by_mean(base)
+        found = {name: self._mean(_scores(means[name]), _scores(base_means[name]), is_first) for name in means}
+        for name in values[0].keys() - means.keys():
+            value, other = task.overall(name, values), task.overall(name, base)
+            change = None if is_first or value is None or other is None else value - other
+            found[name] = Figure(value, change, reason=UNDEFINED if value is None else WHOLE)
+        return {f"{LM_EVAL}{task.name}:{name}": found[name] for name in values[0]}
 
     def _mean(self, scores: Scores, first: Scores, is_first: bool, comparable: bool = True) -> Figure:
         if is_first or not comparable:
@@ -170,6 +198,14 @@ class Comparison(Table):
         return Figure(perplexity(scores), change, interval, reason or (None if interval else UNBOUNDED))
 
 
+def _scores(values: Sequence[float]) -> Scores:
+    return Scores(tuple(range(len(values))), tuple(values))
+
+
+def _values(scores: Scores | None) -> list[float]:
+    return list(scores.values) if scores else []
+
+
 def _why(*values: float | None) -> str | None:
     """Why one of these isn't there."""
     return UNBOUNDED if None in values else None
@@ -177,17 +213,17 @@ def _why(*values: float | None) -> str | None:
 
 def compare(
     models: Sequence[str | Path],
-    pairs: PairSource,
+    pairs: PairSource | None = None,
     *,
     config: CompareConfig | None = None,
     output: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Measure models on the same pairs and, if the configuration names one, the same text.
+    """Measure models on the same pairs and, if the configuration names them, the same text and tasks.
 
     Args:
         models: Folders, .gguf files or hub ids, the first the base; loaded one after the other, never two at once.
-        pairs: See `laser`; at least 2.
+        pairs: See `laser`; at least 2. None where a text or tasks are enough.
         config: What is measured.
         output: JSON file to write, as `Comparison.save` does.
         progress: What is told of the work: as bars in a notebook and not at all elsewhere, if not given.
@@ -201,60 +237,87 @@ def compare(
     if not models:
         raise ConfigError("no model was given. Name at least one, the one to compare the others with first.")
     sources = [find_model(model, allow_pickle=config.allow_pickle) for model in models]
-    pair_set = read_pairs_from(pairs, **config.pair_limits)
-    if len(pair_set) < 2:
-        raise PairsError(f"{pair_set.source}: 1 pair, expected at least 2 for an interval. Give --pairs more of them.")
+    pair_set = _read_pairs(pairs, config)
     pick_device(config.device)
-    check_scorers(config)
-    progress.fact("pairs", pair_set.summary)
+    check_scorers(config, pairs=bool(pair_set.pairs))
+    tasks = tuple(load_tasks(parse_tasks(config.tasks), config.tasks_path, count=config.samples))
+    if pair_set.pairs:
+        progress.fact("pairs", pair_set.summary)
     if pair_set.warning:
         progress.result("warning", pair_set.warning)
+    for task in tasks:
+        progress.fact("task", task.summary)
     measured: list[Measured] = []
     for source in sources:
-        measured.append(_measure(source, pair_set, config, measured[0] if measured else None, progress))
+        measured.append(_measure(source, pair_set, tasks, config, measured[0] if measured else None, progress))
         gc.collect()
-    found = Comparison(tuple(measured), pair_set, config)
+    found = Comparison(tuple(measured), pair_set, config, tasks)
     if output is not None:
         found.save(output)
     return found
 
 
+def _read_pairs(pairs: PairSource | None, config: CompareConfig) -> PairSet:
+    if pairs is None or pairs == "":
+        if not config.text and not parse_tasks(config.tasks):
+            raise ConfigError("nothing to measure the models with. Give --pairs FILE, --text FILE or --tasks NAME.")
+        return NO_PAIRS
+    pair_set = read_pairs_from(pairs, **config.pair_limits)
+    if len(pair_set) < 2:
+        raise PairsError(f"{pair_set.source}: 1 pair, expected at least 2 for an interval. Give --pairs more of them.")
+    return pair_set
+
+
 def _measure(
-    source: ModelSource, pairs: PairSet, config: CompareConfig, first: Measured | None, progress: Progress
+    source: ModelSource,
+    pairs: PairSet,
+    tasks: Sequence[Documents],
+    config: CompareConfig,
+    first: Measured | None,
+    progress: Progress,
 ) -> Measured:
     progress.fact("model", source.name)
+    semantic = margin = text = None
+    scorer, margins, generation_s = None, None, 0.0
     with progress.phase("loading", 1):
         model, tokenizer = load_model(source, **config.place, dtype=config.dtype)
         scorers = Scorers(model, tokenizer, config)
         windows = scorers.windows() if config.text else []
-        margins = MarginScorer(model, scorers.prompter, pairs.pairs, batch_size=scorers.batch_size)
-        scorer = SemanticScorer(scorers.generator, scorers.embedder, pairs.pairs)
-        scorer.answers([0])  # what is slow only the first time isn't timed
-    if first is None and scorers.date:
-        progress.fact("date", scorers.date)
-    if first is None and scorer.references.warning:
-        progress.result("warning", scorer.references.warning)
+        if pairs.pairs:
+            margins = MarginScorer(model, scorers.prompter, pairs.pairs, batch_size=scorers.batch_size)
+            scorer = SemanticScorer(scorers.generator, scorers.embedder, pairs.pairs)
+            scorer.answers([0])  # what is slow only the first time isn't timed
+    if first is None and scorer:
+        if scorers.date:
+            progress.fact("date", scorers.date)
+        if scorer.references.warning:
+            progress.result("warning", scorer.references.warning)
     items = range(len(pairs))
-    with progress.phase("measuring", 2 * len(pairs) + len(windows)) as advance, counting(advance):
-        started = time.perf_counter()
-        answers = scorer.answers(items)
-        generation_s = time.perf_counter() - started
-        semantic = scorer.scored(items, answers, first.semantic if first else None)
-        margin = margins.score(items)
-        text = scorers.make("perplexity", Material((), windows)).score(range(len(windows))) if windows else None
-    if semantic.half_read_answers:
+    count = 2 * len(pairs) + len(windows) + sum(map(len, tasks))
+    with progress.phase("measuring", count) as advance, counting(advance):
+        if scorer and margins:
+            started = time.perf_counter()
+            answers = scorer.answers(items)
+            generation_s = time.perf_counter() - started
+            semantic = scorer.scored(items, answers, first.semantic if first else None)
+            margin = margins.score(items)
+        if windows:
+            text = scorers.make("perplexity", Material((), windows)).score(range(len(windows)))
+        of_tasks = {task.name: scorers.harness.measure(task, range(len(task))) for task in tasks}
+    if semantic and semantic.half_read_answers:
         progress.result("warning", semantic.half_read_warning)
-    both = [item for item, pair in enumerate(pairs) if pair.rejected is not None]
+    both = [item for item, pair in enumerate(pairs) if margin and pair.rejected is not None]
     return Measured(
         model=source.name,
         semantic=semantic,
         margin=margin,
-        likelier=Scores(tuple(both), tuple(float(margin.values[item] > 0) for item in both)),
+        likelier=Scores(tuple(both), tuple(float(margin.values[item] > 0) for item in both if margin)),
         text=text,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         file_bytes=source.weight_bytes,
         generation_s=generation_s,
-        tokens=(margins.answers, windows),
+        tokens=(margins.answers if margins else [], windows),
+        tasks=of_tasks,
     )
 
 

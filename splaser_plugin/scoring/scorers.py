@@ -21,6 +21,7 @@ from splaser_plugin.scoring.own_scorer import CallableScorer, load_function
 from splaser_plugin.scoring.perplexity import PerplexityScorer
 from splaser_plugin.scoring.scores import Scorer
 from splaser_plugin.scoring.semantic import SemanticScorer
+from splaser_plugin.scoring.tasks import Harness
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import context_length
 
@@ -70,6 +71,10 @@ class Scorers:
         return read_windows(config.text, self.tokenizer, window=config.window, count=config.samples, context=context)
 
     @cached_property
+    def harness(self) -> Harness:
+        return Harness(self.model, self.tokenizer, batch_size=self.batch_size)
+
+    @cached_property
     def prompter(self) -> Prompter:
         return Prompter(self.tokenizer, self.config.template, context_length(self.model), self._variables)
 
@@ -96,9 +101,12 @@ class Scorers:
         return SentenceEmbedder(self.config.embedder, device, allow_pickle=self.config.allow_pickle)
 
 
-def check_scorers(config: LaserConfig | CompareConfig) -> None:
-    """Raise now what a missing text, function or embedder would raise once the model is there."""
-    used = config.scorers if isinstance(config, LaserConfig) else {"semantic"}
+def check_scorers(config: LaserConfig | CompareConfig, *, pairs: bool = True) -> None:
+    """Raise now what a missing text, function or embedder would raise once the model is there.
+
+    pairs: whether a comparison has any.
+    """
+    used = config.scorers if isinstance(config, LaserConfig) else {"semantic"} if pairs else set()
     for name in used - {*SCORERS, *GUARDS}:
         load_function(name)
     if config.text:

@@ -1,0 +1,266 @@
+"""Tasks of lm-evaluation-harness, by which a loaded model is measured document by document."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from splaser_plugin.checkpoints.folder import hub_errors
+from splaser_plugin.distributed import input_device
+from splaser_plugin.errors import MissingExtraError, ScoreError, TaskError, nearest
+from splaser_plugin.files.sources import path_of
+from splaser_plugin.files.text import first_line_of
+from splaser_plugin.generation.generator import MODEL_ERRORS, evaluating
+from splaser_plugin.generation.teacher_forcing import fitting_batch
+from splaser_plugin.progress import measured
+
+FEW_SHOT_SEED = 1234
+"""lm-evaluation-harness's own default, so that a task has the same examples as in its published results."""
+NO_FILTER = "none"
+"""What lm-evaluation-harness calls answers as they are."""
+
+Values = Mapping[str, Any]
+"""Of one document: metric, with its filter where the task has one, to what it gives."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The first documents of a task, each with what a model is asked about it.
+
+    The questions are made once, with the same few-shot examples for every model and at every time.
+    """
+
+    task: Any
+    """lm-evaluation-harness's own."""
+    name: str
+    documents: tuple[Any, ...]
+    requests: tuple[tuple[Any, ...], ...]
+    """Of each document, its requests in their order."""
+    available: int
+    """How many documents the task has."""
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    @property
+    def means(self) -> tuple[str, ...]:
+        """Its metrics that are means over its documents, by the task's own names, in the task's order."""
+        from lm_eval.api.metrics import mean
+
+        return tuple(name for name, aggregation in self.task.aggregation().items() if aggregation is mean)
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        shots = self.task.get_config("num_fewshot") or 0
+        metrics = ", ".join(self.task.aggregation())
+        return f"{self.name}: {len(self):,} of {self.available:,} documents, {shots} examples before each; {metrics}"
+
+    def by_mean(self, values: Sequence[Values]) -> dict[str, list[float]]:
+        """Metric to its number for each document, of those that are means over the documents.
+
+        values: what each document's metrics give.
+        """
+        names = [name for name in values[0] if name.partition(",")[0] in self.means]
+        return {name: [float(of_one[name]) for of_one in values] for name in names}
+
+    def overall(self, metric: str, values: Sequence[Values]) -> float | None:
+        """The task's own figure for all documents together; None where it isn't finite."""
+        aggregation = self.task.aggregation()[metric.partition(",")[0]]
+        found = float(aggregation([of_one[metric] for of_one in values]))
+        return found if math.isfinite(found) else None
+
+    def results(self, items: Sequence[int], responses: Mapping[int, list[Any]]) -> list[Values]:
+        """What each document's requests were answered with, as the task's filters and metrics see it."""
+        asked = [responses[item] for item in items]
+        for filters in self.task._filters:
+            filters.apply([request for requests in asked for request in requests])
+        found: list[Values] = []
+        for item, requests in zip(items, asked, strict=True):
+            values: dict[str, Any] = {}
+            for name in requests[0].filtered_resps:
+                answers = [request.filtered_resps[name] for request in requests]
+                metrics = self.task.process_results(self.documents[item], answers)
+                end = "" if name == NO_FILTER else f",{name}"
+                values |= {f"{metric}{end}": value for metric, value in metrics.items()}
+            found.append(values)
+        return found
+
+
+def load_tasks(names: Sequence[str], tasks_path: str, *, count: int) -> list[Documents]:
+    """The first `count` documents of each task; a group of tasks or a tag stands for its tasks.
+
+    Args:
+        names: Of tasks in `tasks_path`, or of those that lm-evaluation-harness has itself.
+        tasks_path: Folder of the user's own task files; empty for none.
+        count: Most documents of each task.
+
+    Raises:
+        MissingExtraError: lm-evaluation-harness isn't installed.
+        TaskError: There is no such folder or task, or the task or its data can't be loaded.
+    """
+    if not names:
+        return []
+    if find_spec("lm_eval") is None:
+        raise MissingExtraError(
+            "lm-evaluation-harness isn't installed, which tasks are measured with. Install it: "
+            'pip install "splaser_plugin[eval]"'
+        )
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if tasks_path and not path_of(tasks_path).is_dir():
+        raise TaskError(f"--tasks-path {tasks_path}: there is no such folder. Check the path.")
+    with redirect_stderr(io.StringIO()):  # its bars, and those of datasets
+        loaded = [task for name in names for task in _load(name, tasks_path)]
+        return [_documents(task, count) for task in loaded]
+
+
+def _load(name: str, tasks_path: str) -> list[Any]:
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(path_of(tasks_path)), include_defaults=False) if tasks_path else None
+    if manager is None or name not in manager.all_tasks:
+        own = [] if manager is None else manager.all_tasks
+        if manager is not None:
+            _check_files(path_of(tasks_path))
+        manager = _built_in()
+        if name not in manager.all_tasks:
+            where = f"{tasks_path} has none of that name, nor has" if tasks_path else "there is none of that name in"
+            raise TaskError(
+                f"task '{name}': {where} lm-evaluation-harness; {nearest(name, [*own, *manager.all_tasks])}. Check "
+                "--tasks-path, or see them all: `lm-eval ls tasks`."
+            )
+    try:
+        found = list(manager.load([name])["tasks"].values())
+    except Exception as error:  # task files may name any code
+        raise TaskError(f"task '{name}': it can't be loaded ({_reason(error)}). {_advice(error)}") from error
+    for task in found:
+        if getattr(task, "UNSAFE_CODE", False):
+            raise TaskError(f"task '{task.task_name}': it runs code that the model writes. Use another one.")
+        if getattr(task, "MULTIMODAL", False):
+            raise TaskError(f"task '{task.task_name}': it shows images or sound, and only text is asked here.")
+    return found
+
+
+@cache
+def _built_in() -> Any:
+    """What lm-evaluation-harness has itself: looking through its files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _check_files(folder: Path) -> None:
+    """Raises TaskError for a file that isn't YAML: lm-evaluation-harness passes over those."""
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise TaskError(f"--tasks-path {path}: not valid YAML ({reason:.200}). Mend it first.") from error
+
+
+def _documents(task: Any, count: int) -> Documents:
+    """Raises TaskError when the task makes no questions of its documents."""
+    name = task.task_name
+    try:
+        task.set_fewshot_seed(FEW_SHOT_SEED)
+        task.build_all_requests(limit=count, rank=0, world_size=1)
+        documents = tuple(document for _, document in islice(task.doc_iterator(limit=count), count))
+        available = len(task.eval_docs)
+    except Exception as error:  # templates and functions of task files may raise anything
+        raise TaskError(f"task '{name}': no question can be made ({_reason(error)}). {_advice(error)}") from error
+    requests: list[list[Any]] = [[] for _ in documents]
+    for request in task.instances:
+        requests[request.doc_id].append(request)
+    in_order = (tuple(sorted(of_one, key=lambda request: request.idx)) for of_one in requests)
+    return Documents(task, name, documents, tuple(in_order), available)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line_of(error):.200}"
+
+
+def _advice(error: Exception) -> str:
+    import datasets
+
+    if isinstance(error, (OSError, datasets.exceptions.DatasetsError, *hub_errors())):
+        return "Check data_files in the task's file, or the connection to the hub, where its data set may be."
+    return "Mend the task's file."
+
+
+class Harness:
+    """A loaded model as lm-evaluation-harness asks it, without a chat template, as is its default.
+
+    batch_size: most texts in one forward pass.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int) -> None:
+        from lm_eval.models.huggingface import HFLM
+
+        self.model = model
+        self.batch_size = batch_size
+        with evaluating(model):
+            self._asked: Any = HFLM(pretrained=model, backend="causal", tokenizer=copy.deepcopy(tokenizer))
+        self._asked._device = input_device(model)
+
+    def measure(self, asked: Documents, items: Sequence[int]) -> list[Values]:
+        """What the task's metrics say of each of these documents, given by their places.
+
+        Raises:
+            ScoreError: The model fails, or gives a probability that isn't finite.
+            TaskError: The task's own code fails.
+        """
+        answered: dict[int, list[Any]] = {}
+        for start in range(0, len(items), self.batch_size):
+            part = items[start : start + self.batch_size]
+            answered |= {item: [_anew(request) for request in asked.requests[item]] for item in part}
+            self._answer(asked.name, [request for item in part for request in answered[item]])
+            measured(len(part))
+        try:
+            return asked.results(items, answered)
+        except Exception as error:  # as in loading it
+            raise TaskError(f"task '{asked.name}': its metrics can't be computed ({_reason(error)}).") from error
+
+    def _answer(self, name: str, requests: Sequence[Any]) -> None:
+        """Give each request its responses."""
+        for kind in dict.fromkeys(request.request_type for request in requests):
+            repeated = [request for request in requests if request.request_type == kind for _ in range(request.repeats)]
+            self._asked.batch_size_per_gpu = self._fitting(kind, repeated)
+            try:
+                with evaluating(self.model), torch.random.fork_rng():
+                    torch.manual_seed(FEW_SHOT_SEED)  # of tasks whose answers are sampled
+                    responses = getattr(self._asked, kind)(repeated, disable_tqdm=True)
+            except (*MODEL_ERRORS, AssertionError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise ScoreError(f"task '{name}': the model fails at its questions ({_reason(error)}).") from error
+            for request, response in zip(repeated, responses, strict=True):
+                likelihood = response[0] if isinstance(response, tuple) else response
+                if isinstance(likelihood, float) and not math.isfinite(likelihood):
+                    raise ScoreError(f"task '{name}': a log-probability is {likelihood}.")
+                request.resps.append(response)
+
+    def _fitting(self, kind: str, requests: Sequence[Any]) -> int:
+        """How many of these go into one forward pass."""
+        if kind == "generate_until":
+            return self.batch_size
+        longest = max(len(self._asked.tok_encode("".join(request.args))) for request in requests)
+        return fitting_batch(self.batch_size, min(longest, self._asked.max_length))
+
+
+def _anew(request: Any) -> Any:
+    """The same request, without what it was answered with."""
+    return replace(request, resps=[], filtered_resps={})
