@@ -241,7 +241,7 @@ class LaserCallback(TrainerCallback):
 
     def _read_pairs(self, training: Training) -> Split:
         is_given = self.pairs is not None or not self.config.needs_pairs
-        return read_pairs(self.pairs if is_given else training.pairs(), self.config)
+        return read_pairs(self.pairs if is_given else training.pairs(), self.config, training.tokenizer)
 
     def _laser(self, training: Training) -> LaserResult:
         """Laser the model, and save the base that its adapters are to be trained on."""

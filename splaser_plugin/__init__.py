@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from splaser_plugin.config.stages import LaserConfig as LaserConfig
     from splaser_plugin.config.stages import ScanConfig as ScanConfig
     from splaser_plugin.config.stages import SelectConfig as SelectConfig
+    from splaser_plugin.data.limits import TokenLimits as TokenLimits
     from splaser_plugin.data.pairs import PairSet as PairSet
     from splaser_plugin.data.pairs import load_pairs as load_pairs
     from splaser_plugin.errors import SplaserError as SplaserError
@@ -57,6 +58,7 @@ _HOMES = {
     "SelectConfig": "config.stages",
     "Selection": "scanning.selection",
     "SplaserError": "errors",
+    "TokenLimits": "data.limits",
     "apply": "jobs.apply",
     "choose": "scanning.selection",
     "compare": "jobs.compare",

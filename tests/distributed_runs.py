@@ -51,7 +51,7 @@ def engine(folder: Path, model_folder: str) -> None:
     if "WORLD_SIZE" in os.environ:
         shard(model)
     weights = Weights(model)
-    result = laser_weights(weights, tokenizer, read_pairs(THREE_PAIRS, CONFIG), config=CONFIG, name="tiny")
+    result = laser_weights(weights, tokenizer, read_pairs(THREE_PAIRS, CONFIG, tokenizer), config=CONFIG, name="tiny")
     finish(folder, weights, result)
     result.save(folder / "saved")
 
@@ -91,14 +91,16 @@ def gradient(folder: Path, model_folder: str) -> None:
         dist.init_process_group("gloo")
     weights = Weights(AutoModelForCausalLM.from_pretrained(model_folder))
     finish(
-        folder, weights, laser_weights(weights, tokenizer, read_pairs(THREE_PAIRS, config), config=config, name="tiny")
+        folder,
+        weights,
+        laser_weights(weights, tokenizer, read_pairs(THREE_PAIRS, config, tokenizer), config=config, name="tiny"),
     )
     if process_count() == 1:
         return
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     shard(model)
     try:
-        laser_weights(Weights(model), tokenizer, read_pairs(THREE_PAIRS, config), config=config, name="tiny")
+        laser_weights(Weights(model), tokenizer, read_pairs(THREE_PAIRS, config, tokenizer), config=config, name="tiny")
     except ModelError as error:
         (folder / f"refused-{process_index()}.txt").write_text(str(error))
 

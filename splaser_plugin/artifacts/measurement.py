@@ -30,9 +30,7 @@ def measurement(run: Results, config: LaserConfig | None) -> list[tuple[str, str
     """What the score is and how it was taken: (name, text) of each fact. config: None where it isn't known."""
     facts = [("score", _score(run, config)), (run.unit, _items(run, config))]
     if config and run.unit == "pairs":
-        limits = (
-            f"prompts of up to {config.max_prompt_chars:,} characters, answers of up to {config.max_answer_chars:,}"
-        )
+        limits = f"prompts of up to {config.max_prompt_tokens:,} tokens, answers of up to {config.max_answer_tokens:,}"
         generated = f"; the model's own answers end after {config.max_new_tokens:,} tokens"
         facts.append(("limits", limits + (generated if run.baseline.answers else "")))
     seen = run.references

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
@@ -24,6 +24,8 @@ _Options = TypeVar("_Options", bound="Options")
 
 CHECKS = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 """No value is turned into another type, except whole numbers into float."""
+RENAMED = {"max_prompt_chars": "max_prompt_tokens", "max_answer_chars": "max_answer_tokens"}
+"""Options of earlier versions, which counted characters."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
@@ -98,12 +100,19 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
     return tuple(text for kind in of_choices for text in typing.get_args(kind))
 
 
+def instead_of(name: str, known: Iterable[str]) -> str:
+    """What to write in place of an option that isn't known, as a phrase for an error message."""
+    if name in RENAMED:
+        return f"it is {RENAMED[name]} now, counted in tokens, of some 4 characters each in English"
+    return nearest(name, known)
+
+
 def _message(error: ValidationError, options: type[Options], values: Mapping[str, Any]) -> str:
     """The first fault, as one line."""
     first = error.errors()[0]
     name, known = str(first["loc"][0]), options.fields()
     if name not in known:
-        return f"option '{name}' is not known; {nearest(name, known)}."
+        return f"option '{name}' is not known; {instead_of(name, known)}."
     value = list(values[name]) if isinstance(values[name], (list, tuple)) else values[name]
     shown = f"'{value}'" if first["type"] == "literal_error" else repr(value)
     return f"{flag(name)}: got {shown}, expected {_expected(first['type'], first.get('ctx', {}), known[name])}."

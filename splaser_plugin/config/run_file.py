@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from splaser_plugin.config.options import Options
-from splaser_plugin.errors import ConfigError, nearest
+from splaser_plugin.config.options import Options, instead_of
+from splaser_plugin.errors import ConfigError
 
 MOST_BYTES = 2**16
 PLAIN = (str, bool, int, float)
@@ -23,7 +23,7 @@ def read_run_file(path: Path, options: Sequence[type[Options]], arguments: Mappi
     values = _mapping(path)
     for key, value in values.items():
         if key not in known and key not in arguments:
-            raise ConfigError(f"--config {path}: '{key}' is not known; {nearest(str(key), [*known, *arguments])}.")
+            raise ConfigError(f"--config {path}: '{key}' is not known; {instead_of(str(key), [*known, *arguments])}.")
         if not isinstance(value, PLAIN) and not (isinstance(value, list) and all(type(x) in PLAIN for x in value)):
             raise ConfigError(f"--config {path}: {key}: got {type(value).__name__}, expected a plain value.")
         if key in arguments and type(value) is not arguments[key]:

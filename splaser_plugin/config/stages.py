@@ -9,7 +9,7 @@ import math
 import re
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -31,8 +31,8 @@ EDGES: tuple[Edge, ...] = typing.get_args(Edge)
 SCORERS = ("semantic", "margin", "perplexity")
 AFTER_PROMPTS = frozenset({"margin", "chosen"})
 """Scorers and guards that read given answers to the pairs' prompts."""
-MAX_CHARS = 4096
-"""Of a prompt and of each answer, some 1000 tokens: longer ones are rare in published preference data."""
+MAX_PROMPT_TOKENS, MAX_ANSWER_TOKENS = 2048, 1024
+"""Longer ones are rare in published preference data: see docs/choosing.md."""
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 
 DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -120,10 +120,10 @@ class MeasureConfig(PlaceConfig):
     samples: int = Field(default=128, ge=1)
     """Pairs to read: the first usable ones, held-out ones among them; as many windows of --text, and as many documents
     of a task."""
-    max_prompt_chars: int = Field(default=MAX_CHARS, ge=1)
-    """Pairs with a longer prompt are dropped."""
-    max_answer_chars: int = Field(default=MAX_CHARS, ge=1)
-    """Pairs with a longer answer are dropped."""
+    max_prompt_tokens: int = Field(default=MAX_PROMPT_TOKENS, ge=1)
+    """Pairs with a longer prompt are dropped; all its turns count, the chat template doesn't."""
+    max_answer_tokens: int = Field(default=MAX_ANSWER_TOKENS, ge=1)
+    """Pairs with a longer chosen or rejected answer are dropped."""
     max_new_tokens: int = Field(default=512, ge=1)
     """Longest answer the model may generate, in tokens."""
     text: str = ""
@@ -148,15 +148,6 @@ class MeasureConfig(PlaceConfig):
     def __post_init__(self) -> None:
         PlaceConfig.__post_init__(self)
         parse_template_kwargs(self.template_kwargs)
-
-    @property
-    def pair_limits(self) -> dict[str, Any]:
-        """Which pairs are read, as `read_pairs_from` takes it."""
-        return {
-            "samples": self.samples,
-            "max_prompt_chars": self.max_prompt_chars,
-            "max_answer_chars": self.max_answer_chars,
-        }
 
 
 @stage

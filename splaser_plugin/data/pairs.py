@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from splaser_plugin.config.stages import MAX_CHARS
+from splaser_plugin.config.stages import MeasureConfig
 from splaser_plugin.data.formats import (
     TOOLS,
     Message,
@@ -25,6 +25,7 @@ from splaser_plugin.data.formats import (
     read_parts,
     recognise,
 )
+from splaser_plugin.data.limits import TokenLimits
 from splaser_plugin.data.sources import open_source
 from splaser_plugin.errors import ConfigError, PairsError
 
@@ -91,43 +92,42 @@ class PairSet:
 PairSource = str | Path | PairSet | Iterable[Mapping[str, Any]]
 
 
-def read_pairs_from(source: PairSource, **limits: Any) -> PairSet:
+def read_pairs_from(source: PairSource, config: MeasureConfig, tokenizer: Any) -> PairSet:
     """Pairs in whatever form they come: a source of `load_pairs`, rows of `pairs_from_rows`, or a PairSet as it is.
 
-    limits: `samples`, `max_prompt_chars` and `max_answer_chars` of those two.
+    tokenizer: of the model, which says how long they are; None takes them at any length.
     """
     if isinstance(source, PairSet):
         return source
-    return load_pairs(source, **limits) if isinstance(source, (str, Path)) else pairs_from_rows(source, **limits)
+    limits = None
+    if tokenizer is not None:
+        limits = TokenLimits(tokenizer, config.max_prompt_tokens, config.max_answer_tokens)
+    if isinstance(source, (str, Path)):
+        return load_pairs(source, samples=config.samples, limits=limits)
+    return pairs_from_rows(source, samples=config.samples, limits=limits)
 
 
 def load_pairs(
     source: str | Path,
     *,
     samples: int | None = None,
-    max_prompt_chars: int = MAX_CHARS,
-    max_answer_chars: int = MAX_CHARS,
+    limits: TokenLimits | None = None,
     split: str | None = None,
 ) -> PairSet:
     """The first `samples` usable pairs of a source, in its own order; None takes them all.
 
     source: a .json (array, or object per line), .jsonl, .csv (text columns only) or .parquet file; a folder
     of data files; `orca_dpo`, `ultrafeedback` or `openhermes`; or the id of a data set on the hub.
+    limits: how long prompts and answers may be; None takes them at any length.
     split: of a data set; None is "train" ("train_prefs" for ultrafeedback).
     Everything but a json array is streamed, so memory grows with the pairs kept, not with the source.
-    Limits and causes of a drop: see `pairs_from_rows`.
+    Causes of a drop: see `pairs_from_rows`.
     Raises PairsError when the source can't be read, a line is damaged, or no pair is usable.
     """
     try:
         name, rows = open_source(source, split)
         with closing(rows):
-            return pairs_from_rows(
-                rows,
-                source=name,
-                samples=samples,
-                max_prompt_chars=max_prompt_chars,
-                max_answer_chars=max_answer_chars,
-            )
+            return pairs_from_rows(rows, source=name, samples=samples, limits=limits)
     except OSError as error:
         raise PairsError(f"{source}: can't be read ({error.strerror}). Check the file and its rights.") from error
 
@@ -137,13 +137,11 @@ def pairs_from_rows(
     *,
     source: str = ROWS,
     samples: int | None = None,
-    max_prompt_chars: int = MAX_CHARS,
-    max_answer_chars: int = MAX_CHARS,
+    limits: TokenLimits | None = None,
 ) -> PairSet:
     """The first `samples` usable pairs of rows in any recognised format: dicts, a `datasets.Dataset`.
 
-    max_prompt_chars: Unicode characters of all turns of a prompt together, the system's included; role names
-    and the chat template are not counted. max_answer_chars: of each answer. What is dropped is counted under
+    limits: how long prompts and answers may be; None takes them at any length. What is dropped is counted under
     "not an object", "unknown columns", "no known prompt column", "wrong type", "unknown role",
     "tool calls" (a turn in which a tool is called or answers), "content that is no text" (an image, say),
     "no assistant turn", "turns out of order", "answers to different prompts", "empty prompt", "empty answer",
@@ -152,14 +150,15 @@ def pairs_from_rows(
     Raises PairsError when the first object has unknown columns or no pair is usable, ConfigError for a number
     below 1.
     """
-    _check_at_least_one(samples=samples, max_prompt_chars=max_prompt_chars, max_answer_chars=max_answer_chars)
+    if samples is not None and samples < 1:
+        raise ConfigError(f"samples: {samples}, expected 1 or more.")
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()
     rows_read = 0
     for row in rows:
         rows_read += 1
         try:
-            pairs.append(_read_pair(row, max_prompt_chars, max_answer_chars))
+            pairs.append(_read_pair(row, limits))
         except UnusableRowError as unusable:
             nothing_recognised = not pairs and dropped.keys() <= {"not an object"}
             if nothing_recognised and isinstance(row, Mapping) and unusable.cause == "unknown columns":
@@ -168,7 +167,7 @@ def pairs_from_rows(
         if len(pairs) == samples:
             break
     if not pairs:
-        raise PairsError(_no_usable_pair(source, rows_read, dropped, max_prompt_chars, max_answer_chars))
+        raise PairsError(_no_usable_pair(source, rows_read, dropped, limits))
     return PairSet(tuple(pairs), source, dict(sorted(dropped.items())), rows_read)
 
 
@@ -182,7 +181,7 @@ def pairs_sha256(pairs: Iterable[Pair]) -> str:
     return digest.hexdigest()
 
 
-def _read_pair(row: object, max_prompt_chars: int, max_answer_chars: int) -> Pair:
+def _read_pair(row: object, limits: TokenLimits | None) -> Pair:
     if not isinstance(row, Mapping):
         raise UnusableRowError("not an object")
     form = recognise(row)
@@ -190,12 +189,13 @@ def _read_pair(row: object, max_prompt_chars: int, max_answer_chars: int) -> Pai
         raise UnusableRowError("unknown columns")
     messages, chosen, rejected = read_parts(row, form)
     answers = [chosen] if rejected is None else [chosen, rejected]
-    _check_texts([turn["content"] for turn in messages], "prompt")
+    turns = [turn["content"] for turn in messages]
+    _check_texts(turns, "prompt")
     _check_texts(answers, "answer")
     _check_order(messages)
-    if sum(len(turn["content"]) for turn in messages) > max_prompt_chars:
+    if limits is not None and limits.has_long_prompt(turns):
         raise UnusableRowError("over-long prompt")
-    if max(map(len, answers)) > max_answer_chars:
+    if limits is not None and limits.has_long_answer(answers):
         raise UnusableRowError("over-long answer")
     if rejected is not None and chosen.strip() == rejected.strip():
         raise UnusableRowError("chosen equals rejected")
@@ -224,12 +224,6 @@ def _check_order(messages: list[Message]) -> None:
         raise UnusableRowError("turns out of order")
 
 
-def _check_at_least_one(**options: int | None) -> None:
-    for option, number in options.items():
-        if number is not None and number < 1:
-            raise ConfigError(f"{option}: {number}, expected 1 or more.")
-
-
 def _unknown_columns(source: str, row_number: int, columns: Iterable[object]) -> str:
     return (
         f"{source}, row {row_number}: columns {describe_columns(columns)} make none of the known formats. "
@@ -237,22 +231,20 @@ def _unknown_columns(source: str, row_number: int, columns: Iterable[object]) ->
     )
 
 
-def _no_usable_pair(
-    source: str, rows_read: int, dropped: Mapping[str, int], max_prompt_chars: int, max_answer_chars: int
-) -> str:
+def _no_usable_pair(source: str, rows_read: int, dropped: Mapping[str, int], limits: TokenLimits | None) -> str:
     if rows_read == 0:
         return f"{source}: no rows. Give at least one pair."
     next_step = WITHOUT_TOOLS if TOOLS in dropped else COMPLETE
-    if any(cause.startswith("over-long") for cause in dropped):
+    if limits is not None and any(cause.startswith("over-long") for cause in dropped):
         next_step = (
-            f"Raise --max-prompt-chars (now {max_prompt_chars}) or --max-answer-chars "
-            f"(now {max_answer_chars}), or give shorter pairs."
+            f"Raise --max-prompt-tokens (now {limits.prompt}) or --max-answer-tokens "
+            f"(now {limits.answer}), or give shorter pairs."
         )
     return f"{source}: no usable pair in {rows_read:,} rows: {_describe_counts(dropped)}. {next_step}"
 
 
 def _mend(dropped: Mapping[str, int]) -> str:
-    options = [f"--max-{part}-chars" for part in ("prompt", "answer") if f"over-long {part}" in dropped]
+    options = [f"--max-{part}-tokens" for part in ("prompt", "answer") if f"over-long {part}" in dropped]
     if options:
         return f"Raise {' and '.join(options)}."
     return WITHOUT_TOOLS if TOOLS in dropped else COMPLETE

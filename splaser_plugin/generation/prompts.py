@@ -105,7 +105,7 @@ class Prompter:
         if self.context is not None and len(ids) >= self.context:
             raise PairsError(
                 f"a prompt of {len(ids)} tokens ({messages[-1]['content'][:40]!r}...) leaves no room for an answer "
-                f"in the model's context of {self.context}. Lower --max-prompt-chars."
+                f"in the model's context of {self.context}. Lower --max-prompt-tokens."
             )
         return ids
 

@@ -27,7 +27,7 @@ from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.scoring.tasks import Documents, Values, load_tasks
 from splaser_plugin.statistics import RISK, can_reach, paired_bootstrap
 from splaser_plugin.tables import Table
-from splaser_plugin.weights.loading import ModelSource, find_model, load_model, pick_device
+from splaser_plugin.weights.loading import ModelSource, find_model, load_model, load_tokenizer, pick_device
 
 SCHEMA = "splaser.comparison/1"
 OTHER_TOKENS = "its tokenizer cuts texts otherwise than the first model's, so figures a token can't be compared"
@@ -223,7 +223,7 @@ def compare(
 
     Args:
         models: Folders, .gguf files or hub ids, the first the base; loaded one after the other, never two at once.
-        pairs: See `laser`; at least 2. None where a text or tasks are enough.
+        pairs: See `laser`; at least 2, limited in the first model's tokens. None where a text or tasks are enough.
         config: What is measured.
         output: JSON file to write, as `Comparison.save` does.
         progress: What is told of the work: as bars in a notebook and not at all elsewhere, if not given.
@@ -237,7 +237,7 @@ def compare(
     if not models:
         raise ConfigError("no model was given. Name at least one, the one to compare the others with first.")
     sources = [find_model(model, allow_pickle=config.allow_pickle) for model in models]
-    pair_set = _read_pairs(pairs, config)
+    pair_set = _read_pairs(pairs, config, sources[0])
     pick_device(config.device)
     check_scorers(config, pairs=bool(pair_set.pairs))
     tasks = tuple(load_tasks(parse_tasks(config.tasks), config.tasks_path, count=config.samples))
@@ -257,12 +257,12 @@ def compare(
     return found
 
 
-def _read_pairs(pairs: PairSource | None, config: CompareConfig) -> PairSet:
+def _read_pairs(pairs: PairSource | None, config: CompareConfig, first: ModelSource) -> PairSet:
     if pairs is None or pairs == "":
         if not config.text and not parse_tasks(config.tasks):
             raise ConfigError("nothing to measure the models with. Give --pairs FILE, --text FILE or --tasks NAME.")
         return NO_PAIRS
-    pair_set = read_pairs_from(pairs, **config.pair_limits)
+    pair_set = read_pairs_from(pairs, config, load_tokenizer(first))
     if len(pair_set) < 2:
         raise PairsError(f"{pair_set.source}: 1 pair, expected at least 2 for an interval. Give --pairs more of them.")
     return pair_set

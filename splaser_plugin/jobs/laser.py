@@ -37,7 +37,7 @@ from splaser_plugin.search.search import SearchResult
 from splaser_plugin.search.verdict import Verdicts
 from splaser_plugin.weights.adapted import weights_of
 from splaser_plugin.weights.in_memory import Weights, check_generates, model_name
-from splaser_plugin.weights.loading import find_model, load_model, pick_device
+from splaser_plugin.weights.loading import find_model, load_model, load_tokenizer, pick_device
 from splaser_plugin.weights.rest import rest_of
 from splaser_plugin.weights.wrapped import unwrapped
 from splaser_plugin.weights.zero import masters_following, whole_where_it_fits
@@ -123,7 +123,8 @@ def _begin(
     progress: Progress,
 ) -> tuple[Run, Measures]:
     """The run on a model that is loaded now, if it wasn't, once all that can be refused before was looked at."""
-    split = read_pairs(pairs, config)
+    if pairs is None or isinstance(pairs, (str, Path)):
+        read_pairs(pairs, config, None)  # what is wrong with a file is said before a model is downloaded
     name, source = str(model), None
     if isinstance(model, nn.Module):
         if tokenizer is None:
@@ -137,6 +138,9 @@ def _begin(
     check_scorers(config)
     if config.scan:
         Scan.load(path_of(config.scan))
+    if source is not None and pairs:
+        tokenizer = load_tokenizer(source, config.adapter)
+    split = read_pairs(pairs, config, tokenizer)
     if source is not None:
         stored = source.weight_bytes
         if output is not None and config.dtype == "auto":
@@ -226,9 +230,10 @@ def _references(measures: Measures) -> References | None:
     return sum(seen[1:], seen[0]) if seen else None
 
 
-def read_pairs(pairs: PairSource | None, config: LaserConfig) -> Split:
+def read_pairs(pairs: PairSource | None, config: LaserConfig, tokenizer: Any) -> Split:
     """The pairs that a run with this configuration uses, from whatever form they come in: to search on and held out.
 
+    tokenizer: of the model, which says how long they are; None takes them at any length.
     Raises ConfigError when there are none and something needs them.
     """
     if pairs is None or pairs == "":
@@ -238,7 +243,7 @@ def read_pairs(pairs: PairSource | None, config: LaserConfig) -> Split:
                 "Give --pairs FILE."
             )
         return Split(PairSet((), NO_PAIRS, {}, 0), (), (), "no pairs")
-    pair_set = read_pairs_from(pairs, **config.pair_limits)
+    pair_set = read_pairs_from(pairs, config, tokenizer)
     if config.held_out:
-        return split_by_set(pair_set, read_pairs_from(config.held_out, **config.pair_limits))
+        return split_by_set(pair_set, read_pairs_from(config.held_out, config, tokenizer))
     return split_by_prompt(pair_set, config.held_out_fraction, config.seed)

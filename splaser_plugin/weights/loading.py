@@ -167,12 +167,26 @@ def load_model(
     return loaded.to(place).eval(), tokenizer
 
 
+def load_tokenizer(source: ModelSource, adapter: str | Path = "") -> Any:
+    """The tokenizer that `load_model` gives for the same model and adapter.
+
+    Raises CheckpointError when it can't be loaded.
+    """
+    tokenizer = _tokenizer(source.name, source.folder, _files(source))
+    return _tokenizer_of_adapter(path_of(adapter), tokenizer) if adapter else tokenizer
+
+
+def _files(source: ModelSource) -> dict[str, Any]:
+    """What every `from_pretrained` is told of the files."""
+    return {"trust_remote_code": False, **({"gguf_file": source.gguf} if source.gguf else {})}
+
+
 def _load(source: ModelSource, dtype: str | torch.dtype, spread: dict[str, Any]) -> tuple[Any, Any]:
     """spread: of `arguments_of`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     name, folder = source.name, source.folder
-    files: dict[str, Any] = {"trust_remote_code": False, **({"gguf_file": source.gguf} if source.gguf else {})}
+    files = _files(source)
     try:
         config = AutoConfig.from_pretrained(folder, **files)
         if getattr(config, "is_encoder_decoder", False):

@@ -9,7 +9,7 @@ from tests.artifacts.page import Page, squeezed
 from tests.report_data import made_up_results, made_up_scan
 
 SCAN = made_up_scan(4)
-CONFIG = LaserConfig(embedder="mini", max_prompt_chars=1000, max_answer_chars=2000, max_new_tokens=64)
+CONFIG = LaserConfig(embedder="mini", max_prompt_tokens=1000, max_answer_tokens=2000, max_new_tokens=64)
 
 
 def test_a_report_says_what_the_score_is_and_how_many_answers_were_cut():
@@ -23,7 +23,7 @@ def test_a_report_says_what_the_score_is_and_how_many_answers_were_cut():
         "score semantic: cos(answer, chosen) - cos(answer, rejected) of the model's own greedy answers",
         "greedy answers, embedded by mini",
         "pairs Intel/orca_dpo_pairs: 20 searched on, 8 held out; dropped: 3 too long an answer",
-        "prompts of up to 1,000 characters, answers of up to 2,000; the model's own answers end after 64 tokens",
+        "prompts of up to 1,000 tokens, answers of up to 2,000; the model's own answers end after 64 tokens",
         "2 of 56 chosen and rejected answers are longer than the embedder reads; 1 of 28 pairs score 0 whatever",
         "generated 7,074 tokens by the search",
         "duration 2 min from the loaded model to the verdict",

@@ -82,7 +82,7 @@ class Bench:
         self.embedder = SentenceEmbedder(str(prepare_embedder()), torch.device("cpu"))
 
     def pairs(self, count: int) -> Sequence[Pair]:
-        return load_pairs(PAIRS, samples=count, max_prompt_chars=512, max_answer_chars=512).pairs
+        return load_pairs(PAIRS, samples=count).pairs
 
     def scorer(self, size: Size, batch_size: int = 32) -> SemanticScorer:
         generator = Generator(self.model, self.prompter, max_new_tokens=size.tokens, batch_size=batch_size)

@@ -81,6 +81,11 @@ class Row:
         return -self.loss if self.task == "sft" else self.margin
 
 
+def longest(pair: Pair) -> int:
+    """Characters of its prompt or of an answer, whichever has more."""
+    return max(sum(len(turn["content"]) for turn in pair.messages), len(pair.chosen), len(pair.rejected or ""))
+
+
 class Study:
     """A model, its scan, and the data to train and to judge on."""
 
@@ -88,7 +93,8 @@ class Study:
         self.arguments = arguments
         self.folder = str(arguments.model or prepare_model(ROOT / ".cache"))
         self.scan: Scan = scan(self.folder, output=arguments.measured.with_suffix(".scan.json"))
-        pairs = load_pairs(arguments.pairs, max_prompt_chars=arguments.chars, max_answer_chars=arguments.chars)
+        pairs = load_pairs(arguments.pairs)
+        pairs = replace(pairs, pairs=tuple(pair for pair in pairs if longest(pair) <= arguments.chars))
         outer = split_by_prompt(pairs, 1 / 3)
         inner = split_by_prompt(PairSet(outer.search, pairs.source, {}, len(outer.search)), 1 / 4)
         self.train = inner.search
@@ -231,7 +237,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens of a row and of a window of text")
-    parser.add_argument("--chars", type=int, default=1024, help="pairs with a longer prompt or answer are dropped")
+    parser.add_argument("--chars", type=int, default=1024, help="pairs with a longer prompt or answer are left out")
     parser.add_argument("--judged", type=int, default=96, help="most pairs of a part, and windows, to measure on")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA on all matrices; halves get as many parameters")
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates to choose from, in place of each mode's")

@@ -5,8 +5,9 @@ import json
 import pytest
 import yaml
 
-from splaser_plugin.config.run_file import run_file
+from splaser_plugin.config.run_file import read_run_file, run_file
 from splaser_plugin.config.stages import LaserConfig
+from splaser_plugin.errors import ConfigError
 from tests.builders import FLAGS, ROOT
 
 
@@ -50,6 +51,14 @@ def test_run_yaml_of_the_output_gives_the_same_recipe_again(splaser, tiny_folder
     assert (tmp_path / "again" / "run.yaml").read_bytes() == recorded.read_bytes()
     values = yaml.safe_load(recorded.read_text())
     assert values == {"model": str(tiny_folder), "pairs": pairs_file, **recipe(tmp_path / "out")["settings"]}
+
+
+def test_a_file_that_counts_characters_says_what_to_write_instead(tmp_path):
+    (tmp_path / "run.yaml").write_text("max_answer_chars: 512\n")
+    with pytest.raises(ConfigError, match=r"'max_answer_chars' is not known; it is max_answer_tokens now, counted in"):
+        read_run_file(tmp_path / "run.yaml", [LaserConfig], {})
+    with pytest.raises(ConfigError, match="it is max_prompt_tokens now"):
+        LaserConfig(max_prompt_chars=512)
 
 
 def test_every_option_can_stand_in_the_file():

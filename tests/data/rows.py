@@ -43,7 +43,7 @@ def dropped_cause(row: object) -> str:
     return cause
 
 
-def check_pair_set(pair_set: PairSet, max_chars: int) -> None:
+def check_pair_set(pair_set: PairSet) -> None:
     assert len(pair_set) >= 1
     assert len(pair_set) + sum(pair_set.dropped.values()) == pair_set.rows_read
     for pair in pair_set:
@@ -52,6 +52,5 @@ def check_pair_set(pair_set: PairSet, max_chars: int) -> None:
         roles = [turn["role"] for turn in pair.messages]
         assert roles[-1] == "user" and "system" not in roles[1:]
         assert all(type(text) is str and text.strip() and "\0" not in text for text in texts + answers)
-        assert sum(map(len, texts)) <= max_chars and max(map(len, answers)) <= max_chars
         assert len({answer.strip() for answer in answers}) == len(answers)
     assert len(pairs_sha256(pair_set)) == 64

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splaser_plugin.config.stages import MAX_CHARS
 from splaser_plugin.data import sources as pair_sources
 from splaser_plugin.data.pairs import load_pairs
 from splaser_plugin.data.sources import PUBLISHED
@@ -194,6 +193,6 @@ def test_any_bytes_in_a_file_give_clean_pairs_or_a_pairs_error(
 ) -> None:
     file = tmp_path_factory.getbasetemp() / f"fuzzed{suffix}"
     try:
-        check_pair_set(load_pairs(write_bytes(file, b"".join(parts))), MAX_CHARS)
+        check_pair_set(load_pairs(write_bytes(file, b"".join(parts))))
     except PairsError as error:
         assert str(file) in str(error)

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from splaser_plugin.data.formats import FORMATS, OPTIONAL_COLUMNS
+from splaser_plugin.data.limits import TokenLimits
 from splaser_plugin.data.pairs import load_pairs, pairs_from_rows, pairs_sha256
 from splaser_plugin.errors import ConfigError, PairsError
 from tests.builders import run_python
@@ -26,6 +27,7 @@ from tests.data.rows import (
     user,
 )
 
+LONG = "word " * 2500
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
 
 
@@ -38,9 +40,6 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"
         ({"prompt": []}, "empty prompt"),
         ({"chosen": ""}, "empty answer"),
         ({"rejected": None}, "empty answer"),
-        ({"prompt": "x" * 4097}, "over-long prompt"),
-        ({"chosen": "x" * 4097}, "over-long answer"),
-        ({"rejected": "x" * 10_000_000}, "over-long answer"),
         ({"prompt": 5}, "wrong type"),
         ({"prompt": {"role": "user", "content": "Hi"}}, "wrong type"),
         ({"prompt": ["Hi"]}, "wrong type"),
@@ -91,15 +90,25 @@ def test_history_of_the_wrong_shape_is_dropped() -> None:
     assert dropped_cause(row) == "wrong type"
 
 
-def test_limits_count_every_character_of_every_turn_of_the_prompt() -> None:
-    row = {
-        "prompt": [system("1234"), user("é🙂"), assistant("12"), user("12")],
-        "chosen": "a",
-        "rejected": "b",
-    }
-    assert len(pairs_from_rows([row], max_prompt_chars=10, max_answer_chars=1)) == 1
-    with pytest.raises(PairsError, match="over-long prompt 1"):
-        pairs_from_rows([row], max_prompt_chars=9)
+def test_limits_count_every_token_of_every_turn_of_the_prompt(tokenizer: Any) -> None:
+    turns = [system("Be brief."), user("é🙂 Bonjour"), assistant("Bonjour."), user("Ça va?")]
+    row = {"prompt": turns, "chosen": "Fine.", "rejected": "Not at all fine."}
+    of_prompt = sum(len(tokenizer.tokenize(turn["content"])) for turn in turns)
+    of_answer = len(tokenizer.tokenize("Not at all fine."))
+    assert of_prompt < sum(len(turn["content"]) for turn in turns)
+    assert len(pairs_from_rows([row], limits=TokenLimits(tokenizer, of_prompt, of_answer))) == 1
+    for limits, cause in (((of_prompt - 1, of_answer), "prompt"), ((of_prompt, of_answer - 1), "answer")):
+        with pytest.raises(PairsError, match=f"over-long {cause} 1"):
+            pairs_from_rows([row], limits=TokenLimits(tokenizer, *limits))
+
+
+def test_without_limits_any_length_is_taken() -> None:
+    assert only_pair({**GOOD, "prompt": "x" * 10_000_000}).rejected == GOOD["rejected"]
+
+
+def test_an_endless_text_is_over_long_without_being_tokenized() -> None:
+    limits = TokenLimits(tokenizer=None)
+    assert limits.has_long_prompt(["x" * 10**6]) and limits.has_long_answer(["x" * 10**6])
 
 
 def test_control_and_formula_like_text_is_kept_as_it_is() -> None:
@@ -107,13 +116,13 @@ def test_control_and_formula_like_text_is_kept_as_it_is() -> None:
     assert (pair.prompt, pair.chosen) == ("=1+1", "\x1b[31mred\x1b[0m\ttab")
 
 
-def test_no_usable_pair_is_refused_with_counts_and_the_next_step() -> None:
-    long, equal = {**GOOD, "chosen": "x" * 5000}, {**GOOD, "rejected": GOOD["chosen"]}
+def test_no_usable_pair_is_refused_with_counts_and_the_next_step(tokenizer: Any) -> None:
+    long, equal = {**GOOD, "chosen": LONG}, {**GOOD, "rejected": GOOD["chosen"]}
     with pytest.raises(PairsError) as refusal:
-        pairs_from_rows([equal, long, long], source="mine.jsonl")
+        pairs_from_rows([equal, long, long], source="mine.jsonl", limits=TokenLimits(tokenizer))
     assert str(refusal.value) == (
         "mine.jsonl: no usable pair in 3 rows: over-long answer 2, chosen equals rejected 1. "
-        "Raise max_prompt_chars (now 4096) or max_answer_chars (now 4096), or give shorter pairs."
+        "Raise max_prompt_tokens (now 2048) or max_answer_tokens (now 1024), or give shorter pairs."
     )
     with pytest.raises(PairsError, match=r"equals rejected 1\. Each row needs a prompt that ends with a user"):
         pairs_from_rows([equal])
@@ -130,21 +139,27 @@ def test_a_summary_says_what_was_read_and_dropped() -> None:
 @pytest.mark.parametrize(
     ("change", "mend"),
     [
-        ({"chosen": "x" * 5000}, "(over-long answer 3). Raise --max-answer-chars."),
-        ({"prompt": "x" * 5000}, "(over-long prompt 3). Raise --max-prompt-chars."),
+        ({"chosen": LONG}, "(over-long answer 3). Raise --max-answer-tokens."),
+        ({"prompt": LONG}, "(over-long prompt 3). Raise --max-prompt-tokens."),
         ({"chosen": ""}, "(empty answer 3). Each row needs a prompt that ends with a user turn, a chosen answer"),
     ],
 )
-def test_more_than_a_fifth_dropped_is_a_warning_with_the_mend(change: dict[str, Any], mend: str) -> None:
-    dropped = [{**GOOD, **change}] * 3
-    assert f"rows: 3 of 14 rows were dropped {mend}" in pairs_from_rows([GOOD] * 11 + dropped).warning
-    assert pairs_from_rows([GOOD] * 12 + dropped).warning == ""
+def test_more_than_a_fifth_dropped_is_a_warning_with_the_mend(
+    tokenizer: Any, change: dict[str, Any], mend: str
+) -> None:
+    dropped, limits = [{**GOOD, **change}] * 3, TokenLimits(tokenizer)
+    warning = pairs_from_rows([GOOD] * 11 + dropped, limits=limits).warning
+    assert f"rows: 3 of 14 rows were dropped {mend}" in warning
+    assert pairs_from_rows([GOOD] * 12 + dropped, limits=limits).warning == ""
 
 
-@pytest.mark.parametrize("option", ["samples", "max_prompt_chars", "max_answer_chars"])
-def test_numbers_below_one_are_refused(option: str) -> None:
-    with pytest.raises(ConfigError, match=f"{option}: 0, expected 1 or more"):
-        pairs_from_rows([GOOD], **{option: 0})  # type: ignore[arg-type]
+def test_numbers_below_one_are_refused() -> None:
+    with pytest.raises(ConfigError, match="samples: 0, expected 1 or more"):
+        pairs_from_rows([GOOD], samples=0)
+    with pytest.raises(ConfigError, match="max_prompt_tokens: 0, expected 1 or more"):
+        TokenLimits(None, prompt=0)
+    with pytest.raises(ConfigError, match="max_answer_tokens: -1, expected 1 or more"):
+        TokenLimits(None, answer=-1)
 
 
 def many_rows(count: int) -> Iterator[dict[str, str]]:
@@ -231,11 +246,15 @@ ROWS = st.one_of(
 @settings(max_examples=400, deadline=None)
 @given(st.lists(ROWS, max_size=6))
 @example([GOOD, {"chosen": [[[[]]]], "rejected": {"a": {"b": {}}}}])
-def test_any_rows_give_clean_pairs_or_a_pairs_error(rows: list[object]) -> None:
+def test_any_rows_give_clean_pairs_or_a_pairs_error(tokenizer: Any, rows: list[object]) -> None:
+    limits = TokenLimits(tokenizer, 12, 12)
     for given_rows in (rows, [GOOD, *rows]):
         try:
-            pair_set = pairs_from_rows(given_rows, max_prompt_chars=40, max_answer_chars=40)
+            pair_set = pairs_from_rows(given_rows, limits=limits)
         except PairsError:
             assert given_rows is rows
         else:
-            check_pair_set(pair_set, 40)
+            check_pair_set(pair_set)
+            for pair in pair_set:
+                assert not limits.has_long_prompt([turn["content"] for turn in pair.messages])
+                assert not limits.has_long_answer([pair.chosen, pair.rejected or ""])

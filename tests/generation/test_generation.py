@@ -206,7 +206,7 @@ def test_an_answer_never_outgrows_the_context(tokenizer, prompts):
 
 def test_a_prompt_longer_than_the_context_is_refused(tokenizer):
     prompter = Prompter(tokenizer, context=20)
-    message = r"a prompt of \d+ tokens \('Once upon.*context of 20\. Lower max_prompt_chars"
+    message = r"a prompt of \d+ tokens \('Once upon.*context of 20\. Lower max_prompt_tokens"
     with pytest.raises(PairsError, match=message):
         prompter.tokens([{"role": "user", "content": "Once upon a time " * 20}])
 

@@ -120,7 +120,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(compressed, tiny_folder
 def test_what_is_held_out_is_never_measured_on(tiny_folder, text):
     model, tokenizer = load_model(tiny_folder, device="cpu", dtype="auto")
     config = LaserConfig(**{**SETTINGS, "calibration_tokens": 10**6}, text=text)
-    split = read_pairs(EXAMPLE_PAIRS, config)
+    split = read_pairs(EXAMPLE_PAIRS, config, tokenizer)
     run = stages.begin(Weights(model), tokenizer, name="tiny", config=config)
     measures = stages.prepare_measures(run, split)
     rows = {row.tokens for row in measures.calibration}

@@ -113,7 +113,7 @@ def test_hostile_pairs_are_scored_or_dropped_without_reaching_the_terminal(splas
 def test_a_prompt_in_a_message_is_escaped(splaser, tiny_folder, tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps({"prompt": "\x1b[2J\u202e" + "word " * 600, "chosen": "yes", "rejected": "no"}))
-    arguments = ["laser", tiny_folder, "--pairs", file, "-o", tmp_path / "out", *FLAGS, "--max-prompt-chars", 9999]
+    arguments = ["laser", tiny_folder, "--pairs", file, "-o", tmp_path / "out", *FLAGS, "--max-prompt-tokens", 9999]
     code, _, stderr = splaser(*arguments)
     assert code == 1
     assert is_clean(stderr)

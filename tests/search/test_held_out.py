@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import pytest
 import torch
 
 from splaser_plugin import LaserConfig, laser
+from splaser_plugin.data.limits import TokenLimits
 from splaser_plugin.data.pairs import Pair, PairSet, pairs_from_rows
 from splaser_plugin.data.split import LEAST, split_by_prompt, split_by_set
 from splaser_plugin.errors import ConfigError, PairsError
@@ -72,21 +74,23 @@ def test_without_enough_pairs_or_a_fraction_all_are_searched_on_and_the_reason_i
     assert "none, as asked for" in split.reason
 
 
-def with_long_answers(pairs: int, dropped: int) -> PairSet:
+def with_long_answers(tokenizer: Any, pairs: int, dropped: int) -> PairSet:
     rows = [{"prompt": f"Question {n}?", "chosen": "Yes.", "rejected": "No."} for n in range(pairs + dropped)]
-    return pairs_from_rows([{**row, "chosen": "y" * 5000} if n >= pairs else row for n, row in enumerate(rows)])
+    rows = [{**row, "chosen": "yes " * 1100} if n >= pairs else row for n, row in enumerate(rows)]
+    return pairs_from_rows(rows, limits=TokenLimits(tokenizer))
 
 
-def test_a_verdict_that_dropped_rows_cost_is_a_warning():
-    lost = "rows: 4 of 21 rows were dropped (over-long answer 4). Raise --max-answer-chars."
-    assert split_by_prompt(with_long_answers(17, 4), 0.3).warning == f"too few pairs are left for a verdict. {lost}"
-    assert split_by_prompt(with_long_answers(17, 4), 0.4).warning == ""
-    assert split_by_prompt(with_long_answers(17, 0), 0.3).warning == ""
-    assert split_by_prompt(with_long_answers(9, 4), 0.3).warning.startswith("rows: 4 of 13 rows were dropped")
+def test_a_verdict_that_dropped_rows_cost_is_a_warning(tokenizer):
+    lost = "rows: 4 of 21 rows were dropped (over-long answer 4). Raise --max-answer-tokens."
+    few, fewer = with_long_answers(tokenizer, 17, 4), with_long_answers(tokenizer, 9, 4)
+    assert split_by_prompt(few, 0.3).warning == f"too few pairs are left for a verdict. {lost}"
+    assert split_by_prompt(few, 0.4).warning == ""
+    assert split_by_prompt(with_long_answers(tokenizer, 17, 0), 0.3).warning == ""
+    assert split_by_prompt(fewer, 0.3).warning.startswith("rows: 4 of 13 rows were dropped")
 
 
-def test_rows_dropped_from_the_held_out_file_are_a_warning():
-    split = split_by_set(pair_set("Same?"), with_long_answers(7, 4))
+def test_rows_dropped_from_the_held_out_file_are_a_warning(tokenizer):
+    split = split_by_set(pair_set("Same?"), with_long_answers(tokenizer, 7, 4))
     assert split.warning.startswith("rows: 4 of 11 rows were dropped")
 
 
@@ -102,15 +106,15 @@ def test_a_held_out_file_loses_the_prompts_that_are_searched_on():
 
 
 def test_the_configuration_says_how_pairs_are_split():
-    split = read_pairs(EXAMPLE_PAIRS, LaserConfig(samples=100))
+    split = read_pairs(EXAMPLE_PAIRS, LaserConfig(samples=100), None)
     assert len(split.search) + len(split.held_out) == 100 == len(split.pairs)
     assert len(split.held_out) == 30
-    assert read_pairs(EXAMPLE_PAIRS, LaserConfig(samples=100, seed=1)).held_out != split.held_out
-    assert read_pairs(EXAMPLE_PAIRS, LaserConfig(samples=100, held_out_fraction=0)).search == split.pairs.pairs
-    split = read_pairs(EXAMPLE_PAIRS, LaserConfig(samples=50, held_out=str(EXAMPLE_HELD_OUT)))
+    assert read_pairs(EXAMPLE_PAIRS, LaserConfig(samples=100, seed=1), None).held_out != split.held_out
+    assert read_pairs(EXAMPLE_PAIRS, LaserConfig(samples=100, held_out_fraction=0), None).search == split.pairs.pairs
+    split = read_pairs(EXAMPLE_PAIRS, LaserConfig(samples=50, held_out=str(EXAMPLE_HELD_OUT)), None)
     assert (len(split.search), len(split.held_out)) == (50, 50)
     with pytest.raises(PairsError, match=r"nothing\.jsonl"):
-        read_pairs(EXAMPLE_PAIRS, LaserConfig(held_out="nothing.jsonl"))
+        read_pairs(EXAMPLE_PAIRS, LaserConfig(held_out="nothing.jsonl"), None)
 
 
 @pytest.mark.parametrize(
@@ -224,11 +228,11 @@ def test_without_held_out_pairs_there_is_no_verdict_but_the_reason(tokenizer, pa
 
 def test_a_run_warns_of_the_rows_it_lost(tokenizer):
     progress = Facts()
-    few = with_long_answers(4, 20)
+    few = with_long_answers(tokenizer, 4, 20)
     laser(tiny_llama(), few, config=LaserConfig(**QUICK), tokenizer=tokenizer, progress=progress)
     assert dict(progress.facts)["warning"] == (
         "too few pairs are left for a verdict. rows: 20 of 24 rows were dropped (over-long answer 20). "
-        "Raise --max-answer-chars."
+        "Raise --max-answer-tokens."
     )
 
 
