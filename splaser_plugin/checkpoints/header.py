@@ -26,6 +26,8 @@ MAX_DIMENSIONS = 64  # what torch's own kernels stop at
 LENGTH_BYTES = 8
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # an escape in JSON can make one, UTF-8 can't hold it
 
+EXPONENTS: torch.dtype = getattr(torch, "float8_e8m0fnu", torch.uint8)
+"""Powers of two, which are scales and never weights; before torch 2.7 their bytes."""
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -40,6 +42,7 @@ DTYPES = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": EXPONENTS,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,

@@ -1,7 +1,7 @@
 """Weights that are stored as codes with scales: which layouts are understood, and the weights that they stand for.
 
-Understood are 8-bit floats with a scale for each block, row or tensor, MXFP4 experts as of gpt-oss, and the formats of
-compressed-tensors. All else is refused.
+Understood are 8-bit floats with a scale for each block, row or tensor, as of DeepSeek and MXFP8, DeepSeek-V4's 4-bit
+experts, MXFP4 experts as of gpt-oss, and the formats of compressed-tensors. All else is refused.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, read_groups
 from splaser_plugin.checkpoints.compressed import compressed_weights
+from splaser_plugin.checkpoints.header import EXPONENTS, StoredTensor
 from splaser_plugin.checkpoints.quantised_weight import (
     NEXT_STEP,
+    PackedBlocks,
     PackedExperts,
     QuantisedWeight,
     ScaledBlocks,
@@ -123,36 +125,56 @@ def _settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _fp8(checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> dict[str, ScaledBlocks]:
     """transformers' layout: `weight` with `weight_scale_inv` for each block of `weight_block_size`, or for the tensor
-    where there is no such size; or `weight_scale` for each row or for the tensor."""
+    where there is no such size; or `weight_scale` for each row or for the tensor. A stack of experts has a scale for
+    each block of each expert. DeepSeek-V4 calls the scales `scale`, and packs 4-bit floats of its experts into int8,
+    with a scale for each 32 of a row. Scales are floats, or powers of two where `scale_fmt` is ue8m0."""
     block = _block(checkpoint, settings or {})
+    scale_dtypes = SCALE_DTYPES | {EXPONENTS} if torch.uint8 != EXPONENTS else SCALE_DTYPES
+    if (settings or {}).get("scale_fmt") == "ue8m0":
+        scale_dtypes |= {torch.uint8}
     tensors = checkpoint.tensors
-    found = {}
+    found: dict[str, ScaledBlocks] = {}
     for name, codes in tensors.items():
-        if codes.dtype.itemsize > 1 or not codes.dtype.is_floating_point:
+        names = (f"{name}_scale_inv", f"{name}_scale", re.sub(r"\.weight$", ".scale", name))
+        beside = [tensors[scale] for scale in names if scale in tensors and scale != name]
+        is_packed = codes.dtype == torch.int8 and len(beside) == 1 and beside[0].name == names[2]
+        is_float = codes.dtype.is_floating_point and codes.dtype.itemsize == 1 and codes.dtype != EXPONENTS
+        if not (is_float or is_packed):
             continue
-        beside = [tensors[scale] for scale in (f"{name}_scale_inv", f"{name}_scale") if scale in tensors]
-        if codes.dtype != FP8 or len(codes.shape) != 2 or 0 in codes.shape or len(beside) != 1:
+        if (is_float and codes.dtype != FP8) or len(codes.shape) not in (2, 3) or 0 in codes.shape or len(beside) != 1:
             raise not_understood(codes, f"of shape {codes.shape} with {len(beside)} scale tensors beside it", "one")
         (scales,) = beside
-        rows, columns = codes.shape
-        whole, row = (rows, columns), (1, columns)
-        shapes: dict[tuple[int, ...], tuple[int, int]] = {(): whole, (1,): whole, (1, 1): whole}
-        if scales.name.endswith("_scale"):
-            shapes = {(rows,): row, (rows, 1): row, **shapes}
-        elif block is not None:
-            shapes = {grid_of(codes.shape, block): block}
-        if scales.dtype not in SCALE_DTYPES or scales.shape not in shapes:
+        if is_packed:
+            shapes = {(*codes.shape[:-1], codes.shape[-1] // 16): (1, 32)} if codes.shape[-1] % 16 == 0 else {}
+        else:
+            shapes = _blocks_by_scales(codes, scales.name == names[1], block)
+        if scales.dtype not in scale_dtypes or scales.shape not in shapes:
             raise not_understood(
                 codes,
                 f"of shape {codes.shape} with scales of shape {scales.shape} in {dtype_name(scales)}",
-                f"float scales of shape {next(iter(shapes))}",
+                f"float scales of shape {next(iter(shapes))}" if shapes else "whole groups of 32",
             )
-        found[name] = ScaledBlocks(codes, scales, shapes[scales.shape])
+        kind = PackedBlocks if is_packed else ScaledBlocks
+        found[name] = kind(codes, scales, shapes[scales.shape])
     used = {weight.scales.name for weight in found.values()}
     for name, stored in tensors.items():
-        if name.endswith((".weight_scale_inv", ".weight_scale")) and name not in used:
+        if name.endswith(("_scale_inv", ".weight_scale")) and name not in used:
             raise not_understood(stored, "a scale without a weight in 8-bit floats", "both")
     return found
+
+
+def _blocks_by_scales(
+    codes: StoredTensor, has_rows: bool, block: tuple[int, int] | None
+) -> dict[tuple[int, ...], tuple[int, int]]:
+    """The block that shares a scale, by the shape that the scales may have."""
+    *experts, rows, columns = codes.shape
+    if experts:
+        return {(*experts, *grid_of((rows, columns), block or (rows, columns))): block or (rows, columns)}
+    whole, row = (rows, columns), (1, columns)
+    shapes: dict[tuple[int, ...], tuple[int, int]] = {(): whole, (1,): whole, (1, 1): whole}
+    if has_rows:
+        return {(rows,): row, (rows, 1): row, **shapes}
+    return shapes if block is None else {grid_of((rows, columns), block): block}
 
 
 def _mxfp4(checkpoint: Checkpoint) -> dict[str, PackedExperts]:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from splaser_plugin.checkpoints.header import StoredTensor
+from splaser_plugin.checkpoints.header import EXPONENTS, StoredTensor
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.files.text import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The 4-bit floats without their sign (OCP Microscaling Formats 1.0, section 5.3.3)."""
 NEXT_STEP = "Give the model in bfloat16 or float32, as it was before it was quantised."
 
 
@@ -57,20 +59,49 @@ class QuantisedWeight(ABC):
 
 @dataclass(frozen=True)
 class ScaledBlocks(QuantisedWeight):
-    """A matrix of 8-bit floats, each of which is to be multiplied by the scale of its block."""
+    """A matrix, or a stack (experts, rows, columns), of 8-bit floats, each to be multiplied by its block's scale."""
 
     block: tuple[int, int]
     """Rows and columns that share a scale; the last blocks may be cut off."""
 
+    def parts(self, expert: int | None) -> list[StoredTensor]:
+        if expert is None or len(self.shape) == 2:
+            return super().parts(expert)
+        return [part.rows(expert, expert + 1) for part in (self.codes, self.scales)]
+
     def weights(self, *parts: Tensor) -> Tensor:
         codes, scales = parts
-        weights = codes.float()
+        weights = self._numbers(codes)
         height, width = self.block
-        grid = scales.float().view(grid_of(self.shape, self.block))
-        of_rows = grid.repeat_interleave(height, dim=0)[: len(weights)]
-        for column in range(grid.shape[1]):
-            weights[:, column * width : (column + 1) * width] *= of_rows[:, column : column + 1]
+        rows, columns = self.shape[-2:]
+        grid = _of_scales(scales).view(*codes.shape[:-2], *grid_of((rows, columns), self.block))
+        of_rows = grid.repeat_interleave(height, dim=-2)[..., :rows, :]
+        for column in range(grid.shape[-1]):
+            weights[..., column * width : (column + 1) * width] *= of_rows[..., column : column + 1]
         return weights
+
+    def _numbers(self, codes: Tensor) -> Tensor:
+        return codes.float()
+
+
+@dataclass(frozen=True)
+class PackedBlocks(ScaledBlocks):
+    """The same of 4-bit floats (e2m1), two in a byte, the lower half first: the experts of DeepSeek-V4."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *outer, columns = self.codes.shape
+        return *outer, 2 * columns
+
+    @property
+    def stored_as(self) -> str:
+        return "float4_e2m1 with scales"
+
+    def _numbers(self, codes: Tensor) -> Tensor:
+        codes = codes.view(torch.uint8)
+        halves = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+        sizes = torch.tensor(E2M1)[(halves & 7).long()]
+        return torch.where(halves > 7, -sizes, sizes)
 
 
 @dataclass(frozen=True)
@@ -96,6 +127,17 @@ class PackedExperts(QuantisedWeight):
 
         codes, scales = parts
         return convert_moe_packed_tensors(codes, scales, dtype=torch.float32)
+
+
+def _of_scales(scales: Tensor) -> Tensor:
+    """Scales in float32. Bytes and `EXPONENTS` are powers of two, 2^(byte - 127), and 255 is no number (OCP
+    Microscaling Formats 1.0, section 5.4.1)."""
+    if scales.dtype not in (torch.uint8, EXPONENTS):
+        return scales.float()
+    exponents = scales.view(torch.uint8).int()
+    # by way of float64, as 2^-127 is below the smallest normal number of float32
+    powers = torch.ldexp(torch.ones((), dtype=torch.float64), exponents - 127).float()
+    return powers.masked_fill(exponents == 255, math.nan)
 
 
 def grid_of(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:

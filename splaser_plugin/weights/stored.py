@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, read_groups
-from splaser_plugin.checkpoints.header import StoredTensor
+from splaser_plugin.checkpoints.header import EXPONENTS, StoredTensor
 from splaser_plugin.checkpoints.identity import identity_of, sampled_places
 from splaser_plugin.checkpoints.quantised import quantised_weights, stored_as, with_weights
 from splaser_plugin.checkpoints.roles import Role
@@ -87,7 +87,7 @@ class StoredWeights:
             skipped += [
                 Skipped(name, f"{str(stored.dtype).removeprefix('torch.')}, so it holds no weights")
                 for name, stored in self._weights.tensors.items()
-                if not stored.dtype.is_floating_point
+                if not _holds_numbers(stored)
             ]
         places = {name: place for place, name in enumerate(self.checkpoint.tensors)}
         first: dict[str, int] = {}
@@ -239,7 +239,7 @@ def _by_name(checkpoint: Checkpoint) -> list[Candidate]:
     embedding = next((name for name in checkpoint.tensors if name.split(".")[-2:-1] == ["embed_tokens"]), None)
     candidates = []
     for name, stored in checkpoint.tensors.items():
-        if not stored.dtype.is_floating_point:
+        if not _holds_numbers(stored):
             continue
         is_head = name.split(".")[-2:-1] == ["lm_head"]
         other = "lm_head.weight" if name == embedding else embedding if is_head else None
@@ -248,6 +248,11 @@ def _by_name(checkpoint: Checkpoint) -> list[Candidate]:
         role = Role(name, stored.shape, name, reason, experts, is_turned, by_name)
         candidates.append(Candidate(role, other if tied else None, (name,)))
     return candidates
+
+
+def _holds_numbers(stored: StoredTensor) -> bool:
+    """Whether it may be a weight, by its dtype."""
+    return stored.dtype.is_floating_point and stored.dtype != EXPONENTS
 
 
 def _role_by_name(name: str, shape: tuple[int, ...]) -> tuple[str | None, int | None, bool]:

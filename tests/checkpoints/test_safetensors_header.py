@@ -137,8 +137,8 @@ LIES = {
     "lone surrogate": (as_file({"\ud800": entry()}, bytes(8)), r"tensor '\\ud800': its name has half a surrogate pair"),
     "unknown dtype": (as_file({"w": entry(dtype="F31")}, bytes(8)), "'w': dtype 'F31', expected one of BOOL, U8"),
     "dtype of newer files": (
-        as_file({"w": entry(dtype="F8_E8M0")}, bytes(8)),
-        "dtype 'F8_E8M0', .*It is newer than this program, or the file is damaged. Give the model in bfloat16",
+        as_file({"w": entry(dtype="F6_E2M3")}, bytes(8)),
+        "dtype 'F6_E2M3', .*It is newer than this program, or the file is damaged. Give the model in bfloat16",
     ),
     "dtype not a string": (as_file({"w": entry(dtype=["F32"])}, bytes(8)), r"'w': dtype \['F32'\], expected one of"),
     "shape negative": (as_file({"w": entry([-2])}, bytes(8)), r"'w': shape \[-2\], expected"),
