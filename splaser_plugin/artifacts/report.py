@@ -188,7 +188,7 @@ def _chosen(scan: Scan, selection: Selection | SplaserError) -> list[tuple[str, 
     """Module type and names of the matrices to train, as they come in the model."""
     if isinstance(selection, SplaserError):
         return []
-    place = {matrix.name: index for index, matrix in enumerate(scan.matrices)}
+    place = {matrix.trained_as: index for index, matrix in enumerate(scan.matrices)}
     return [(kind, sorted(names, key=place.__getitem__)) for kind, names in sorted(selection.by_type.items())]
 
 

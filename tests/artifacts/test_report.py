@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -199,10 +200,17 @@ def test_pairs_that_are_no_file_are_left_out_of_the_training_targets(source):
     assert "splaser emit axolotl scan.json --rl dpo -o axolotl.yml" in page.text
 
 
-def test_a_model_without_a_configuration_gets_the_reason_instead():
-    matrix = Matrix("layers.0.experts.up_proj[0]", "layers.0.experts.up_proj", "experts.up_proj", 0, (3, 2), expert=0)
-    scan = Scan("m", "0", "mp", (matrix_scan(matrix, np.array([2.0, 1.0])),), ())
-    assert "No configuration: layers.0.experts.up_proj[0] is one expert" in squeezed(Page(render(scan)).text)
+def test_experts_are_marked_with_their_stack_and_a_tool_that_cannot_train_it_gets_the_reason_instead():
+    stack = "layers.0.experts.up_proj"
+    matrices = [Matrix(f"{stack}[{place}]", stack, "experts.up_proj", 0, (3, 2), expert=place) for place in range(2)]
+    found = tuple(matrix_scan(matrix, np.array([2.0, 1.0])) for matrix in matrices)
+    page = Page(render(Scan("m", "0", "mp", found, ())))
+    text = squeezed(page.text)
+    assert f"No configuration: {stack}: PEFT has to be told it as a parameter, and LLaMA-Factory has no key" in text
+    assert f"lora_target_parameters: - {stack}" in text
+    assert all(matrix["chosen"] for matrix in page.data["matrices"])
+    old = tuple(replace(matrix, stack="") for matrix in found)
+    assert f"No configuration: {stack}[1] is one expert" in squeezed(Page(render(Scan("m", "0", "mp", old, ()))).text)
 
 
 def test_the_charts_have_every_number_of_the_scan_at_every_edge():
