@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 import weakref
 from collections.abc import Mapping
@@ -37,6 +38,8 @@ from splaser_plugin.weights.adapter_folder import find_adapter, library_errors, 
 from splaser_plugin.weights.factored_folder import load_factored
 from splaser_plugin.weights.factored_format import stored_layers
 from splaser_plugin.weights.spread import arguments_of, every_process_loads, resolved_map
+
+GGUF_PART = re.compile(r"-\d{5}-of-(?!00001\b)\d{5}\.gguf$")
 
 
 def pick_device(name: str) -> torch.device:
@@ -82,6 +85,11 @@ def find_model(name: str | Path, *, allow_pickle: bool = False) -> ModelSource:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"{name}: there is no such file. Check the path.")
+        if GGUF_PART.search(path.name):
+            raise CheckpointError(
+                f"{name}: a part of a split file, which can't be loaded. Merge its parts first, with llama.cpp's "
+                "`llama-gguf-split --merge FIRST_PART WHOLE.gguf`."
+            )
         return ModelSource(str(name), path.parent, path.name, weight_bytes=path.stat().st_size)
     if path.is_dir():
         folder = inspect(path)

@@ -183,3 +183,11 @@ def test_a_truncated_gguf_file_is_refused_in_one_line(splaser, pairs_file, tmp_p
     arguments = ["--pairs", pairs_file, *FLAGS] if command == "laser" else []
     outcome = splaser(command, tmp_path / "cut.gguf", "-o", tmp_path / "output", *arguments)
     refused(outcome, r"cut\.gguf: can't be loaded as a causal language model", tmp_path / "output")
+
+
+@pytest.mark.parametrize("part", ["00001", "00002"])
+def test_a_part_of_a_split_gguf_file_is_refused_with_how_to_merge_it(splaser, tmp_path, part):
+    file = tmp_path / f"model-{part}-of-00002.gguf"
+    file.write_bytes(b"GGUF")
+    outcome = splaser("scan", file, "-o", tmp_path / "output")
+    refused(outcome, rf"model-{part}-of-00002\.gguf: a part of a split file.*--merge FIRST_PART", tmp_path / "output")
