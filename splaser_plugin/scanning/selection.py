@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from statistics import fmean
@@ -60,6 +60,8 @@ class Selection(Table):
     rank 1 on all of them trains. None where the scan has no shapes."""
     tied: tuple[str, ...]
     """Chosen matrices that share their weight with another module."""
+    also_meant: tuple[tuple[str, str], ...] = ()
+    """A chosen name that ends another's, which isn't chosen, and that other's: PEFT would adapt both."""
 
     def __repr__(self) -> str:
         return f"Selection({self.model!r}, {len(self.matrices)} of {self.considered} matrices: {self.rule})"
@@ -158,6 +160,7 @@ def choose(
         considered=len(wanted),
         block_sides=_block_sides(scan),
         tied=tuple(tied),
+        also_meant=_also_meant({matrix.name for matrix in chosen}, (*scan.matrices, *scan.skipped)),
     )
 
 
@@ -174,8 +177,10 @@ def lora_targets(selection: Selection) -> tuple[list[str], list[str]]:
     target_parameters.
 
     Raises MatrixError when one of them can't have an adapter of its own: a tied weight (merging it would
-    change the other module too), a norm, or a single expert.
+    change the other module too), a norm, a single expert, or one whose name is the end of another's.
     """
+    for name, other in selection.also_meant:
+        raise MatrixError(f"{name} is the end of {other}, and PEFT would adapt both. Choose both or use mode unfrozen.")
     if selection.tied:
         raise MatrixError(
             f"{selection.tied[0]} shares its weight with another module, and merging a LoRA adapter would change "
@@ -360,6 +365,12 @@ def _outside_blocks(
     if not chosen:
         raise MatrixError(f"{flag}: none is found in the scan of {scan.model}. Leave the option out.")
     return chosen, shared
+
+
+def _also_meant(chosen: Set[str], scanned: Iterable[Any]) -> tuple[tuple[str, str], ...]:
+    others = [matrix.name.split(".") for matrix in scanned if matrix.name not in chosen]
+    ends = ((".".join(name[first:]), ".".join(name)) for name in others for first in range(1, len(name)))
+    return tuple(pair for pair in ends if pair[0] in chosen)
 
 
 def _tied_names(scan: Scan | PublishedScan) -> set[str]:

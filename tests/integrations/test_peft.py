@@ -69,6 +69,16 @@ def test_blocks_whose_numbers_begin_alike_are_kept_apart():
     assert adapted_modules(get_peft_model(model, lora_config(selection))) == names
 
 
+def test_a_name_that_is_the_end_of_another_is_refused_unless_both_are_chosen():
+    model = small_llama(2)
+    model.draft = small_llama(2)
+    scan = scan_with_random_snr(model, 0)
+    with pytest.raises(MatrixError, match=r"is the end of draft\.model\.layers.*PEFT would adapt both"):
+        lora_config(choose(scan, top=1))
+    every = choose(scan, top=2)
+    assert set(adapted_modules(get_peft_model(model, lora_config(every)))) == set(every.names)
+
+
 def test_saving_and_loading_keeps_the_chosen_modules(tmp_path):
     selection = choose(scan_with_random_snr(small_llama(), 0), top=5)
     get_peft_model(small_llama(), lora_config(selection, rank=2)).save_pretrained(tmp_path)
