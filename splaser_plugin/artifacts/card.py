@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from splaser_plugin.artifacts.base_card import BaseCard, is_on_hub
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.artifacts.results import Results, Verdict
+from splaser_plugin.config.tasks import task_of
 from splaser_plugin.files.text import printable
 
 TAGS = ["splaser", "laser", "low-rank"]
@@ -76,7 +77,7 @@ def _eval_results(run: Results) -> list[EvalResult]:
     ):
         if verdict is None:
             continue
-        kind = printable(scorer.rpartition(".")[2]) or "score"
+        kind = printable(task_of(scorer) or scorer.rpartition(".")[2]) or "score"
         measure = "log_probability" if kind == "perplexity" else f"{kind}_score"
         words = "; ".join(filter(None, (verdict.verdict, verdict.loss_verdict)))
         low, high = verdict.interval
@@ -92,7 +93,7 @@ def _eval_results(run: Results) -> list[EvalResult]:
                 EvalResult(
                     task_type="text-generation",
                     dataset_type=source if is_on_hub(source) else "private",
-                    dataset_name=printable(public_name(source)) if source else "held-out text",
+                    dataset_name=printable(public_name(source) or task_of(scorer)) or "held-out text",
                     dataset_split="held out",
                     metric_type=metric,
                     metric_value=round(value, 6),
@@ -188,6 +189,8 @@ def _rule(run: Results) -> str:
 
 
 def _material(run: Results) -> str:
+    if run.unit == "documents":
+        return f"{run.searched} documents of the task {code(task_of(run.scorer))}"
     if run.unit != "pairs":
         return f"{run.searched} {run.unit} of text"
     return f"{run.searched} preference pairs of {code(public_name(run.pairs.source))}"

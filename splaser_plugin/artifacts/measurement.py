@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from splaser_plugin.artifacts.results import Measured, Results
 from splaser_plugin.config.stages import LaserConfig
+from splaser_plugin.config.tasks import task_of
 from splaser_plugin.progress import duration
 
 MEANINGS = {
@@ -58,7 +59,8 @@ def answer_counts(run: Results) -> list[AnswerCounts]:
 
 
 def _score(run: Results, config: LaserConfig | None) -> str:
-    meaning = MEANINGS.get(run.scorer, "what this function of the user's own gives")
+    of_task = "what the task's first metric gives for each document, minus it where less is better"
+    meaning = of_task if task_of(run.scorer) else MEANINGS.get(run.scorer, "what this function of the user's own gives")
     text = f"{run.scorer}: {meaning}" if run.scorer else "not named in results.json"
     return f"{text}, embedded by {config.embedder}" if config and run.scorer == "semantic" else text
 
@@ -66,6 +68,8 @@ def _score(run: Results, config: LaserConfig | None) -> str:
 def _items(run: Results, config: LaserConfig | None) -> str:
     held_out = run.verdict.items if run.verdict else 0
     parts = f"{run.searched:,} searched on, {held_out:,} held out"
+    if run.unit == "documents":
+        return f"of {task_of(run.scorer)}: {parts}"
     if run.unit != "pairs":
         return f"{config.text}, {config.window} tokens each: {parts}" if config else parts
     dropped = ", ".join(f"{count:,} {cause}" for cause, count in run.pairs.dropped.items() if count)

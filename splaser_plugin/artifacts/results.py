@@ -246,7 +246,7 @@ class Results:
     pairs: UsedPairs
     scorer: str = ""
     unit: str = "pairs"
-    """What a score is of: `pairs`, or `windows` of text."""
+    """What a score is of: `pairs`, `windows` of text, or `documents` of a task."""
     compared_with: Literal["best", "base"] = "best"
     """What each candidate had to beat or to equal: the best model so far, or the base."""
     baseline: Measured

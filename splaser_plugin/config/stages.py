@@ -16,7 +16,7 @@ from pydantic import Field
 from splaser_plugin.config.guards import AUTO, parse_guards
 from splaser_plugin.config.options import Options, stage
 from splaser_plugin.config.placement import LoadConfig, PlaceConfig
-from splaser_plugin.config.tasks import parse_tasks
+from splaser_plugin.config.tasks import parse_tasks, task_of
 from splaser_plugin.config.template_kwargs import parse_template_kwargs
 from splaser_plugin.errors import ConfigError
 
@@ -186,14 +186,14 @@ class LaserConfig(ScanConfig, MeasureConfig):
     adapter: str = ""
     """LoRA adapter folder to merge into the model first."""
     scorer: str = "auto"
-    """What is measured: semantic, margin, perplexity, or the dotted path of a function of your own
-    (package.module.function): it gets (model, tokenizer, pairs) and returns one number a pair, higher is better.
-    auto is semantic, and margin with --objective compress."""
+    """What is measured: semantic, margin, perplexity, a task of lm-evaluation-harness (lm-eval:TASK), or the dotted
+    path of a function of your own (package.module.function): it gets (model, tokenizer, pairs) and returns one number a
+    pair, higher is better. auto is semantic, and margin with --objective compress."""
     guard: str = "auto"
     """Keep nothing that is worse than the base by more than this: perplexity:1.02 allows a perplexity 2 % higher,
-    margin:0.05, semantic:0.05 or chosen:0.05 (the log-probability of the chosen answers alone) a mean that much lower;
-    several with commas, or none. auto watches what a search by margin doesn't see: the chosen answers, and --text if
-    given, each within --tolerance."""
+    margin:0.05, semantic:0.05, chosen:0.05 (the log-probability of the chosen answers alone) or lm-eval:TASK:0.05 a
+    mean that much lower; several with commas, or none. auto watches what a search by margin doesn't see: the chosen
+    answers, and --text if given, each within --tolerance."""
     objective: Literal["quality", "compress"] = "quality"
     """Make the score better, or remove parameters while it stays as good."""
     accept: Literal["auto", "improve", "confident", "harmless"] = "auto"
@@ -220,10 +220,11 @@ class LaserConfig(ScanConfig, MeasureConfig):
     def __post_init__(self) -> None:
         MeasureConfig.__post_init__(self)
         parse_ranks(self.ranks)
-        if self.scorer not in ("auto", *SCORERS) and not DOTTED_PATH.fullmatch(self.scorer):
+        known = self.scorer in ("auto", *SCORERS) or task_of(self.scorer)
+        if not known and not DOTTED_PATH.fullmatch(self.scorer):
             raise ConfigError(
-                f"--scorer: got '{self.scorer}', expected one of auto, {', '.join(SCORERS)}, or the dotted path of "
-                "your own function, package.module.function."
+                f"--scorer: got '{self.scorer}', expected one of auto, {', '.join(SCORERS)}, lm-eval:TASK, or the "
+                "dotted path of your own function, package.module.function."
             )
         if self.objective == "compress" and self.accept not in ("auto", "harmless"):
             raise ConfigError(
@@ -241,9 +242,10 @@ class LaserConfig(ScanConfig, MeasureConfig):
                 "--tolerance 0 with --accept harmless: no test can tell a loss from none, so nothing would be kept. "
                 "Give --tolerance more than 0."
             )
-        if self.held_out and self.scored_by == "perplexity":
+        if self.held_out and self.unit != "pairs":
+            whose = "windows of --text" if self.unit == "windows" else "documents of the task"
             raise ConfigError(
-                "--held-out with --scorer perplexity: what is held out are windows of --text. Use --held-out-fraction."
+                f"--held-out with --scorer {self.scored_by}: what is held out are {whose}. Use --held-out-fraction."
             )
         if self.held_out and "held_out_fraction" in self.changes:
             raise ConfigError("--held-out and --held-out-fraction: got both, expected one of the two.")
@@ -262,6 +264,7 @@ class LaserConfig(ScanConfig, MeasureConfig):
             "text": not reads_text,
             "window": not reads_text,
             "embedder": "semantic" not in self.scorers,
+            "tasks_path": not self.tasks_used,
         }
         return tuple(f"--{name.replace('_', '-')}" for name in unused if unused[name] and name in self.changes)
 
@@ -303,13 +306,23 @@ class LaserConfig(ScanConfig, MeasureConfig):
 
     @property
     def unit(self) -> str:
-        """What is scored: `pairs`, or `windows` of text."""
+        """What is scored: `pairs`, `windows` of text, or `documents` of a task."""
+        if task_of(self.scored_by):
+            return "documents"
         return "windows" if self.scored_by == "perplexity" else "pairs"
 
     @property
     def needs_pairs(self) -> bool:
         """Whether anything that is measured takes preference pairs."""
-        return self.unit == "pairs" or self.orders_by_gradient or bool(self.guards.keys() - {"perplexity"})
+        if self.unit == "documents" and self.reducer != "svd" and not self.text:
+            return True  # a reduction that is measured needs something to be measured on
+        guards = {guard for guard in self.guards if guard != "perplexity" and not task_of(guard)}
+        return self.unit == "pairs" or self.orders_by_gradient or bool(guards)
+
+    @property
+    def tasks_used(self) -> tuple[str, ...]:
+        """The tasks of lm-evaluation-harness that it is measured by."""
+        return tuple(sorted({task_of(name) for name in self.scorers} - {""}))
 
     @property
     def scorers(self) -> set[str]:

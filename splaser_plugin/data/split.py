@@ -1,4 +1,4 @@
-"""Pairs or windows of text in two parts: one to search on, and one held out, which the search never sees."""
+"""Pairs, windows of text or documents of a task in two parts: one to search on, and one held out, never searched on."""
 
 from __future__ import annotations
 
@@ -43,6 +43,17 @@ class WindowSplit:
     """Which windows are held out, or why none are; for people."""
 
 
+@dataclass(frozen=True)
+class DocumentSplit:
+    """Places of a task's documents in two parts that have no question in common."""
+
+    search: tuple[int, ...]
+    held_out: tuple[int, ...]
+    """Empty where there can be no verdict."""
+    reason: str
+    """Which documents are held out, or why none are; for people."""
+
+
 def split_by_prompt(pairs: PairSet, fraction: float, seed: int = 0) -> Split:
     """Hold out that fraction of the pairs: those whose prompts have the lowest seeded hashes.
 
@@ -66,6 +77,16 @@ def split_windows(windows: Sequence[Sequence[int]], fraction: float, seed: int =
     """
     names = [" ".join(map(str, window)) for window in windows]
     return WindowSplit(*_parted(windows, names, fraction, seed, "windows", "give a longer --text"))
+
+
+def split_documents(places: Sequence[int], questions: Sequence[str], fraction: float, seed: int = 0) -> DocumentSplit:
+    """Hold out that fraction of a task's documents: those whose questions have the lowest seeded hashes.
+
+    Documents of one question, letter case and spaces aside, stay together. Nothing is held out where either side would
+    have fewer than 6.
+    """
+    names = [_plain(question) for question in questions]
+    return DocumentSplit(*_parted(places, names, fraction, seed, "documents", "take a larger task"))
 
 
 def split_by_set(pairs: PairSet, held_out: PairSet) -> Split:
@@ -116,4 +137,9 @@ def _lowest_hashes(counts: Mapping[str, int], wanted: int, seed: int) -> set[str
 
 
 def _prompt(pair: Pair) -> str:
-    return " ".join(pair.prompt.casefold().split())
+    return _plain(pair.prompt)
+
+
+def _plain(text: str) -> str:
+    """Without letter case, and with single spaces."""
+    return " ".join(text.casefold().split())

@@ -61,7 +61,7 @@ def laser(
     model: a folder, .gguf file or hub id, or a loaded causal language model, which is changed in place; DDP,
     DataParallel, a compiler or PEFT may have wrapped it. Under several processes all have to call this.
     pairs: a file or data set name (see `load_pairs`), a PairSet, or rows in any format that `load_pairs` reads;
-    needed by every scorer but perplexity.
+    needed by every scorer but perplexity and lm-eval:TASK.
     tokenizer: needed only with a loaded model.
     output: folder to write, as `LaserResult.save` does, but without a model that would be a copy of the base, as it is
     stored. What was found is kept in its journal.jsonl until then, so that after a crash the same call goes on
@@ -239,8 +239,8 @@ def read_pairs(pairs: PairSource | None, config: LaserConfig, tokenizer: Any) ->
     if pairs is None or pairs == "":
         if config.needs_pairs:
             raise ConfigError(
-                "--pairs: none were given; only --scorer perplexity goes without, and --rank-by gradient doesn't. "
-                "Give --pairs FILE."
+                "--pairs: none were given; only --scorer perplexity and lm-eval:TASK go without, and not with "
+                "--rank-by gradient, a guard on pairs, or a --reduce that has no --text. Give --pairs FILE."
             )
         return Split(PairSet((), NO_PAIRS, {}, 0), (), (), "no pairs")
     pair_set = read_pairs_from(pairs, config, tokenizer)

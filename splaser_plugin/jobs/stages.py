@@ -11,14 +11,15 @@ from typing import Any
 
 from splaser_plugin.artifacts.rank_source import BudgetShare
 from splaser_plugin.artifacts.recipe import Recipe, Step, versions
-from splaser_plugin.config.stages import SCORERS, LaserConfig, parse_ranks
+from splaser_plugin.config.stages import DOTTED_PATH, LaserConfig, parse_ranks
 from splaser_plugin.data.pairs import pairs_sha256
-from splaser_plugin.data.split import Split, split_windows
+from splaser_plugin.data.split import Split
 from splaser_plugin.distributed import my_part
 from splaser_plugin.errors import MatrixError, ModelError, RecipeError
 from splaser_plugin.files.output import size
 from splaser_plugin.files.sources import path_of
 from splaser_plugin.jobs.cost import tell_smallest_effect
+from splaser_plugin.jobs.materials import materials
 from splaser_plugin.progress import SILENT, Progress, counting
 from splaser_plugin.reduction.calibration import Row, answer_rows, mixed, token_count, window_rows
 from splaser_plugin.reduction.measured_reducer import MeasuredReducer, measured_reducer
@@ -118,7 +119,7 @@ def prepare_measures(run: Run, split: Split) -> Measures:
     """The scorers of the run, which have tokenized and embedded what they measure on."""
     config, journal, progress = run.config, run.journal, run.progress
     scorers = Scorers(run.weights.model, run.tokenizer, config, run.weights)
-    split, searched, unseen = _materials(split, scorers, config)
+    split, searched, unseen = materials(split, scorers, config)
     if split.pairs.pairs:
         progress.fact("pairs", split.pairs.summary)
     if split.warning:
@@ -127,7 +128,10 @@ def prepare_measures(run: Run, split: Split) -> Measures:
         progress.fact("date", scorers.date)
     if searched.windows:
         progress.fact("text", f"{config.text}: {len(searched.windows)} windows of {config.window} tokens to search on")
+    for name, task in searched.tasks.items():
+        progress.fact("task", f"{name}: {len(task)} documents to search on, by its {task.metric}")
     progress.fact("held out", split.reason)
+    kept = unseen and {"pairs": unseen.pairs, "windows": unseen.windows, "documents": unseen.tasks}[config.unit]
 
     def make(name: str, material: Material) -> Scorer:
         return RecordedScorer(scorers.make(name, material), journal)
@@ -137,7 +141,7 @@ def prepare_measures(run: Run, split: Split) -> Measures:
         searched=searched,
         unseen=unseen,
         scorer=make(config.scored_by, searched),
-        held_out=make(config.scored_by, unseen) if unseen and (unseen.pairs or config.unit == "windows") else None,
+        held_out=make(config.scored_by, unseen) if unseen and kept else None,
         guards=tuple(Guard(make(name, searched), limit) for name, limit in config.guards.items()),
         predictor=_predictor(run, scorers, split) if config.orders_by_gradient else None,
         text=make("perplexity", searched) if config.judges_text else None,
@@ -152,15 +156,18 @@ def scan_weights(run: Run, measures: Measures) -> Scan:
     identity = run.weights.identity()
     given = scan_of_these_weights(config, run.matrices, identity) if config.scan else None
     windows = [measures.searched.windows, measures.unseen and measures.unseen.windows]
+    tasks = [part.tasks for part in (measures.searched, measures.unseen) if part and part.tasks]
+    identities = [[task.identity for task in part.values()] for part in tasks]
     left = run.journal.begin(
         {
             "weights": identity,
             "pairs": pairs_sha256(split.search),
             "held_out": pairs_sha256(split.held_out),
-            "scorer": code_of(config.scored_by) if config.scored_by not in SCORERS else "",
+            "scorer": code_of(config.scored_by) if DOTTED_PATH.fullmatch(config.scored_by) else "",
             "text": hashlib.sha256(repr(windows).encode()).hexdigest(),
             "settings": config.to_dict(),
             "versions": versions(),
+            **({"tasks": identities} if identities else {}),
         }
     )
     if left:
@@ -317,19 +324,6 @@ def _calibration(run: Run, scorers: Scorers, searched: Material) -> list[Row]:
         asked = MarginScorer(run.weights.model, scorers.prompter, searched.pairs, batch_size=scorers.batch_size)
         answers = answer_rows(asked.prompts, [answer[0] for answer in asked.answers])
     return mixed(answers, window_rows(searched.windows), run.config.calibration_tokens)
-
-
-def _materials(split: Split, scorers: Scorers, config: LaserConfig) -> tuple[Split, Material, Material | None]:
-    """What is searched on and, if anything, held out; the split's reason is that of the windows where they decide."""
-    if config.unit == "pairs" and not config.judges_text:
-        windows = scorers.windows() if "perplexity" in config.guards else []
-        return split, Material(split.search, windows), Material(split.held_out) if split.held_out else None
-    parts = split_windows(scorers.windows(), config.held_out_fraction, config.seed)
-    if config.unit == "windows":
-        unseen = Material((), parts.held_out) if parts.held_out else None
-        split = replace(split, reason=parts.reason, warning=split.pairs.warning)
-        return split, Material(split.search, parts.search), unseen
-    return split, Material(split.search, parts.search), Material(split.held_out, parts.held_out)
 
 
 def _predictor(run: Run, scorers: Scorers, split: Split) -> MarginScorer:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from splaser_plugin.config.guards import GUARDS
 from splaser_plugin.config.stages import SCORERS, CompareConfig, LaserConfig, MeasureConfig
+from splaser_plugin.config.tasks import LM_EVAL, task_of
 from splaser_plugin.config.template_kwargs import parse_template_kwargs
 from splaser_plugin.data.pairs import Pair
 from splaser_plugin.data.windows import open_text, read_windows
@@ -21,7 +22,7 @@ from splaser_plugin.scoring.own_scorer import CallableScorer, load_function
 from splaser_plugin.scoring.perplexity import PerplexityScorer
 from splaser_plugin.scoring.scores import Scorer
 from splaser_plugin.scoring.semantic import SemanticScorer
-from splaser_plugin.scoring.tasks import Harness
+from splaser_plugin.scoring.tasks import Documents, Harness, TaskScorer, load_scored
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import context_length
 
@@ -36,6 +37,8 @@ class Material:
     pairs: Sequence[Pair]
     windows: Sequence[Sequence[int]] = ()
     """Token ids of text, equally many in each."""
+    tasks: Mapping[str, Documents] = field(default_factory=dict)
+    """Documents of tasks, by the task's name."""
 
 
 class Scorers:
@@ -52,7 +55,7 @@ class Scorers:
         self.batch_size = config.batch_size or FORWARD_BATCH
 
     def make(self, name: str, material: Material) -> Scorer:
-        """The scorer of that name: `semantic`, `margin`, `chosen`, `perplexity`, or the dotted path of a function."""
+        """The scorer of that name: one of `SCORERS` or `GUARDS`, `lm-eval:TASK`, or the dotted path of a function."""
         if name == "semantic":
             return SemanticScorer(self.generator, self.embedder, material.pairs)
         if name == "margin":
@@ -61,6 +64,8 @@ class Scorers:
             return ChosenScorer(self.model, self.prompter, material.pairs, batch_size=self.batch_size)
         if name == "perplexity":
             return PerplexityScorer(self.model, material.windows, batch_size=self.batch_size)
+        if task := task_of(name):
+            return TaskScorer(self.harness, material.tasks[task])
         tokenizer = prepared(self.tokenizer, self._variables)
         return CallableScorer(load_function(name), self.model, tokenizer, material.pairs, name)
 
@@ -69,6 +74,10 @@ class Scorers:
         config = self.config
         context = context_length(self.model)
         return read_windows(config.text, self.tokenizer, window=config.window, count=config.samples, context=context)
+
+    def tasks(self) -> list[Documents]:
+        """The documents of the tasks that a search goes by or is guarded by, as many as pairs are read."""
+        return _tasks(self.config)
 
     @cached_property
     def harness(self) -> Harness:
@@ -108,8 +117,15 @@ def check_scorers(config: LaserConfig | CompareConfig, *, pairs: bool = True) ->
     """
     used = config.scorers if isinstance(config, LaserConfig) else {"semantic"} if pairs else set()
     for name in used - {*SCORERS, *GUARDS}:
-        load_function(name)
+        if not name.startswith(LM_EVAL):
+            load_function(name)
+    _tasks(config)
     if config.text:
         next(open_text(config.text), None)
     if "semantic" in used and config.embedder != "self":
         find_embedder(config.embedder, allow_pickle=config.allow_pickle)
+
+
+def _tasks(config: MeasureConfig) -> list[Documents]:
+    names = config.tasks_used if isinstance(config, LaserConfig) else ()
+    return load_scored(names, config.tasks_path, count=config.samples)

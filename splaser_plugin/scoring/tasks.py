@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import logging
 import math
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -19,13 +21,15 @@ import torch
 import yaml
 
 from splaser_plugin.checkpoints.folder import hub_errors
-from splaser_plugin.distributed import input_device
+from splaser_plugin.config.tasks import LM_EVAL
+from splaser_plugin.distributed import input_device, share
 from splaser_plugin.errors import MissingExtraError, ScoreError, TaskError, nearest
 from splaser_plugin.files.sources import path_of
 from splaser_plugin.files.text import first_line_of
 from splaser_plugin.generation.generator import MODEL_ERRORS, evaluating
 from splaser_plugin.generation.teacher_forcing import fitting_batch
 from splaser_plugin.progress import measured
+from splaser_plugin.scoring.scores import Scores
 
 FEW_SHOT_SEED = 1234
 """lm-evaluation-harness's own default, so that a task has the same examples as in its published results."""
@@ -61,6 +65,37 @@ class Documents:
         from lm_eval.api.metrics import mean
 
         return tuple(name for name, aggregation in self.task.aggregation().items() if aggregation is mean)
+
+    @property
+    def metric(self) -> str:
+        """The first of them, by which a search goes. Raises TaskError when there is none."""
+        if not self.means:
+            raise TaskError(
+                f"task '{self.name}': none of its metrics ({', '.join(self.task.aggregation())}) is a mean over "
+                "documents, so no part of them can be scored. Use another task."
+            )
+        return self.means[0]
+
+    @property
+    def questions(self) -> list[str]:
+        """Of each document, by which documents are told apart: its text without examples, or all of it without one."""
+        found = (self.task.doc_to_text(document) for document in self.documents)
+        whole = (repr(document) for document in self.documents)
+        return [
+            text if isinstance(text, str) and text.strip() else other for text, other in zip(found, whole, strict=True)
+        ]
+
+    @property
+    def identity(self) -> str:
+        """sha256 of what is asked and what the answers are compared with, and of the version that does it."""
+        asked = [[request.arguments for request in requests] for requests in self.requests]
+        whole = (self.name, version("lm_eval"), self.means, asked, self.documents)
+        return hashlib.sha256(repr(whole).encode()).hexdigest()
+
+    def part(self, places: Sequence[int]) -> Documents:
+        """Some of the documents."""
+        documents = tuple(self.documents[place] for place in places)
+        return replace(self, documents=documents, requests=tuple(self.requests[place] for place in places))
 
     @property
     def summary(self) -> str:
@@ -125,6 +160,36 @@ def load_tasks(names: Sequence[str], tasks_path: str, *, count: int) -> list[Doc
     with redirect_stderr(io.StringIO()):  # its bars, and those of datasets
         loaded = [task for name in names for task in _load(name, tasks_path)]
         return [_documents(task, count) for task in loaded]
+
+
+def load_scored(names: Sequence[str], tasks_path: str, *, count: int) -> list[Documents]:
+    """Tasks that a search can go by, each by itself.
+
+    Raises:
+        TaskError: As `load_tasks`, and when one is a group, has no metric that is a mean over documents, or shows
+            documents, with their answers, as examples before others.
+    """
+    found = []
+    for name in names:
+        tasks = load_tasks([name], tasks_path, count=count)
+        if [task.name for task in tasks] != [name]:
+            members = ", ".join(task.name for task in tasks)
+            raise TaskError(f"task '{name}': it is a group. Name one of its tasks: {members:.300}.")
+        _check_examples(tasks[0])
+        tasks[0].metric  # noqa: B018
+        found += tasks
+    return found
+
+
+def _check_examples(asked: Documents) -> None:
+    if not asked.task.get_config("num_fewshot"):
+        return
+    examples = {repr(document) for document in asked.task.fewshot_docs() or ()}
+    if examples & {repr(document) for document in asked.documents}:
+        raise TaskError(
+            f"task '{asked.name}': its few-shot examples are documents that are scored, so a search would see what is "
+            "held out. Give its file another fewshot_split, or num_fewshot: 0."
+        )
 
 
 def _load(name: str, tasks_path: str) -> list[Any]:
@@ -264,3 +329,24 @@ class Harness:
 def _anew(request: Any) -> Any:
     """The same request, without what it was answered with."""
     return replace(request, resps=[], filtered_resps={})
+
+
+class TaskScorer:
+    """A task's first metric that is a mean over its documents, of each document; minus it where less is better."""
+
+    def __init__(self, harness: Harness, asked: Documents) -> None:
+        self.name = f"{LM_EVAL}{asked.name}"
+        self.size = len(asked)
+        self.batch_size = harness.batch_size
+        self._harness = harness
+        self._asked = asked
+        self._sign = 1.0 if asked.task.higher_is_better().get(asked.metric, True) else -1.0
+
+    def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
+        """Raises ScoreError when the model fails at it, and TaskError when the task's own code does."""
+        return Scores(tuple(items), tuple(share(items, self._values, self._harness.model)))
+
+    def _values(self, items: list[int]) -> list[float]:
+        found = self._asked.by_mean(self._harness.measure(self._asked, items))
+        name = next(name for name in found if name.partition(",")[0] == self._asked.metric)
+        return [self._sign * value for value in found[name]]

@@ -31,7 +31,7 @@ class HeldOut:
     verdict: str
     """`better`, `worse`, or `no difference` and what that means."""
     unit: str = "pairs"
-    """What the items are: `pairs`, or `windows` of text."""
+    """What the items are: `pairs`, `windows` of text, or `documents` of a task."""
     trimmed: float = 0.0
     """Mean without the lowest and the highest tenth of the differences."""
     loss_verdict: str = ""

@@ -291,7 +291,7 @@ def test_a_run_says_which_flags_have_no_effect(tiny_folder, pairs):
 
 
 def test_without_pairs_only_perplexity_can_be_searched_by():
-    with pytest.raises(ConfigError, match="pairs: none were given; only scorer perplexity goes without"):
+    with pytest.raises(ConfigError, match="pairs: none were given; only scorer perplexity and lm-eval:TASK go without"):
         laser("./no-model", config=LaserConfig())
 
 
