@@ -12,7 +12,6 @@ from splaser_plugin import LaserConfig, laser
 from splaser_plugin.artifacts.results import Results
 from splaser_plugin.errors import ConfigError, OutputError, TaskError
 from tests.builders import QUICK
-from tests.search.test_laser_journal import StoppedError, stop_after
 from tests.task_files import CHOICES, likelihoods, right_choices, save_answers, save_choices
 
 SUMS = "def process_results(doc, results):\n    return {'worst': -sum(float(score) for score, _ in results)}\n"
@@ -35,6 +34,10 @@ def config(tasks, **options):
 def worst(folder, tokenizer, rows):
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     return [-sum(likelihoods(model, tokenizer, row)) for row in rows]
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +104,8 @@ def test_a_stopped_run_goes_on_only_with_the_same_documents(tiny_folder, tmp_pat
     graded(tmp_path)
     options, out = config(tmp_path, held_out_fraction=0.4, candidates=3), tmp_path / "out"
     whole = laser(tiny_folder, config=options)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(StoppedError):
-        stop_after(patch, 3)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("splaser_plugin.jobs.stages.search", interrupted)
         laser(tiny_folder, config=options, output=out)
     data = tmp_path / "colours.jsonl"
     documents = data.read_text()

@@ -235,7 +235,10 @@ def test_a_function_that_is_not_there_is_refused_before_the_model_is_loaded(path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scorer": "semantics"}, "scorer: got 'semantics', expected one of auto, semantic, margin, perplexity, or"),
+        (
+            {"scorer": "semantics"},
+            "scorer: got 'semantics', expected one of auto, semantic, margin, perplexity, lm-eval:TASK",
+        ),
         ({"scorer": "perplexity"}, "scorer perplexity needs a text: give text FILE"),
         ({"tolerance": 0.0, "accept": "harmless"}, "tolerance 0 with accept harmless: no test can tell"),
         ({"scorer": "perplexity", "text": "t", "held_out": "h"}, "held_out with scorer perplexity: what is held"),

@@ -10,7 +10,7 @@ import torch
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.data.limits import TokenLimits
 from splaser_plugin.data.pairs import Pair, PairSet, pairs_from_rows
-from splaser_plugin.data.split import LEAST, split_by_prompt, split_by_set
+from splaser_plugin.data.split import LEAST, split_by_prompt, split_by_set, split_documents
 from splaser_plugin.errors import ConfigError, PairsError
 from splaser_plugin.jobs.laser import read_pairs
 from splaser_plugin.scoring.scores import Scores
@@ -60,6 +60,18 @@ def test_duplicates_never_straddle():
     ]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
     assert len(split.held_out) == 240
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_documents_of_one_question_are_on_one_side(seed):
+    questions = [f"Which {'COLOUR' if place % 2 else 'colour'}   is box {place // 3}?" for place in range(60)]
+    parts = split_documents(range(60), questions, 0.3, seed)
+    assert sorted(parts.search + parts.held_out) == list(range(60))
+    assert not {place // 3 for place in parts.search} & {place // 3 for place in parts.held_out}
+    assert 18 <= len(parts.held_out) <= 20
+    few = split_documents(range(8), questions[:8], 0.3, seed)
+    assert (few.held_out, len(few.search)) == ((), 8)
+    assert "8 documents would be split into" in few.reason
 
 
 def test_without_enough_pairs_or_a_fraction_all_are_searched_on_and_the_reason_is_given():
