@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
 from scipy import stats
 
-from tests.benchmarks.training import Row, interval, main, table
+from tests.benchmarks.training import Row, interval, main, table, tuned
 
 
 def row(arm, seed, loss, part="held-out"):
@@ -36,3 +37,15 @@ def test_an_arm_is_compared_with_the_random_half_of_its_own_seed():
     text = table(rows)
     assert "| random | 2,048 | 0.001 | 3.0000 | 0.5000 | 3.0000 |" in text
     assert "| snr_ratio | 2,048 | 0.001 | 2.9000, -0.1000 (-0.1000 to -0.1000) |" in text
+
+
+@pytest.mark.parametrize(("best", "tried"), [(3e-4, {1e-4, 3e-4, 1e-3}), (1e-2, {1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2})])
+def test_a_grid_grows_while_its_best_rate_is_at_an_end(best, tried):
+    runs = []
+
+    def run(rate):
+        runs.append(rate)
+        return replace(row("all", 1000, abs(math.log(rate / best))), rate=rate)
+
+    assert tuned(run, (1e-3, 1e-4, 3e-4)) == best
+    assert sorted(runs) == sorted(tried)

@@ -31,6 +31,7 @@ from splaser_plugin.files.text import visible
 from splaser_plugin.integrations.configs.axolotl import axolotl_yaml
 from splaser_plugin.integrations.configs.llamafactory import llamafactory_yaml
 from splaser_plugin.integrations.configs.plan import Plan
+from splaser_plugin.scanning.agreement import agreements
 from splaser_plugin.scanning.records import MatrixScan, Scan
 from splaser_plugin.scanning.selection import Selection, choose
 from splaser_plugin.spectra.edges import EdgeFit, mp_density
@@ -117,6 +118,7 @@ def render(
     environment = _environment()
     scripts = [Markup(text) for text in (get_plotlyjs(), "\n".join(map(_template_file, SCRIPT)))]
     selection = _selection(scan, scan_name)
+    chosen = _chosen(scan, selection)
     trained = _trained(run, config, output)
     return environment.get_template("report.html").render(
         scan=scan,
@@ -132,7 +134,8 @@ def render(
         per_type=TRAINED_PER_TYPE,
         trained=trained,
         expand=_expand(output, trained) if trained and output and config and config.save == "factored" else "",
-        chosen=_chosen(scan, selection),
+        chosen=chosen,
+        agreements=() if isinstance(selection, SplaserError) else agreements(scan, selection),
         targets=_targets(selection, run, scan_name, trained),
         chart_data=_chart_data(scan, run, selection),
         style=Markup(_template_file("report.css")),
@@ -184,12 +187,18 @@ def _selection(scan: Scan, scan_name: str) -> Selection | SplaserError:
         return error
 
 
-def _chosen(scan: Scan, selection: Selection | SplaserError) -> list[tuple[str, list[str]]]:
-    """Module type and names of the matrices to train, as they come in the model."""
+def _chosen(scan: Scan, selection: Selection | SplaserError) -> list[tuple[str, list[dict[str, Any]]]]:
+    """By module type the matrices to train, as they come in the model, and which edges choose each."""
     if isinstance(selection, SplaserError):
         return []
-    place = {matrix.trained_as: index for index, matrix in enumerate(scan.matrices)}
-    return [(kind, sorted(names, key=place.__getitem__)) for kind, names in sorted(selection.by_type.items())]
+    by_edge = {edge: set(choose(scan, selection.config, edge=edge).names) for edge in EDGES}
+    fits = {matrix.name: matrix.edges[selection.edge] for matrix in scan.matrices}
+    place = {matrix.trained_as: place for place, matrix in enumerate(scan.matrices)}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for matrix in sorted(selection.matrices, key=lambda matrix: place[matrix.name]):
+        edges = [edge for edge in EDGES if matrix.name in by_edge[edge]]
+        rows.setdefault(matrix.type, []).append({"matrix": matrix, "fit": fits.get(matrix.name), "edges": edges})
+    return sorted(rows.items())
 
 
 def _trained(run: Results | None, config: LaserConfig | None, output: Path | None) -> str:

@@ -43,6 +43,7 @@ def _chosen(scan: Path, select: SelectConfig, model: str) -> Selection:
 
     from splaser_plugin.cli.terminal import TerminalProgress
     from splaser_plugin.jobs.importance import importances_of_folder
+    from splaser_plugin.scanning.agreement import agreements, in_words
     from splaser_plugin.scanning.selection import choose
     from splaser_plugin.scanning.spectrum_format import load_scan
 
@@ -51,7 +52,10 @@ def _chosen(scan: Path, select: SelectConfig, model: str) -> Selection:
     found = load_scan(scan)
     progress = TerminalProgress(Console(stderr=True, emoji=False))
     importances = importances_of_folder(model or found.model, select, progress=progress)
-    return choose(found, select, source=str(scan), importances=importances)
+    selection = choose(found, select, source=str(scan), importances=importances)
+    for sentence in in_words(agreements(found, selection)):
+        print(printable(sentence), file=sys.stderr)
+    return selection
 
 
 def _plan(selection: Selection, training: TrainingConfig, stage: str) -> Plan:

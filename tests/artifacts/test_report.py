@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from splaser_plugin.files.json import write_json
 from splaser_plugin.files.text import visible
 from splaser_plugin.integrations.configs.axolotl import axolotl_yaml
 from splaser_plugin.integrations.configs.plan import Plan
+from splaser_plugin.scanning.agreement import agreements
 from splaser_plugin.scanning.records import Scan, matrix_scan
 from splaser_plugin.scanning.selection import choose
 from splaser_plugin.weights.matrices import Matrix
@@ -27,6 +29,7 @@ from tests.artifacts.page import Page, squeezed
 from tests.report_data import made_up_results, made_up_scan, replaced
 
 SCAN = made_up_scan(4)
+SMOLLM2 = Path(__file__).parents[1] / "data" / "smollm2_scan.json"
 RESULTS = made_up_results(SCAN)
 
 
@@ -156,6 +159,39 @@ def test_the_chosen_matrices_are_listed_and_marked():
     assert {matrix["name"] for matrix in page.data["matrices"] if matrix["chosen"]} == set(names)
     text = squeezed(Page(render(SCAN, Results.from_dict(RESULTS))).text)
     assert "a ring: tried and put back. A square: chosen to be trained." in text
+
+
+def test_the_chosen_matrices_have_their_figures_and_the_edges_that_choose_them():
+    scan = Scan.load(SMOLLM2)
+    text = squeezed(Page(render(scan)).text)
+    halves = {edge: choose(scan, top=16, edge=edge).names for edge in ("iqr", "mp", "gavish-donoho")}
+    for name in halves["iqr"]:
+        matrix = next(matrix for matrix in scan.matrices if matrix.name == name)
+        fit, edges = matrix.edges["iqr"], ", ".join(edge for edge, names in halves.items() if name in names)
+        rows, columns = matrix.shape
+        assert f"{name} {rows} x {columns} {fit.rank} {fit.snr:.4g} {fit.snr_ratio:.4g} {edges} " in text
+
+
+def test_experts_are_listed_as_the_stack_that_is_trained():
+    plain = made_up_scan(2, {f"mlp.experts.down_proj[{expert}]": (16, 32) for expert in range(3)})
+    stacked = [
+        replace(matrix, type="mlp.experts.down_proj", stack=matrix.name.partition("[")[0]) for matrix in plain.matrices
+    ]
+    text = squeezed(Page(render(replace(plain, matrices=tuple(stacked)))).text)
+    mean = np.mean([matrix.edges["iqr"].snr_ratio for matrix in stacked[:3]])
+    assert re.search(
+        rf"model.layers.0.mlp.experts.down_proj 3 x 16 x 32 \d+ - {mean:.4g} iqr, mp, gavish-donoho ", text
+    )
+    assert "Rank and snr_ratio of experts, which are trained together, are means." in text
+
+
+def test_edges_that_disagree_are_told():
+    scan = Scan.load(SMOLLM2)
+    text = squeezed(Page(render(scan)).text)
+    for each in agreements(scan, choose(scan, top=16)):
+        row = f"{each.type} iqr, {each.other} {each.shared} of 16 8.5 {each.correlation:+.2f}"
+        assert f"{row} disagree " in text if each.disagrees else f"{row} " in text
+    assert "Where edges disagree" in text and "self_attn.v_proj iqr, mp 5 of 16 8.5 -0.75 disagree" in text
 
 
 @pytest.mark.parametrize("save", ["dense", "factored"])

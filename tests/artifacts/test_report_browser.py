@@ -25,7 +25,7 @@ def test_the_edge_can_be_switched(open_page, run_page):
         it.page.get_by_role("radio", name=edge, exact=True).check()
         noisiest = SCAN.ranked("snr", edge)[0]
         assert noisiest.name in it.text("#noisiest li:first-child")
-        assert f"SNR {float(f'{noisiest.edges[edge].snr:.4g}'):g}" in it.text("#noisiest li:first-child")
+        assert f"snr {float(f'{noisiest.edges[edge].snr:.4g}'):g}" in it.text("#noisiest li:first-child")
         assert it.text("#fits .current").startswith(edge)
         drawn = it.page.evaluate("document.getElementById('heat-map').data[0].z.flat()")
         lowest = min(10**value for value in drawn if value is not None)

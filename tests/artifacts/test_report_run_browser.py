@@ -79,3 +79,6 @@ def test_the_matrices_to_train_are_marked_on_the_map_and_listed(open_page, run_p
     assert sorted(line for line in copied if not line.startswith("#")) == sorted(
         matrix.name for matrix in SCAN.matrices
     )
+    assert it.page.locator("#chosen-table tbody tr").count() == len(SCAN.matrices)
+    assert it.page.locator("#agreements tbody tr").count() == 2 * len({matrix.type for matrix in SCAN.matrices})
+    assert it.page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -19,7 +19,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,10 @@ from splaser_plugin.statistics import RISK, t_critical
 from splaser_plugin.weights.loading import context_length, load_model
 
 ROOT = Path(__file__).parents[2]
+LADDER = tuple(float(f"{digit}e{power}") for power in range(-6, 0) for digit in (1, 3))
+"""Learning rates, from the lowest."""
 RATES = {"lora": (1e-4, 3e-4, 1e-3), "unfrozen": (1e-5, 3e-5, 1e-4)}
+"""Where the choice of one begins."""
 BETA = 0.1
 TUNING_SEED = 1000
 """Of the runs that choose the learning rates: none of the seeds that count."""
@@ -180,6 +183,18 @@ def _row(task: str, pair: Pair) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": said(pair.chosen), "rejected": said(pair.rejected)}
 
 
+def tuned(run: Callable[[float], Row], rates: Sequence[float]) -> float:
+    """The learning rate of most merit; one beyond it is tried while it is the lowest or the highest of those tried."""
+    merits = {rate: run(rate).merit for rate in sorted(rates)}
+    while True:
+        best = max(merits, key=merits.__getitem__)
+        place = LADDER.index(best)
+        beyond = [rate for rate in LADDER[max(0, place - 1) : place + 2] if rate not in merits]
+        if not beyond:
+            return best
+        merits |= {rate: run(rate).merit for rate in beyond}
+
+
 def interval(differences: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean of paired differences, at least 2. Source: Student 1908."""
     values = np.asarray(differences, dtype=np.float64)
@@ -240,7 +255,13 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chars", type=int, default=1024, help="pairs with a longer prompt or answer are left out")
     parser.add_argument("--judged", type=int, default=96, help="most pairs of a part, and windows, to measure on")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA on all matrices; halves get as many parameters")
-    parser.add_argument("--rates", type=float, nargs="+", help="learning rates to choose from, in place of each mode's")
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        choices=LADDER,
+        help="learning rates to begin with, in place of each mode's; more are tried while the best is at an end",
+    )
     parser.add_argument("--device", default="cpu")
     return parser.parse_args(words)
 
@@ -264,10 +285,8 @@ def main(words: Sequence[str] | None = None) -> None:
     for task, mode in itertools.product(arguments.tasks, arguments.modes):
         best = {}
         for arm in (arms := ["random", *arguments.by, "all"]):
-            tuning = [
-                measured(task, mode, arm, TUNING_SEED, rate, "validation") for rate in arguments.rates or RATES[mode]
-            ]
-            best[arm] = max(tuning, key=lambda row: row.merit).rate
+            tuning = (task, mode, arm, TUNING_SEED)
+            best[arm] = tuned(lambda rate, at=tuning: measured(*at, rate, "validation"), arguments.rates or RATES[mode])
         for seed, arm in itertools.product(range(arguments.seeds), arms):
             found.append(measured(task, mode, arm, seed, best[arm], "held-out"))
     print(table(found))

@@ -85,6 +85,14 @@ def test_the_examples_are_what_the_commands_emit(name, folder):
         check_against(EXAMPLES / written.name, written.read_text())
 
 
+def test_what_is_emitted_says_how_far_edges_agree(folder):
+    told = emit("peft --fraction 0.5")
+    assert "edge mp chooses 43 of these 105 too; rank correlation -0.7" in told
+    assert "; edges disagree: in 5 of 7 module types no more is shared than by chance" in told
+    assert "edge gavish-donoho chooses " in told
+    assert "edge " not in emit("peft --fraction 0.5 --by random --overwrite")
+
+
 def test_a_pattern_of_axolotl_matches_its_one_parameter_alone(folder):
     emit("axolotl --mode unfrozen --dataset pairs.jsonl --fraction 0.5 -o c.yml")
     patterns = yaml.safe_load(Path("c.yml").read_text())["unfrozen_parameters"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -97,6 +98,19 @@ def test_the_smallest_effect_is_that_of_a_two_sided_t_test():
     smallest, spread = smallest_effect(Scores(tuple(range(38)), values))
     assert spread == pytest.approx(np.std(values, ddof=1))
     assert smallest == pytest.approx((stats.t.ppf(0.975, 37) + stats.t.ppf(0.8, 37)) * spread / np.sqrt(38))
+
+
+def test_before_the_first_candidate_a_run_says_how_many_pairs_a_change_of_a_hundredth_takes(tiny_folder):
+    class Ordered(Told):
+        def event(self, event):
+            assert "can show" in self.facts
+
+    told = Ordered()
+    result = laser(tiny_folder, ROWS, config=LaserConfig(**QUICK), progress=told)
+    spread = np.std(result.held_out.base.values, ddof=1)
+    needed = int(re.search(r"; 0.01 would take ([\d,]+) of them$", told.facts["can show"])[1].replace(",", ""))
+    t = [stats.t.ppf(0.975, count - 1) + stats.t.ppf(0.8, count - 1) for count in (needed - 1, needed)]
+    assert t[1] * spread / np.sqrt(needed) <= 0.01 < t[0] * spread / np.sqrt(needed - 1)
 
 
 @pytest.mark.parametrize(

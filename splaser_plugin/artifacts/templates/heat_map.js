@@ -1,4 +1,4 @@
-// The heat map: SNR of each block and module type, and how a matrix is picked in it.
+// The heat map: snr of each block and module type, and how a matrix is picked in it.
 
 const blocks = [...new Set(data.matrices.map((matrix) => matrix.block))].sort((a, b) => (a ?? Infinity) - (b ?? Infinity));
 
@@ -26,7 +26,7 @@ function cellText(indices) {
   const chosen = matrix.chosen ? "<br>chosen to be trained" : "";
   const tried = `${matrix.tried ? `<br>tried by the search: ${plain(matrix.tried)}` : ""}${chosen}`;
   return (
-    `${many}<b>${plain(matrix.name)}</b><br>${matrix.shape.join(" x ")}, SNR ${plain(snrText(found))}` +
+    `${many}<b>${plain(matrix.name)}</b><br>${matrix.shape.join(" x ")}, snr ${plain(snrText(found))}` +
     `<br>rank ${found.rank} of ${fullRank(matrix)}, threshold ${number(found.threshold)}${tried}`
   );
 }
@@ -55,7 +55,7 @@ function drawHeatMap() {
     zmax: ends[1],
     colorscale: [0, 1, 2, 3, 4].map((step) => [step / 4, color(`heat-${step}`)]),
     colorbar: {
-      title: { text: "SNR", side: state.isNarrow ? "top" : "right" },
+      title: { text: "snr", side: state.isNarrow ? "top" : "right" },
       tickvals: ticks,
       ticktext: ticks.map((tick, place) => (place === 4 ? "≥ " : "") + Number((10 ** tick).toPrecision(2))),
       thickness: 10,

@@ -20,7 +20,7 @@ function fillNoisiest() {
     button.type = "button";
     button.dataset.matrix = index;
     const name = Object.assign(document.createElement("span"), { className: "name", textContent: matrix.name });
-    const text = `SNR ${found.snr === null ? "none" : number(found.snr)}, rank ${found.rank} of ${fullRank(matrix)}`;
+    const text = `snr ${found.snr === null ? "none" : number(found.snr)}, rank ${found.rank} of ${fullRank(matrix)}`;
     button.append(name, Object.assign(document.createElement("span"), { className: "rank", textContent: text }));
     button.addEventListener("click", () => select(index));
     const item = document.createElement("li");
