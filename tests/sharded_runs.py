@@ -52,7 +52,9 @@ ZERO: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """DeepSpeed's `zero_optimization`; in the last no whole model fits into a process, and vectors alone stay whole."""
-ZERO_WAYS = (*ZERO, "lora-zero1", "lora-zero2", "lora-zero3", "lora-zero3-layers")
+ZERO_WAYS = (*ZERO, "lora-zero1", "lora-zero2", "lora-zero3", "lora-zero3-layers", "own-zero2", "own-zero3")
+OWN_ZERO = ("own-zero2", "own-zero3")
+"""In a loop of one's own, without a trainer."""
 RESUMED = ("lora-one", "lora-zero1", "lora-zero2", "lora-zero3")
 ZERO_REFUSED = {"zero3-no-room": ZERO["zero3"], "zero2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 WAYS = ("ddp", *FSDP2, "lora-ddp", *(f"lora-{way}" for way in FSDP2), "tp", "own-fsdp", "loaded-fsdp")
@@ -80,7 +82,7 @@ class Way:
     @property
     def sharding(self) -> dict[str, Any]:
         """The trainer's arguments for it."""
-        plain = self.name.removeprefix("lora-")
+        plain = self.name.removeprefix("lora-").removeprefix("own-")
         zero_optimization = {**ZERO, **ZERO_REFUSED}.get(plain)
         return FSDP.get(plain, {}) if zero_optimization is None else zero_arguments(zero_optimization)
 
@@ -142,6 +144,13 @@ class Way:
         return result.recipe, out
 
     def spread(self) -> Any:
+        if self.name in OWN_ZERO:
+            import deepspeed
+
+            model, settings = self.model(), self.sharding["deepspeed"] | {"train_micro_batch_size_per_gpu": 1}
+            return deepspeed.initialize(
+                model=model, optimizer=torch.optim.AdamW(model.parameters()), config=settings
+            )[0]  # fmt: skip
         if self.name == "own-fsdp":
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -178,7 +187,7 @@ class Way:
             if is_main():
                 (self.folder / f"{self.name}.txt").write_text(said)
             return
-        if self.name in ("tp", "own-fsdp", "loaded-fsdp"):
+        if self.name in ("tp", "own-fsdp", "loaded-fsdp", *OWN_ZERO):
             found = {"after": self.own(self.spread(), AFTER), "before": self.own(self.spread(), BEFORE)}
         else:
             found = {"after": self.trained("after", AFTER), "before": self.trained("before", BEFORE)}
