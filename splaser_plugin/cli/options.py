@@ -18,10 +18,11 @@ import typer
 from pydantic.fields import FieldInfo
 
 from splaser_plugin.config.options import Options, choices, flag, plain_type
-from splaser_plugin.config.placement import PlaceConfig
+from splaser_plugin.config.placement import DeviceConfig, PlaceConfig
 from splaser_plugin.config.stages import LaserConfig, MeasureConfig, ScanConfig, SelectConfig, TrainingConfig
 
 PANELS: dict[type, str] = {
+    DeviceConfig: "Where it runs",
     PlaceConfig: "Where it runs",
     ScanConfig: "Which matrices, and their noise",
     MeasureConfig: "What is measured",

@@ -25,11 +25,17 @@ class LoadConfig(Options):
 
 
 @stage
-class PlaceConfig(LoadConfig):
-    """Where a model is loaded to."""
+class DeviceConfig(LoadConfig):
+    """Where it is computed."""
 
     device: str = "auto"
     """Device to run on: auto, cpu, cuda, cuda:1, mps."""
+
+
+@stage
+class PlaceConfig(DeviceConfig):
+    """Where a model is loaded to."""
+
     device_map: DeviceMap = "none"
     """Spread a model that is larger than one device: auto takes all devices of this process, then the CPU's memory,
     then the disk; fsdp and tp (tensor parallel) take the processes that `accelerate launch` started, a part each."""

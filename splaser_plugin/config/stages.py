@@ -15,7 +15,7 @@ from pydantic import Field
 
 from splaser_plugin.config.guards import AUTO, parse_guards
 from splaser_plugin.config.options import Options, stage
-from splaser_plugin.config.placement import LoadConfig, PlaceConfig
+from splaser_plugin.config.placement import DeviceConfig, PlaceConfig
 from splaser_plugin.config.tasks import parse_tasks, task_of
 from splaser_plugin.config.template_kwargs import parse_template_kwargs
 from splaser_plugin.errors import ConfigError
@@ -44,8 +44,8 @@ class ApplyConfig(PlaceConfig):
 
 
 @stage
-class ScanConfig(LoadConfig):
-    """How a scan is done."""
+class ScanConfig(DeviceConfig):
+    """How a scan is done. A loaded model is scanned where it is, whatever `device` says."""
 
     edge: Edge = "iqr"
     """Where signal ends and noise begins."""

@@ -36,8 +36,9 @@ from splaser_plugin.search.journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.search.search import SearchResult
 from splaser_plugin.search.verdict import Verdicts
 from splaser_plugin.weights.adapted import weights_of
+from splaser_plugin.weights.devices import pick_device
 from splaser_plugin.weights.in_memory import Weights, check_generates, model_name
-from splaser_plugin.weights.loading import find_model, load_model, load_tokenizer, pick_device
+from splaser_plugin.weights.loading import find_model, load_model, load_tokenizer
 from splaser_plugin.weights.rest import rest_of
 from splaser_plugin.weights.wrapped import unwrapped
 from splaser_plugin.weights.zero import masters_following, whole_where_it_fits

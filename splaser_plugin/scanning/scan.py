@@ -49,8 +49,9 @@ def scan(
     """Scan a model: singular values of every weight matrix, split into signal and noise. Nothing is changed.
 
     Args:
-        model: A loaded model, which is scanned where it is; a folder of safetensors or a hub id, straight from disk; a
-            .gguf file, or pickled weights where the configuration allows them, which are loaded first.
+        model: A loaded model, which is scanned where it is; a folder of safetensors or a hub id, straight from disk, a
+            matrix at a time on the configuration's device; a .gguf file, or pickled weights where the configuration
+            allows them, which are loaded there first.
         config: Edge, patterns of names, precision.
         output: scan.json to write. With it nothing is computed twice: what a scan that was killed had finished is
             taken from its journal, and a finished scan of the same weights as it is.
@@ -61,6 +62,7 @@ def scan(
 
     Raises:
         CheckpointError, ModelError, MatrixError: The model can't be read, or is of a kind that can't be scanned.
+        ConfigError: There is no such device here.
         SpectrumError: Singular values can't be computed; the message names the matrix.
         OutputError: The output can't be written.
     """
@@ -78,17 +80,20 @@ def scan(
         return scan_source(Weights(inner), config=config, name=model_name(inner), output=output, progress=progress)
     from splaser_plugin.checkpoints.checkpoint import open_checkpoint
     from splaser_plugin.checkpoints.folder import inspect, resolve_model
+    from splaser_plugin.spectra.spectrum import FLOAT64_DEVICES
+    from splaser_plugin.weights.devices import pick_device
     from splaser_plugin.weights.factored_format import stored_layers
-    from splaser_plugin.weights.stored import StoredWeights
+    from splaser_plugin.weights.stored import CPU, StoredWeights
 
-    allow_pickle = config is not None and config.allow_pickle
+    config = config or ScanConfig()
+    device = pick_device(config.device)
     is_gguf = str(model).endswith(".gguf")
-    folder = None if is_gguf else inspect(resolve_model(str(model), allow_pickle=allow_pickle))
-    if folder is None or (allow_pickle and folder.has_only_pickles):
+    folder = None if is_gguf else inspect(resolve_model(str(model), allow_pickle=config.allow_pickle))
+    if folder is None or (config.allow_pickle and folder.has_only_pickles):
         from splaser_plugin.weights.in_memory import Weights
         from splaser_plugin.weights.loading import load_model
 
-        loaded, _ = load_model(model, allow_pickle=allow_pickle)
+        loaded, _ = load_model(model, device=config.device, allow_pickle=config.allow_pickle)
         return scan_source(Weights(loaded), config=config, name=str(model), output=output, progress=progress)
     checkpoint = open_checkpoint(folder)
     if stored_layers(checkpoint.config, checkpoint.folder):
@@ -96,7 +101,12 @@ def scan(
             f"{model}: has matrices stored as factors, which are not scanned. Scan the dense model: "
             f"splaser expand {model} -o DENSE."
         )
-    return scan_source(StoredWeights(checkpoint), config=config, name=str(model), output=output, progress=progress)
+    if device.type not in FLOAT64_DEVICES:  # the arithmetic would take each matrix back to the CPU
+        device = CPU
+    progress.fact("device", str(device))
+    return scan_source(
+        StoredWeights(checkpoint, device), config=config, name=str(model), output=output, progress=progress
+    )
 
 
 def scan_source(

@@ -32,7 +32,7 @@ _ATTEMPTS = {
     "svd": (),
 }
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
-_FLOAT64_DEVICES = ("cpu", "cuda")
+FLOAT64_DEVICES = ("cpu", "cuda")
 _BLOCK_BYTES = 32 * 2**20
 _PANEL = 192
 _BATCH_BYTES = 8 * 2**20
@@ -134,7 +134,7 @@ def factors(weight: Tensor, rank: int, *, precision: Precision = "auto") -> tupl
         projected = [_scaled(block, exponent).to(kept.dtype) @ kept for block in _row_blocks(matrix)]
         long_side = _unscaled_tensor(torch.cat(projected), exponent)
         short_side = kept.to(long_side.dtype)
-    dtype = torch.float64 if weight.device.type in _FLOAT64_DEVICES else torch.float32
+    dtype = torch.float64 if weight.device.type in FLOAT64_DEVICES else torch.float32
     long_side, short_side = (side.to(dtype).to(weight.device) for side in (long_side, short_side))
     rows, columns = matrix.shape
     return (long_side, short_side.mT) if rows >= columns else (short_side, long_side.mT)
@@ -175,7 +175,7 @@ def _readable(weight: Tensor, dimensions: int) -> Tensor:
             "entries in memory. Load it, or dequantize it first."
         )
     weight = weight.detach()
-    if weight.device.type not in _FLOAT64_DEVICES:
+    if weight.device.type not in FLOAT64_DEVICES:
         weight = weight.cpu()
     return weight.to(torch.bfloat16) if weight.element_size() == 1 else weight
 

@@ -29,29 +29,17 @@ from splaser_plugin.checkpoints.trust import (
     ADAPTER_CONFIG,
     check_model_folder,
 )
-from splaser_plugin.distributed import best_device
 from splaser_plugin.errors import CheckpointError, ConfigError, ModelError
 from splaser_plugin.files.output import MARK
 from splaser_plugin.files.sources import looks_like_path, path_of
 from splaser_plugin.files.text import first_line_of, shown
 from splaser_plugin.weights.adapter_folder import find_adapter, library_errors, merge
+from splaser_plugin.weights.devices import pick_device
 from splaser_plugin.weights.factored_folder import load_factored
 from splaser_plugin.weights.factored_format import stored_layers
 from splaser_plugin.weights.spread import arguments_of, every_process_loads, resolved_map
 
 GGUF_PART = re.compile(r"-\d{5}-of-(?!00001\b)\d{5}\.gguf$")
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto`, or a device by its torch name. Raises ConfigError when there is no such device here."""
-    if name == "auto":
-        return best_device()
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: not usable here ({first_line_of(error)}). Try --device cpu.") from error
-    return device
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Families whose checkpoints store linear weights as (inputs, outputs)."""
+CPU = torch.device("cpu")
 NOT_IN_MODEL = "transformers leaves it out when it loads this model"
 
 
@@ -48,8 +49,10 @@ class StoredWeights:
     way that isn't understood.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device = CPU) -> None:
+        """device: where `stream` brings the matrices."""
         self.checkpoint = checkpoint
+        self._device = device
         self._quantised = quantised_weights(checkpoint)
         self.stored_as = stored_as(self._quantised.values())
         self._weights = with_weights(checkpoint, self._quantised)
@@ -138,13 +141,13 @@ class StoredWeights:
         return torch.cat(found)
 
     def stream(self, mine: Sequence[Matrix], wanted: Sequence[Matrix]) -> Iterator[tuple[Matrix, Tensor]]:
-        """Each of `mine` with its weights, (rows, columns), on the CPU, in the order given; see `read_groups`."""
+        """Each of `mine` with its weights, (rows, columns), on the device, in the order given; see `read_groups`."""
         groups = [self._parts(matrix) for matrix in mine]
         order = iter(mine)
 
         def made(tensors: list[Tensor]) -> tuple[Matrix, Tensor]:
             matrix = next(order)
-            return matrix, self._made(matrix, tensors)
+            return matrix, self._made(matrix, tensors).to(self._device)
 
         return map(made, read_groups(self.checkpoint, groups))  # a loop would keep the last tensor alive
 

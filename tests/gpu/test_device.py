@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from splaser_plugin import LaserConfig, laser
+from splaser_plugin import LaserConfig, ScanConfig, laser, scan
+from splaser_plugin.checkpoints.checkpoint import open_checkpoint
 from splaser_plugin.generation.generator import Generator, _HalfEnded, _SeenNan
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.generation.teacher_forcing import mean_log_probabilities
@@ -16,7 +17,9 @@ from splaser_plugin.scoring.embedding import SelfEmbedder, SentenceEmbedder
 from splaser_plugin.spectra import spectrum
 from splaser_plugin.spectra.spectrum import factors, singular_values, singular_values_of_batch, truncate
 from splaser_plugin.weights.in_memory import Weights
+from splaser_plugin.weights.stored import StoredWeights
 from tests.builders import QUICK, THREE_PAIRS, tiny_llama
+from tests.planted import Facts
 
 PROMPTS = [list(range(5, 5 + length)) for length in (3, 9, 4, 7, 5)]
 
@@ -134,6 +137,26 @@ def test_a_search_on_the_device_tries_and_keeps_what_one_on_the_cpu_does(change,
     ]
     assert found.search.ranks == expected.search.ranks
     assert found.score_after == pytest.approx(expected.score_after, abs=1e-4)
+
+
+def test_a_scan_from_disk_on_the_device_finds_what_the_cpu_finds(device, tmp_path):
+    tiny_llama(tie_word_embeddings=False).save_pretrained(tmp_path)
+    told = Facts()
+    found = scan(tmp_path, config=ScanConfig(device=str(device)), progress=told)
+    assert dict(told.facts)["device"] == str(device)
+    expected = scan(tmp_path, config=ScanConfig(device="cpu"))
+    assert [matrix.name for matrix in found.matrices] == [matrix.name for matrix in expected.matrices]
+    for one, other in zip(found.matrices, expected.matrices, strict=True):
+        assert one.max_singular_value == pytest.approx(other.max_singular_value, rel=1e-9)
+        for edge in one.edges:
+            assert one.edges[edge].rank == other.edges[edge].rank
+
+
+def test_matrices_are_brought_to_the_device(device, tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    stored = StoredWeights(open_checkpoint(tmp_path), device)
+    matrices, _ = stored.matrices()
+    assert {weight.device.type for _, weight in stored.stream(matrices, matrices)} == {device.type}
 
 
 def test_the_models_own_embeddings_are_those_of_the_cpu(device, tokenizer):

@@ -10,7 +10,7 @@ import torch
 from splaser_plugin.checkpoints.checkpoint import open_checkpoint
 from splaser_plugin.cli.demo import MODEL_WHEEL, _wheel
 from splaser_plugin.config.stages import ScanConfig
-from splaser_plugin.errors import RecipeError, SpectrumError
+from splaser_plugin.errors import ConfigError, RecipeError, SpectrumError
 from splaser_plugin.scanning.scan import Scan, scan_source
 from splaser_plugin.scanning.scan import scan as run_scan
 from splaser_plugin.weights.in_memory import Weights
@@ -44,6 +44,13 @@ def test_a_scan_from_disk_is_the_scan_of_the_loaded_model(tmp_path):
     live = {matrix.name: matrix for matrix in scan_source(Weights(model)).matrices}
     stored = {matrix.name: matrix for matrix in scan_source(StoredWeights(open_checkpoint(tmp_path))).matrices}
     assert live == stored
+
+
+def test_a_scan_refuses_a_device_that_isnt_there(tiny_folder, splaser, tmp_path):
+    with pytest.raises(ConfigError, match=r"device cuda:77: not usable here .* Try device cpu"):
+        run_scan(tiny_folder, config=ScanConfig(device="cuda:77"))
+    code, _, stderr = splaser("scan", tiny_folder, "-o", tmp_path / "scan.json", "--device", "cuda:77")
+    assert code == 2 and "--device cuda:77: not usable here" in stderr
 
 
 def test_a_saved_scan_comes_back_equal_and_has_the_documented_fields(tiny_model, tmp_path):
