@@ -215,9 +215,12 @@ def _load(source: ModelSource, dtype: str | torch.dtype, spread: dict[str, Any])
         ) from error
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
+        why = "Its config.json asks for another model than its weights are."
+        if source.gguf:
+            why = "Its metadata asks for more than the file holds: if it is a part of a split file, merge it first."
         raise CheckpointError(
             f"{name}: it has no weights for {shown(missing[0])}, as for {len(missing)} in all, so that they would be "
-            "random. Its config.json asks for another model than its weights are."
+            f"random. {why}"
         )
     return model, tokenizer
 
