@@ -153,6 +153,7 @@ def known_flags():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+@pytest.mark.slow
 def test_options_and_files_that_are_named_exist(page):
     """In inline code: options of splaser, files of this repository; and the targets of links."""
     text = BLOCK.sub("", page.read_text(encoding="utf-8"))

@@ -109,6 +109,7 @@ def planted(random, kind):
 
 
 @pytest.mark.parametrize("kind", ["normal", "half unchanged"])
+@pytest.mark.slow
 def test_the_bootstrap_interval_covers_the_truth_as_often_as_promised(kind):
     random = np.random.default_rng(1)
     covered = 0

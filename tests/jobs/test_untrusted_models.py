@@ -108,6 +108,7 @@ def peak_bytes():
 
 @pytest.mark.parametrize("command", ["scan", "laser"])
 @pytest.mark.parametrize(("damage", "message"), FOR_ALL.values(), ids=FOR_ALL.keys())
+@pytest.mark.slow
 def test_damaged_weights_are_refused_in_one_line_by_file_and_tensor(
     splaser, model, pairs_file, tmp_path, command, damage, message
 ):
@@ -125,6 +126,7 @@ def test_damaged_weights_are_refused_in_one_line_by_file_and_tensor(
 
 
 @pytest.mark.parametrize(("damage", "message"), FOR_LASER.values(), ids=FOR_LASER.keys())
+@pytest.mark.slow
 def test_what_only_a_loaded_model_is_damaged_by_is_refused_in_one_line(
     splaser, model, pairs_file, tmp_path, damage, message
 ):

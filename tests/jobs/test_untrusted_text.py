@@ -89,6 +89,7 @@ def test_a_model_whose_folder_has_a_hostile_name_is_scanned_without_sending_it_t
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "json"])
+@pytest.mark.slow
 def test_hostile_pairs_are_scored_or_dropped_without_reaching_the_terminal(splaser, tiny_folder, tmp_path, kind):
     texts = [HOSTILE.replace("\x00", ""), "=cmd|'/c calc'!A0", "\x1b[31mred\x1b[0m", "[bold]markup[/bold]"]
     rows = [{"prompt": text, "chosen": text + " yes", "rejected": text + " no"} for text in texts]
@@ -136,6 +137,7 @@ def test_a_prompt_in_a_message_is_escaped(splaser, tiny_folder, tmp_path):
     ],
     ids=["utf8", "nul line", "nested", "raw escape", "column", "10 MB text", "10 MB column", "surrogate", "nul"],
 )
+@pytest.mark.slow
 def test_damaged_pairs_are_one_clean_line_through_the_command_line(splaser, tiny_folder, tmp_path, content, message):
     file = tmp_path / "pairs.jsonl"
     file.write_bytes(content)
@@ -161,6 +163,7 @@ def test_a_file_beyond_the_limit_is_refused_without_reading_it_whole(tmp_path):
     [(b"\xff", "not JSON"), (b"[" * 200_000, "nested too deeply"), (b"9" * 5000, "not JSON"), (b"", "not JSON")],
     ids=["utf8", "nested", "number", "empty"],
 )
+@pytest.mark.slow
 def test_damaged_recipes_and_scans_are_one_clean_line(splaser, tiny_folder, tmp_path, text, message):
     (tmp_path / "foreign.json").write_bytes(text)
     for arguments in (["apply", "FILE", tiny_folder, "-o", tmp_path / "out"], ["emit", "peft", "FILE", "-o", "a.json"]):

@@ -206,6 +206,7 @@ def test_two_runs_on_one_output_refuse_each_other(left, tiny_folder, pairs_file,
 
 
 @pytest.mark.parametrize("damage", ["{}", "no json", '{"subject": "base model", "what": "scan", "asked": []}', "7"])
+@pytest.mark.slow
 def test_a_damaged_line_is_named(damage, left, tiny_folder, pairs_file):
     path = left / "journal.jsonl"
     lines = path.read_text().splitlines()
