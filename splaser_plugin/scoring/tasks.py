@@ -23,7 +23,7 @@ import yaml
 from splaser_plugin.checkpoints.folder import hub_errors
 from splaser_plugin.config.tasks import LM_EVAL
 from splaser_plugin.distributed import input_device, share
-from splaser_plugin.errors import MissingExtraError, ScoreError, TaskError, nearest
+from splaser_plugin.errors import MissingExtraError, ModelError, ScoreError, TaskError, nearest
 from splaser_plugin.files.sources import path_of
 from splaser_plugin.files.text import first_line_of
 from splaser_plugin.generation.generator import MODEL_ERRORS, evaluating
@@ -269,7 +269,7 @@ def _advice(error: Exception) -> str:
 class Harness:
     """A loaded model as lm-evaluation-harness asks it, without a chat template, as is its default.
 
-    batch_size: most texts in one forward pass.
+    batch_size: most texts in one forward pass. Raises ModelError when it can't.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int) -> None:
@@ -277,9 +277,13 @@ class Harness:
 
         self.model = model
         self.batch_size = batch_size
-        with evaluating(model):
-            self._asked: Any = HFLM(pretrained=model, backend="causal", tokenizer=copy.deepcopy(tokenizer))
-        self._asked._device = input_device(model)
+        try:
+            with evaluating(model):
+                self._asked: Any = HFLM(pretrained=model, backend="causal", tokenizer=copy.deepcopy(tokenizer))
+        except (*MODEL_ERRORS, AssertionError, AttributeError, TypeError) as error:
+            name = type(model).__name__
+            raise ModelError(f"lm-evaluation-harness can't ask this {name} ({_reason(error)}).") from error
+        self._device = self._asked._device = input_device(model)
 
     def measure(self, asked: Documents, items: Sequence[int]) -> list[Values]:
         """What the task's metrics say of each of these documents, given by their places.
@@ -305,7 +309,8 @@ class Harness:
             repeated = [request for request in requests if request.request_type == kind for _ in range(request.repeats)]
             self._asked.batch_size_per_gpu = self._fitting(kind, repeated)
             try:
-                with evaluating(self.model), torch.random.fork_rng():
+                device = [self._device.index or 0] if self._device.type == "cuda" else []
+                with evaluating(self.model), torch.random.fork_rng(device):
                     torch.manual_seed(FEW_SHOT_SEED)  # of tasks whose answers are sampled
                     responses = getattr(self._asked, kind)(repeated, disable_tqdm=True)
             except (*MODEL_ERRORS, AssertionError) as error:

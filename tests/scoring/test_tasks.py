@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from splaser_plugin.errors import MissingExtraError, ScoreError, TaskError
+from splaser_plugin.errors import MissingExtraError, ModelError, ScoreError, TaskError
 from splaser_plugin.scoring import tasks
 from splaser_plugin.scoring.tasks import Harness, load_tasks
 from tests.builders import states, tiny_llama
@@ -115,6 +115,11 @@ def test_a_broken_model_is_told(tokenizer, tmp_path):
     [task] = load(tmp_path, "colours")
     with pytest.raises(ScoreError, match="task 'colours': a log-probability is nan"):
         Harness(model, tokenizer, batch_size=4).measure(task, range(3))
+
+
+def test_a_tokenizer_that_the_harness_does_not_take_is_told(tiny_model):
+    with pytest.raises(ModelError, match=r"lm-evaluation-harness can't ask this LlamaForCausalLM \(AssertionError"):
+        Harness(tiny_model, object(), batch_size=4)
 
 
 def test_too_long_an_answer_for_the_context_is_told(harness, tmp_path):
