@@ -114,5 +114,6 @@ def test_the_container_installs_what_is_there_and_starts_the_program():
     assert set(extras.split(",")) <= set(project.get_all("Provides-Extra"))
     [program] = re.findall(r'^ENTRYPOINT \["(.*)"\]$', lines, re.MULTILINE)
     assert program in entry_points(group="console_scripts").names
+    assert "--user" in lines and "mkdir -m 777 /work /cache" in lines and "ENV HOME=/cache" in lines
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     assert not {"splaser_plugin", "integrations", "examples", "pyproject.toml", "README.md", "LICENSE"} & set(ignored)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def check_trackers(names: Sequence[str]) -> None:
 def track(names: Sequence[str], run: Results, config: LaserConfig, output: Path) -> None:
     """Log a run to trackers, by accelerate's; each run is called as its output folder.
 
-    TensorBoard's files go to `runs` beside it. Whatever a tracker raises comes through.
+    TensorBoard's files go to `runs` beside it, those of each run into a folder of their own.
+    Whatever a tracker raises comes through.
     """
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -46,7 +48,10 @@ def track(names: Sequence[str], run: Results, config: LaserConfig, output: Path)
     PartialState()  # accelerate's trackers ask it which process is the main one
     for name in names:
         arguments: dict[str, dict[str, Any]] = {
-            "tensorboard": {"run_name": output.name, "logging_dir": str(output.parent / LOGS)},
+            "tensorboard": {
+                "run_name": _unused(output.parent / LOGS, output.name),
+                "logging_dir": str(output.parent / LOGS),
+            },
             "wandb": {"run_name": PROJECT, "name": output.name},
             "mlflow": {"experiment_name": PROJECT, "run_name": output.name},
         }
@@ -61,6 +66,13 @@ def track(names: Sequence[str], run: Results, config: LaserConfig, output: Path)
             _log_answers(name, tracker, answers(run), len(points) + 1)
         finally:
             tracker.finish()
+
+
+def _unused(folder: Path, name: str) -> str:
+    """The name, or with the first number from 2 on that nothing in the folder has: TensorBoard draws all event files of
+    one folder as one curve."""
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    return next(free for free in names if not (folder / free).exists())
 
 
 def curve(run: Results) -> list[dict[str, float]]:

@@ -164,6 +164,9 @@ def laser(
     from splaser_plugin.jobs.laser import laser as run_laser
     from splaser_plugin.jobs.laser import plan as plan_laser
 
+    unused = {"--report-to": report_to, "--push-to-hub": push_to_hub, "--write-unchanged": write_unchanged}
+    for name in [name for name in unused if plan and unused[name]]:
+        raise ConfigError(f"{name} with --plan: a plan writes nothing. Leave one of the two out.")
     if push_to_hub:
         check_repo(push_to_hub)
     check_trackers(report_to or [])
@@ -187,7 +190,7 @@ def laser(
     if as_json:
         print(json.dumps(result.results(), allow_nan=False))
     has_model = write_unchanged or not result.is_copy
-    show_laser(result, output, progress, has_model=has_model)
+    show_laser(result, output, progress, has_model=has_model, mend="; --write-unchanged writes it")
     if report_to:
         try:
             track(report_to, result.record, result.config, output.expanduser().resolve())

@@ -51,11 +51,10 @@ def show_comparison(found: Comparison, output: Path) -> None:
     console.print(escape(note), soft_wrap=True)
 
 
-def show_laser(result: LaserResult, output: Path, progress: Progress, *, has_model: bool) -> None:
+def show_laser(result: LaserResult, output: Path, progress: Progress, *, has_model: bool, mend: str = "") -> None:
+    """mend: what would have written the model where there is none."""
     if not has_model:
-        progress.result(
-            "model", "none was written: nothing was kept, so it would be the base again; --write-unchanged writes it"
-        )
+        progress.result("model", f"none was written: nothing was kept, so it would be the base again{mend}")
         progress.result("report", str(output / "report.html"))
         return
     dense, stored = result.parameters

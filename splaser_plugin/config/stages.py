@@ -33,6 +33,8 @@ AFTER_PROMPTS = frozenset({"margin", "chosen"})
 """Scorers and guards that read given answers to the pairs' prompts."""
 MAX_PROMPT_TOKENS, MAX_ANSWER_TOKENS = 2048, 1024
 """Longer ones are rare in published preference data: see docs/choosing.md."""
+LARGEST_TOLERANCE = 700.0
+"""Nats a token, of which a ratio of perplexities is still a number."""
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 
 DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -346,7 +348,8 @@ class LaserConfig(ScanConfig, MeasureConfig):
         if self.scored_by != "margin":
             return {}
         guards_text = self.text and not self.tries_budgets  # those test the text by themselves
-        return {"chosen": self.tolerance} | ({"perplexity": math.exp(self.tolerance)} if guards_text else {})
+        ratio = math.exp(min(self.tolerance, LARGEST_TOLERANCE))
+        return {"chosen": self.tolerance} | ({"perplexity": ratio} if guards_text else {})
 
 
 def parse_ranks(text: str) -> tuple[Edge | float, ...]:

@@ -139,7 +139,7 @@ def _begin(
     check_scorers(config)
     if config.scan:
         Scan.load(path_of(config.scan))
-    if source is not None and pairs:
+    if source is not None and pairs is not None:
         tokenizer = load_tokenizer(source, config.adapter)
     split = read_pairs(pairs, config, tokenizer)
     if source is not None:

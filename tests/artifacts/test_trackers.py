@@ -43,6 +43,16 @@ def test_tensorboard_has_the_metrics_the_curve_and_the_answers(splaser, run, tmp
     assert found.texts.held_out[0].prompt.split("\n")[0][:30] in table
 
 
+def test_a_repeated_run_has_a_curve_of_its_own(splaser, run, tmp_path):
+    for anew in ([], ["--overwrite"], ["--overwrite"]):
+        code, _, stderr = splaser(*run, "--report-to", "tensorboard", *anew)
+        assert code == 0, stderr
+    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["out", "out-2", "out-3"]
+    tried = len(Results.load(tmp_path / "out" / "results.json").candidates)
+    for name in ("out", "out-2", "out-3"):
+        assert len(read(tmp_path / "runs" / name).Scalars("laser/candidate_score")) == tried
+
+
 def test_wandb_has_them_offline(splaser, run, wandb_folder):
     code, _, stderr = splaser(*run, "--report-to", "wandb")
     assert code == 0 and "reported to  wandb" in stderr, stderr

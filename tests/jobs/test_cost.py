@@ -68,6 +68,15 @@ def test_a_run_does_no_more_than_its_plan_says(options, tiny_folder, monkeypatch
     assert told.facts["at most"].startswith(f"{cost.candidates} candidates, {cost.scored_items} items scored")
 
 
+@pytest.mark.parametrize(
+    "option", [("--report-to", "tensorboard"), ("--push-to-hub", "me/model"), ("--write-unchanged",)]
+)
+def test_a_plan_refuses_options_of_what_it_would_not_write(splaser, tiny_folder, tmp_path, option):
+    run = ["laser", tiny_folder, "--pairs", EXAMPLE_PAIRS, "-o", tmp_path / "out", *FLAGS, "--plan", *option]
+    code, _, stderr = splaser(*run)
+    assert code == 2 and f"{option[0]} with --plan: a plan writes nothing. Leave one of the two out." in stderr
+
+
 def test_the_warm_up_changes_nothing(tiny_folder):
     quiet = laser(tiny_folder, ROWS, config=LaserConfig(**QUICK, batch_size=0))
     told = laser(tiny_folder, ROWS, config=LaserConfig(**QUICK, batch_size=0), progress=Told())

@@ -129,6 +129,11 @@ def test_the_configuration_says_how_pairs_are_split():
         read_pairs(EXAMPLE_PAIRS, LaserConfig(held_out="nothing.jsonl"), None)
 
 
+def test_a_tolerance_beyond_all_perplexities_guards_nothing():
+    guards = LaserConfig(scorer="margin", text="notes.txt", tolerance=1000.0).guards
+    assert guards["chosen"] == 1000 and guards["perplexity"] > 1e300
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
