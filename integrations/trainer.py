@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from splaser_plugin.artifacts.trackers import curve
+from splaser_plugin.artifacts.trackers import answers, curve
 from splaser_plugin.checkpoints.roles import shape_of
 from splaser_plugin.config.stages import AFTER_PROMPTS, LaserConfig, Measure, SelectConfig
 from splaser_plugin.data.pairs import PairSet
@@ -147,8 +147,7 @@ class LaserCallback(TrainerCallback):
             if not is_prepared and self.when == "init":
                 logger.warning("%s It is lasered now, as with when='before'.", NOT_AT_INIT)
             result = self.result if is_prepared and self.result else self._laser(training)
-            training.log_curve(curve(result.record))
-            training.log(self._metrics(result))
+            self._report(training, result)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         self._move(first=False)
@@ -164,8 +163,7 @@ class LaserCallback(TrainerCallback):
             logger.warning("this trial was pruned at step %d, so it isn't lasered.", state.global_step)
             return
         result = self._laser(training)
-        training.log_curve(curve(result.record))
-        training.log(self._metrics(result))
+        self._report(training, result)
         training.progress.result("lasered model", str(result.save(training.folder(LASERED), overwrite=True)))
         if is_adapted:
             training.progress.result("adapter", "save_model() and checkpoints hold it as trained, without the laser")
@@ -272,6 +270,12 @@ class LaserCallback(TrainerCallback):
             with undisturbed():
                 restore_base(training.model, training.folder(BASE))
             training.progress.result("base of the adapter", f"restored from {training.folder(BASE)}")
+
+    def _report(self, training: Training, result: LaserResult) -> None:
+        record = result.record
+        training.log_curve(curve(record))
+        training.log(self._metrics(result))
+        training.log_answers(answers(record))
 
     def _metrics(self, result: LaserResult) -> dict[str, float]:
         found = result.search

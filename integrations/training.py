@@ -18,9 +18,15 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    MLflowCallback,
+    TensorBoardCallback,
+    WandbCallback,
+)
 from transformers.utils import logging as transformers_logging
 
+from splaser_plugin.artifacts.trackers import ANSWERS, COLUMNS, by_column, markdown
 from splaser_plugin.distributed import best_device, is_main
 from splaser_plugin.errors import ModelError, PairsError
 from splaser_plugin.files.text import first_line_of
@@ -86,6 +92,19 @@ class Training:
             state.global_step = step
             for reporter in self.reporters:
                 reporter.on_log(self.args, state, TrainerControl(), logs=dict(point), model=self.model)
+
+    def log_answers(self, rows: Sequence[Sequence[str | float]]) -> None:
+        """Send a table to each reporter that has tables, to TensorBoard as Markdown. rows: of `trackers.COLUMNS`."""
+        if not rows or not self.state.is_world_process_zero:
+            return
+        for reporter in self.reporters:
+            if isinstance(reporter, WandbCallback):
+                table = reporter._wandb.Table(columns=COLUMNS, data=[list(row) for row in rows])
+                reporter._wandb.log({ANSWERS: table})
+            elif isinstance(reporter, MLflowCallback):
+                reporter._ml_flow.log_table(by_column(rows), artifact_file="answers.json")
+            elif isinstance(reporter, TensorBoardCallback) and reporter.tb_writer is not None:
+                reporter.tb_writer.add_text(ANSWERS, markdown(rows), self.state.global_step)
 
     @property
     def progress(self) -> Progress:

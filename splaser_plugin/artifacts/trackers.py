@@ -18,6 +18,7 @@ PROJECT = "splaser"
 """What W&B calls a project and MLflow an experiment."""
 LOGS = "runs"
 """Folder beside the output, for TensorBoard."""
+ANSWERS = "laser/answers"
 COLUMNS = ["held out", "prompt", "chosen", "rejected", "base", "result", "change of the score"]
 
 
@@ -121,17 +122,25 @@ def _log_answers(name: str, tracker: Any, rows: list[list[str | float]], step: i
     if not rows:
         return
     if name == "wandb":
-        tracker.log_table("laser/answers", columns=COLUMNS, data=rows, step=step)
+        tracker.log_table(ANSWERS, columns=COLUMNS, data=rows, step=step)
     elif name == "mlflow":
         import mlflow
 
-        columns = {column: [row[place] for row in rows] for place, column in enumerate(COLUMNS)}
-        mlflow.log_table(columns, artifact_file="answers.json")
+        mlflow.log_table(by_column(rows), artifact_file="answers.json")
     else:
-        lines = [COLUMNS, ["---"] * len(COLUMNS), *([_cell(value) for value in row] for row in rows)]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        tracker.tracker.add_text("laser/answers", table, step)
+        tracker.tracker.add_text(ANSWERS, markdown(rows), step)
         tracker.tracker.flush()
+
+
+def by_column(rows: Sequence[Sequence[str | float]]) -> dict[str, list[str | float]]:
+    """The same answers as a list for each of `COLUMNS`."""
+    return {column: [row[place] for row in rows] for place, column in enumerate(COLUMNS)}
+
+
+def markdown(rows: Sequence[Sequence[str | float]]) -> str:
+    """The same answers as a table in Markdown, a line each."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(value: str | float) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import (
 
 from splaser_plugin import LaserCallback, LaserConfig, expand, load
 from splaser_plugin.artifacts.recipe import Recipe
+from splaser_plugin.artifacts.trackers import COLUMNS, answers, markdown
 from splaser_plugin.weights.adapted import MergedWeights
 from tests.builders import EXAMPLE_PAIRS, ROOT, changed, states, tiny_llama
 from tests.integrations.trainings import CONFIG, Logs, steps_of
@@ -124,7 +126,15 @@ def test_tensorboard_gets_metrics_and_a_curve_in_the_trainings_own_run(trainer_o
     assert curve == [(step, pytest.approx(trial.judgement.scores.mean)) for step, trial in enumerate(trials, 1)]
     assert events.Scalars("train/laser/score_after")[-1].value == pytest.approx(callback.result.score_after)
     assert [point.step for point in events.Scalars("train/loss")] == [1, 2]
+    [text] = events.Tensors("laser/answers/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == markdown(answers(callback.result.record))
     assert not any("candidate" in key for logged in trainer.state.log_history for key in logged)
+
+
+def whole_records(file, block=2**15, header=7):
+    """An offline run of W&B without the header of each block of the file, which cuts records in two."""
+    stored = file.read_bytes()
+    return stored[:block] + b"".join(stored[at + header : at + block] for at in range(block, len(stored), block))
 
 
 def test_mlflow_and_wandb_get_the_curve_in_the_trainings_own_run(trainer_of, pairs, wandb_folder, monkeypatch):
@@ -145,9 +155,15 @@ def test_mlflow_and_wandb_get_the_curve_in_the_trainings_own_run(trainer_of, pai
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "laser/candidate_score")
     curve = sorted((point.step, point.value) for point in history)
     assert curve == [(n, pytest.approx(s)) for n, s in enumerate(scores, 1)]
+    rows = answers(callback.result.record)
+    table = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="answers.json")
+    assert json.loads(Path(table).read_text())["columns"] == COLUMNS
     wandb.finish()
+    [table] = wandb_folder.glob("wandb/offline-run-*/files/media/table/laser/answers_*.json")
+    assert json.loads(table.read_text()) == {"columns": COLUMNS, "data": rows} and rows
     [stored] = wandb_folder.glob("wandb/offline-run-*/*.wandb")
-    assert all(json.dumps(score).encode() in stored.read_bytes() for score in scores)
+    history = whole_records(stored)
+    assert all(json.dumps(score).encode() in history for score in scores)
 
 
 def test_given_the_trainer_what_belongs_to_its_making_is_done_at_once(trainer_of, pairs):
