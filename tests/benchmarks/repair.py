@@ -68,12 +68,13 @@ def component(weight: Tensor, gradient: Tensor, rank: int = RANK, share: float =
     return -share * fit.threshold * (left @ outputs[:, :rank]) @ (inputs[:rank] @ right)
 
 
-def plant(model: Any, tokenizer: Any, pairs: PairSet, name: str = MATRIX) -> None:
-    """Add the component to the model's matrix, in place."""
+def plant(model: Any, tokenizer: Any, pairs: PairSet, name: str = MATRIX) -> Tensor:
+    """Add the component to the model's matrix, in place; gives what was added."""
     weight = model.get_submodule(name).weight
     added = component(weight, margin_gradient(model, tokenizer, name, pairs))
     with torch.no_grad():
         weight += added.to(weight.dtype)
+    return added
 
 
 def part(file: Path, start: int, stop: int) -> PairSet:
@@ -86,7 +87,7 @@ def part(file: Path, start: int, stop: int) -> PairSet:
 def repair(arguments: argparse.Namespace) -> LaserResult:
     model, tokenizer = load_model(prepare_model(ROOT / ".cache"), device="cpu", dtype="float32")
     first = arguments.plant_pairs
-    plant(model, tokenizer, part(PAIRS, 0, first))
+    added = plant(model, tokenizer, part(PAIRS, 0, first))
     print(f"planted in {MATRIX}", file=sys.stderr)
     config = LaserConfig(
         include=tuple(arguments.include),
@@ -101,7 +102,11 @@ def repair(arguments: argparse.Namespace) -> LaserResult:
     )
     progress = TerminalProgress(Console(stderr=True, emoji=False))
     pairs = part(PAIRS, first, first + arguments.samples)
-    return laser(model, pairs, tokenizer=tokenizer, config=config, output=arguments.output, progress=progress)
+    result = laser(model, pairs, tokenizer=tokenizer, config=config, output=arguments.output, progress=progress)
+    weight = model.get_submodule(MATRIX).weight.detach().double()
+    left = float((weight * added).sum() / added.square().sum())
+    print(f"of what was planted {left:.0%} is left in {MATRIX}", file=sys.stderr)
+    return result
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
