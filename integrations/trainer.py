@@ -234,6 +234,8 @@ class LaserCallback(TrainerCallback):
                 scorers.windows()
             for pair in (*self._split.search, *self._split.held_out) if self.config.reads_prompts else ():
                 scorers.prompter.tokens(pair.messages, before_answer=bool(used & AFTER_PROMPTS))
+            if "semantic" in used and self.config.engine != "auto":
+                training.progress.detail("engine", scorers.engine)
             if "semantic" in used and self.config.embedder != "self":
                 SentenceEmbedder(self.config.embedder, torch.device("cpu"), allow_pickle=self.config.allow_pickle)
 

@@ -245,6 +245,8 @@ class Results:
     model: str = ""
     pairs: UsedPairs
     scorer: str = ""
+    engine: str | None = None
+    """What wrote the answers; None where none were generated, and in files that don't say."""
     unit: str = "pairs"
     """What a score is of: `pairs`, `windows` of text, or `documents` of a task."""
     compared_with: Literal["best", "base"] = "best"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from splaser_plugin.distributed import input_device, is_sharded
-from splaser_plugin.generation.generator import evaluating
+from splaser_plugin.generation.evaluation import evaluating
 from splaser_plugin.generation.long_rope import batches, turning_point
 from splaser_plugin.progress import measured
 

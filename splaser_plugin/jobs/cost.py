@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +15,19 @@ from splaser_plugin.config.stages import parse_ranks
 from splaser_plugin.distributed import my_part, process_count
 from splaser_plugin.errors import ScoreError
 from splaser_plugin.files.output import size
-from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.kv_cache import roomy_cache
+from splaser_plugin.jobs.engine import WARM_UP_TOKENS, plain_scorer, second_time
 from splaser_plugin.progress import SILENT, Progress, duration
 from splaser_plugin.scoring.own_scorer import CallableScorer
 from splaser_plugin.scoring.scores import Scorer, Scores
 from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.search.budgets import shares
-from splaser_plugin.search.journal import RecordedScorer
 from splaser_plugin.search.racing import Race
 from splaser_plugin.statistics import POWER, RISK, pairs_needed, smallest_difference
 
 if TYPE_CHECKING:
     from splaser_plugin.jobs.stages import Measures, Run
 
-WARM_UP_TOKENS = 16
-"""Decoded in the warm-up, after the first one."""
 SMALL_CHANGE = 0.01
 """Of the mean score, for which the number of held-out items that would show it is said."""
 
@@ -80,8 +76,8 @@ def cost_of(run: Run, measures: Measures) -> Cost:
     candidates = candidates if config.tries_budgets else min(config.candidates, candidates)
     searched = [measures.scorer, *(guard.scorer for guard in measures.guards), measures.text]
     unseen = [measures.held_out, measures.held_out_text]
-    passes = [(_plain(scorer), 1 + candidates) for scorer in searched if scorer is not None]
-    passes += [(_plain(scorer), 2) for scorer in unseen if scorer is not None]
+    passes = [(plain_scorer(scorer), 1 + candidates) for scorer in searched if scorer is not None]
+    passes += [(plain_scorer(scorer), 2) for scorer in unseen if scorer is not None]
     parts = Race(measures.scorer.size, seed=config.seed).parts if config.race else [range(measures.scorer.size)]
     seconds: float | None = 0.0
     with run.progress.phase("warm-up", 1):
@@ -134,11 +130,6 @@ def tell_smallest_effect(base: Scores | None, unit: str, progress: Progress) -> 
     )
 
 
-def _plain(scorer: Scorer) -> Scorer:
-    """Without the journal, which a warm-up is not to be written to."""
-    return scorer.scorer if isinstance(scorer, RecordedScorer) else scorer
-
-
 def _pass_s(scorer: Scorer, parts: Sequence[Sequence[int]]) -> float | None:
     """Seconds that this process takes at most for all items once. parts: as they are scored together."""
     if isinstance(scorer, CallableScorer):
@@ -148,7 +139,7 @@ def _pass_s(scorer: Scorer, parts: Sequence[Sequence[int]]) -> float | None:
             at_once, batch_s = _answering(scorer)
             return sum(math.ceil(len(my_part(part)) / at_once) for part in parts) * batch_s
         items = range(min(scorer.size, getattr(scorer, "batch_size", 1) * process_count()))
-        return scorer.size / len(items) * _second_time(lambda: scorer.score(items))
+        return scorer.size / len(items) * second_time(lambda: scorer.score(items))
     except ScoreError:
         return None
 
@@ -156,27 +147,19 @@ def _pass_s(scorer: Scorer, parts: Sequence[Sequence[int]]) -> float | None:
 def _answering(scorer: SemanticScorer) -> tuple[int, float]:
     """How many prompts are answered at once, and the seconds which that takes if one answer has the full length."""
     generator = scorer.generator
-    at_once = min(generator.batch.now, scorer.size)
+    at_once = min(generator.engine.at_once, scorer.size)
     prompts = sorted(scorer.prompts, key=len, reverse=True)[:at_once]
 
     def answered(tokens: int) -> tuple[float, int]:
-        warming = Generator(generator.model, generator.prompter, max_new_tokens=tokens, batch_size=at_once)
+        warming = generator.limited(tokens)
         lengths: list[int] = []
-        seconds = _second_time(lambda: lengths.append(max(len(answer.tokens) for answer in warming.answer(prompts))))
+        seconds = second_time(lambda: lengths.append(max(len(answer.tokens) for answer in warming.answer(prompts))))
         return seconds, lengths[-1]
 
     first_s, _ = answered(1)
     more_s, length = answered(1 + WARM_UP_TOKENS)
     a_token_s = max(0.0, more_s - first_s) / max(1, length - 1)
     return at_once, first_s + (generator.max_new_tokens - 1) * a_token_s
-
-
-def _second_time(work: Callable[[], object]) -> float:
-    """Seconds that it takes, done again: what is slow only the first time doesn't count."""
-    work()
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def _cache_bytes(scorer: Scorer) -> int:
@@ -188,7 +171,7 @@ def _cache_bytes(scorer: Scorer) -> int:
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kept = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_size
     length = max(map(len, scorer.prompts)) + scorer.generator.max_new_tokens
-    at_once = min(scorer.generator.batch.now, scorer.size)
+    at_once = min(scorer.generator.engine.at_once, scorer.size)
     element = next(scorer.generator.model.parameters()).element_size()
     return int(at_once * length * kept * element)
 

@@ -17,6 +17,7 @@ from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.files.output import check_output, check_space
 from splaser_plugin.files.sources import path_of
 from splaser_plugin.jobs.cost import Cost, cost_of, tell_cost, tell_smallest_effect
+from splaser_plugin.jobs.engine import engine_of
 from splaser_plugin.jobs.result import NO_PAIRS, LaserResult
 from splaser_plugin.jobs.stages import (
     Measures,
@@ -204,6 +205,7 @@ def _laser(run: Run, measures: Measures) -> LaserResult:
         verdicts.text,
         references,
         time.monotonic() - run.began,
+        engine_of(measures),
     )
 
 

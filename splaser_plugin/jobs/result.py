@@ -69,6 +69,8 @@ class LaserResult:
     """What the embedder sees of the reference answers; None where none are embedded."""
     elapsed_s: float | None = None
     """From the loaded model to the verdict."""
+    engine: str | None = None
+    """What wrote the answers; None where none were generated."""
 
     def __repr__(self) -> str:
         score = f"{self.score_before:+.4f} -> {self.score_after:+.4f}"
@@ -144,6 +146,7 @@ class LaserResult:
             model=self.recipe.model,
             pairs=UsedPairs(source=self.pairs.source, used=len(self.pairs.pairs), dropped=dict(self.pairs.dropped)),
             scorer=self.config.scored_by,
+            engine=self.engine,
             unit=self.config.unit,
             compared_with="base" if self.config.acceptance == "harmless" else "best",
             baseline=_measured(self.search.baseline),

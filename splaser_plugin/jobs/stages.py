@@ -19,6 +19,7 @@ from splaser_plugin.errors import MatrixError, ModelError, RecipeError
 from splaser_plugin.files.output import size
 from splaser_plugin.files.sources import path_of
 from splaser_plugin.jobs.cost import tell_smallest_effect
+from splaser_plugin.jobs.engine import settle_engine
 from splaser_plugin.jobs.materials import materials
 from splaser_plugin.progress import SILENT, Progress, counting
 from splaser_plugin.reduction.calibration import Row, answer_rows, mixed, token_count, window_rows
@@ -170,6 +171,7 @@ def scan_weights(run: Run, measures: Measures) -> Scan:
             **({"tasks": identities} if identities else {}),
         }
     )
+    settle_engine(run, measures)
     if left:
         run.progress.fact("going on", f"{left} measurements were left by a run that was stopped; none is made again")
 

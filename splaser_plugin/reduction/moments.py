@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from splaser_plugin.distributed import add_up, gather, my_part
 from splaser_plugin.errors import ModelError
-from splaser_plugin.generation.generator import evaluating
+from splaser_plugin.generation.evaluation import evaluating
 from splaser_plugin.generation.teacher_forcing import forced_logits
 from splaser_plugin.progress import SILENT, Advance, Progress
 from splaser_plugin.reduction.calibration import Row

@@ -18,7 +18,7 @@ from splaser_plugin.distributed import input_device, share
 from splaser_plugin.errors import EmbedderError
 from splaser_plugin.files.sources import looks_like_path, path_of
 from splaser_plugin.files.text import first_line_of, shown
-from splaser_plugin.generation.generator import MODEL_ERRORS, evaluating
+from splaser_plugin.generation.evaluation import MODEL_ERRORS, evaluating
 from splaser_plugin.generation.long_rope import batches, turning_point
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import context_length

@@ -16,7 +16,7 @@ import torch
 from splaser_plugin.data.pairs import Pair
 from splaser_plugin.distributed import share
 from splaser_plugin.errors import ScoreError, ScorerError
-from splaser_plugin.generation.generator import evaluating
+from splaser_plugin.generation.evaluation import evaluating
 from splaser_plugin.progress import measured
 from splaser_plugin.scoring.scores import Scores
 

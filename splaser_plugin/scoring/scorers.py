@@ -100,7 +100,15 @@ class Scorers:
     @cached_property
     def generator(self) -> Generator:
         limit, at_once = self.config.max_new_tokens, self.config.batch_size
-        return Generator(self.model, self.prompter, max_new_tokens=limit, batch_size=at_once)
+        found = Generator(self.model, self.prompter, max_new_tokens=limit, batch_size=at_once)
+        if self.config.engine == "continuous":
+            found.use_continuous()
+        return found
+
+    @property
+    def engine(self) -> str:
+        """The name of what writes the answers. Raises ModelError where that can't take the model."""
+        return self.generator.engine.name
 
     @cached_property
     def embedder(self) -> Embedder:

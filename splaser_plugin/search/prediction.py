@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from splaser_plugin.distributed import gather, my_part
 from splaser_plugin.errors import ModelError
-from splaser_plugin.generation.generator import evaluating
+from splaser_plugin.generation.evaluation import evaluating
 from splaser_plugin.generation.teacher_forcing import forced_means
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.scoring.margin import MarginScorer

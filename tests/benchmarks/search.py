@@ -28,7 +28,8 @@ from torch.nn.functional import cosine_similarity
 
 from splaser_plugin.cli.demo import prepare_embedder, prepare_model
 from splaser_plugin.data.pairs import Pair, load_pairs
-from splaser_plugin.generation.generator import Generator, plain_generation
+from splaser_plugin.generation.evaluation import plain_generation
+from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scanning.scan import scan_source
 from splaser_plugin.scoring.embedding import SentenceEmbedder

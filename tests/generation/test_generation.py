@@ -10,7 +10,9 @@ from transformers import GenerationConfig
 
 from splaser_plugin.data.pairs import pairs_from_rows
 from splaser_plugin.errors import ModelError, PairsError
-from splaser_plugin.generation.generator import CACHE, BatchSize, Generator, evaluating
+from splaser_plugin.generation.evaluation import evaluating
+from splaser_plugin.generation.generator import Generator
+from splaser_plugin.generation.loop import CACHE, BatchSize
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scoring.margin import MarginScorer
 from tests.builders import tiny_llama
@@ -111,7 +113,7 @@ def test_measured_batches_give_the_same_answers(tiny_model, tokenizer, prompts):
     many = prompts * 8
     plain = generator(tiny_model, tokenizer).answer(prompts)
     assert ours.answer(many) == plain * 8
-    assert ours.batch.now >= 8
+    assert ours.engine.at_once >= 8
 
 
 def test_the_models_own_sampling_settings_do_not_matter(tiny_model, tokenizer, prompts):
@@ -134,7 +136,7 @@ def test_running_out_of_memory_halves_the_batch_and_goes_on(tiny_model, tokenize
 
     monkeypatch.setattr(tiny_model, "generate", at_most_two)
     assert small.answer(prompts) == expected
-    assert small.batch.now == 2
+    assert small.engine.at_once == 2
 
 
 @pytest.mark.parametrize("said", ["not enough memory: you tried to allocate 9 bytes.", "MPS: out of memory"])
@@ -147,7 +149,7 @@ def test_memory_errors_of_every_device_halve_the_batch(said, tiny_model, tokeniz
     monkeypatch.setattr(tiny_model, "generate", none)
     with pytest.raises(ModelError, match=r"no room for 1 answers at once\. Lower max_new_tokens or batch_size"):
         small.answer(prompts)
-    assert small.batch.now == 1
+    assert small.engine.at_once == 1
 
 
 @torch.no_grad()
@@ -292,7 +294,7 @@ def test_models_of_every_kind_answer_a_batch_as_each_prompt_alone(kind, tokenize
             if parameter.ndim == 2:
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
     together = generator(model, tokenizer, max_new_tokens=6, batch_size=8)
-    assert (together.batch.now == 1) == (kind == "rwkv")
+    assert (together.engine.at_once == 1) == (kind == "rwkv")
     alone = generator(model, tokenizer, max_new_tokens=6, batch_size=1)
     said = together.answer(prompts)
     assert said == [alone.answer([prompt])[0] for prompt in prompts]
@@ -352,6 +354,6 @@ def test_the_thought_is_no_part_of_an_answer(are_special, opened, said, text, th
     prompter = Prompter(thinking, variables={"enable_thinking": opened})
     generator = Generator(tiny_model, prompter, max_new_tokens=64, batch_size=1)
     tokens = thinking(said)["input_ids"]
-    monkeypatch.setattr(generator, "_continue", lambda ids, mask, steps: [[*tokens, thinking.eos_token_id]])
+    monkeypatch.setattr(generator.engine, "_continue", lambda ids, mask, steps: [[*tokens, thinking.eos_token_id]])
     (answer,) = generator.answer([prompter.tokens([{"role": "user", "content": "Hi"}])])
     assert (answer.text, len(answer.tokens)) == (text, len(tokens) + 1)

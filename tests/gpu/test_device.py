@@ -8,7 +8,8 @@ import torch
 
 from splaser_plugin import LaserConfig, ScanConfig, laser, scan
 from splaser_plugin.checkpoints.checkpoint import open_checkpoint
-from splaser_plugin.generation.generator import Generator, _HalfEnded, _SeenNan
+from splaser_plugin.generation.generator import Generator
+from splaser_plugin.generation.loop import _HalfEnded, _SeenNan
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.generation.teacher_forcing import mean_log_probabilities
 from splaser_plugin.reduction.calibration import Row
@@ -190,6 +191,6 @@ def test_what_is_too_much_for_the_device_is_answered_in_smaller_batches(cuda, to
         answers = generator.answer(prompts)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, cuda)
-    assert generator.batch.now < 512
+    assert generator.engine.at_once < 512
     assert len(answers) == 512
     assert answers[0].text == alone[0].text

@@ -1,0 +1,44 @@
+"""A model as it computes while it is measured, and what its own code may raise then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+MODEL_ERRORS = (RuntimeError, ValueError, LookupError, ArithmeticError)
+"""What a model's own code may raise over the numbers that it computes."""
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+"""Words in the errors of devices that have no error class of their own for it."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def plain_generation(model: Any) -> Iterator[None]:
+    """Hide the model's own generation defaults: its sampling settings and penalties would change greedy answers."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(words in said for words in OUT_OF_MEMORY)
