@@ -6,30 +6,40 @@ import os
 
 from splaser_plugin.progress import Progress
 
+WATCH_S = 0.3
+"""How long the cores are watched: the load that systems tell is a minute's, the command before this one in it."""
 
-def free_cores(cores: int, load: float) -> int:
-    """How many of the cores others leave, at least 1. load: processes that run or wait for a core, on average."""
-    return max(1, min(cores, round(cores - load)))
+
+def free_cores(cores: int, busy: float) -> int:
+    """How many of the cores others leave, at least 1. busy: cores' worth of work that others do."""
+    return max(1, min(cores, round(cores - busy)))
+
+
+def busy_cores(cores: list[int]) -> float:
+    """How many cores' worth of work is done on these while this process waits for `WATCH_S`."""
+    import psutil
+
+    shares = psutil.cpu_percent(interval=WATCH_S, percpu=True)
+    return sum(shares[core] for core in cores if core < len(shares)) / 100
 
 
 def fit_threads(progress: Progress) -> None:
     """Have torch compute on the cores that nobody uses as the command starts, and say so where that isn't all of them.
 
-    The load is that of the last minute (`os.getloadavg`), of which this process is taken to bear its cores' share.
-    Nothing is changed where OMP_NUM_THREADS is set, or where the system knows no load.
+    Nothing is changed where OMP_NUM_THREADS is set, or where there is one thread anyway.
     """
-    if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "getloadavg"):
-        return
     import torch
 
-    everywhere = os.cpu_count() or 1
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else everywhere
-    load = os.getloadavg()[0]
-    threads = min(torch.get_num_threads(), free_cores(mine, load * mine / everywhere))
-    if threads < torch.get_num_threads():
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ or before == 1:
+        return
+    mine = list(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    busy = busy_cores(mine)
+    threads = min(before, free_cores(len(mine), busy))
+    if threads < before:
         progress.fact(
             "threads",
-            f"{threads} of {torch.get_num_threads()}, as the machine is busy (load {load:.1f} on {everywhere} cores); "
+            f"{threads} of {before}, as the machine is busy (others use {busy:.1f} of {len(mine)} cores); "
             "OMP_NUM_THREADS sets another number",
         )
         torch.set_num_threads(threads)

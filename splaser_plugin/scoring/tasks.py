@@ -26,7 +26,7 @@ from splaser_plugin.distributed import input_device, share
 from splaser_plugin.errors import MissingExtraError, ModelError, ScoreError, TaskError, nearest
 from splaser_plugin.files.sources import path_of
 from splaser_plugin.files.text import first_line_of
-from splaser_plugin.generation.generator import MODEL_ERRORS, evaluating
+from splaser_plugin.generation.evaluation import MODEL_ERRORS, evaluating
 from splaser_plugin.generation.teacher_forcing import fitting_batch
 from splaser_plugin.progress import measured
 from splaser_plugin.scoring.scores import Scores

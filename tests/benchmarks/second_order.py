@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from splaser_plugin.cli.demo import prepare_model
 from splaser_plugin.data.windows import open_text
-from splaser_plugin.generation.generator import evaluating
+from splaser_plugin.generation.evaluation import evaluating
 from splaser_plugin.reduction.moments import Moments, draw
 from splaser_plugin.reduction.products import watching
 from splaser_plugin.reduction.truncation import decompose_by_moments
