@@ -27,11 +27,15 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "attention_hidden_size"), 32),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "emb_dim", "dim", "attention_hidden_size"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "dff", "n_inner", "ffn_hidden_size", "d_inner"), 48),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "depth"), 2),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 48),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 24),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth"), 2
+    ),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
+    "encoder_attention_heads": 4,
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads"), 2),
     **dict.fromkeys(("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_channels"), 8),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "embedding_size"), 16),
@@ -39,7 +43,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token"), 2),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts"), 1),
     **dict.fromkeys(("state_size", "mamba_d_state", "time_step_rank", "ssm_state_size", "laurel_rank"), 8),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 128),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_words"), 128),
     **dict.fromkeys(("image_size",), 28),
     **dict.fromkeys(("patch_size",), 14),
     "attn_layer_period": 2,
@@ -48,6 +52,7 @@ SIZES: dict[str, Any] = {
     "rotary_dim": 8,
     "mamba_n_heads": 4,
     "mamba_d_head": 16,
+    "mamba_d_ssm": 64,
     "hidden_size_per_layer_input": 8,
     "max_position_embeddings": 64,
     "n_positions": 64,
@@ -55,8 +60,14 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-UNSET = frozenset({"n_routed_experts", "n_shared_experts", "moe_intermediate_size", "num_experts_per_tok"})
+UNSET = frozenset({"head_dim", "n_routed_experts", "n_shared_experts", "moe_intermediate_size", "num_experts_per_tok"})
 """Sizes that are given where the defaults have none."""
+OWN: dict[str, dict[str, Any]] = {
+    "mamba2": {"head_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+}
+"""What else a type's sizes have to fit."""
 MOST_PARAMETERS = 20_000_000
 ROWS = [{"prompt": f"w1 w{place}", "chosen": f"w{place} w2", "rejected": "w3 w4 w5"} for place in range(6, 14)]
 COLUMNS = ("scan", "lora", "unfrozen", "reduce", "laser", "factored")
@@ -86,8 +97,10 @@ def _small(config: Any) -> dict[str, Any]:
     }
     if given.get("kv_lora_rank"):
         values["num_key_value_heads"] = values["num_attention_heads"]
-    if len(layers := list(dict.fromkeys(given.get("layer_types") or ()))) > 1:
-        values["layer_types"] = layers[:2]
+    for name in ("layer_types", "layers_block_type"):
+        if len(layers := list(dict.fromkeys(given.get(name) or ()))) > 1:
+            values[name] = layers[:2]
+    values |= OWN.get(config.model_type, {})
     for part in config.sub_configs:
         if hasattr(inner := getattr(config, part, None), "to_dict"):
             values[part] = {"model_type": inner.model_type, **_small(inner)}
