@@ -66,6 +66,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
 }
 """What else a type's sizes have to fit."""
 MOST_PARAMETERS = 20_000_000
@@ -97,9 +98,8 @@ def _small(config: Any) -> dict[str, Any]:
     }
     if given.get("kv_lora_rank"):
         values["num_key_value_heads"] = values["num_attention_heads"]
-    for name in ("layer_types", "layers_block_type"):
-        if len(layers := list(dict.fromkeys(given.get(name) or ()))) > 1:
-            values[name] = layers[:2]
+    if len(layers := list(dict.fromkeys(given.get("layer_types") or ()))) > 1:
+        values["layer_types"] = layers[:2]
     values |= OWN.get(config.model_type, {})
     for part in config.sub_configs:
         if hasattr(inner := getattr(config, part, None), "to_dict"):
