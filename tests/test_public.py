@@ -38,7 +38,7 @@ compared.save("c.json")
 callback = s.LaserCallback(when="after", config=config)
 frozen = s.FreezeCallback(names)
 lora = s.lora_config(selection, rank=8)
-pairs: s.PairSet = s.load_pairs("p.jsonl")
+pairs: s.PairSet = s.load_pairs("p.jsonl", limits=s.TokenLimits(None, prompt=64))
 model = s.expand(s.load("m"))
 values: dict[str, float] = s.importances(model, None, by="fisher", text="notes.txt")
 version: str = s.__version__
