@@ -7,6 +7,7 @@ allowed. Code that comes with a model is never run.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, overload
@@ -20,7 +21,7 @@ from splaser_plugin.files.text import shown
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ADAPTER_CONFIG, ADAPTER, PICKLED_ADAPTER = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-LEFT_BY_TRAINERS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
+LEFT_BY_TRAINERS = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth")
 """Pickles of a checkpoint that only a training which goes on reads."""
 READ_BY_TRANSFORMERS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -97,7 +98,7 @@ def check_embedder_folder(folder: Path, *, allow_pickle: bool = False) -> None:
 
 def _is_never_read(file: Path) -> bool:
     """Of a pickled file beside an embedder's: what a trainer left, and weights that are there as safetensors, too."""
-    return file.name in LEFT_BY_TRAINERS or file.with_name(SINGLE_NAME).exists()
+    return LEFT_BY_TRAINERS.fullmatch(file.name) is not None or file.with_name(SINGLE_NAME).exists()
 
 
 def read_file_header(file: Path, error: type[SplaserError]) -> list[StoredTensor]:

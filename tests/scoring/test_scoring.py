@@ -161,7 +161,7 @@ def test_an_embedder_from_the_hub_is_checked_like_a_folder(tmp_path, monkeypatch
         SentenceEmbedder("org/pickled", CPU)
 
 
-@pytest.mark.parametrize("name", ["training_args.bin", "optimizer.pt", "rng_state.pth"])
+@pytest.mark.parametrize("name", ["training_args.bin", "optimizer.pt", "rng_state.pth", "rng_state_11.pth"])
 def test_what_a_trainer_left_beside_an_embedder_is_no_weight(name, tmp_path):
     (tmp_path / name).write_bytes(b"")
     check_embedder_folder(tmp_path)
