@@ -10,7 +10,7 @@ from typing import Any
 
 from splaser_plugin.data.formats import describe_columns, recognise
 from splaser_plugin.errors import ConfigError, PairsError
-from splaser_plugin.scanning.selection import Selection, matched_rank
+from splaser_plugin.scanning.selection import Selection, adapter_sides, matched_rank
 
 MODES = ("unfrozen", "lora", "qlora")
 STAGES = ("sft", "dpo")
@@ -65,10 +65,9 @@ def choose_rank(selection: Selection, lora_rank: str | None, match_rank: int) ->
             raise ConfigError(f"--lora-rank: got '{lora_rank}', expected a number of at least 1, or auto.")
         return int(lora_rank), ""
     rank = matched_rank(selection, match_rank)
-    chosen = sum(sum(matrix.shape or ()) for matrix in selection.matrices)
     reason = (
         f"rank {rank} trains as many parameters as rank {match_rank} on every matrix of the blocks: "
-        f"{match_rank} x {selection.block_sides} / {chosen} (sums of rows + columns), rounded"
+        f"{match_rank} x {selection.block_sides} / {adapter_sides(selection)} (sums of rows + columns), rounded"
     )
     return rank, reason
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from splaser_plugin.integrations.check import check_plan, check_unfrozen, named_
 from splaser_plugin.integrations.configs.adapter import rank_patterns
 from splaser_plugin.integrations.configs.axolotl import axolotl_yaml, unfrozen_patterns
 from splaser_plugin.integrations.configs.llamafactory import llamafactory_yaml
-from splaser_plugin.integrations.configs.plan import Plan
+from splaser_plugin.integrations.configs.plan import Plan, choose_rank
 from splaser_plugin.integrations.freeze import check_trained, freeze_all_but
 from splaser_plugin.integrations.peft import adapted_modules, lora_config
 from splaser_plugin.scanning.selection import choose, lora_targets, matched_rank, trained_parameters
@@ -101,6 +103,13 @@ def test_each_matrix_of_a_stack_counts_as_parameters(folders):
     model = get_peft_model(load(folders["mixtral"]), lora_config(selection, rank=3))
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     assert trained == 3 * selection.block_sides
+
+
+def test_the_reason_for_a_matched_rank_is_right_where_stacks_are_chosen(folders):
+    rank, reason = choose_rank(choose(scan(folders["mixtral"]), top=1), "auto", 4)
+    match_rank, every, chosen = map(int, re.search(r"(\d+) x (\d+) / (\d+) \(sums of rows", reason).groups())
+    assert match_rank == 4
+    assert round(match_rank * every / chosen) == rank
 
 
 def test_the_rank_pattern_reaches_stacks(folders):
