@@ -155,11 +155,10 @@ def adapted_layers(base: Any) -> dict[str, Any]:
 
 def _takes_for_experts(empty: Any, end: str) -> bool:
     """Whether PEFT turns a module's name that ends so into experts' parameters, or refuses it alone."""
-    from peft import LoraConfig
-
     try:
+        from peft import LoraConfig
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:  # a version that takes names as they are
+    except ImportError:  # there is no PEFT, or a version that takes names as they are
         return False
     config = LoraConfig(target_modules=[end])
     try:

@@ -140,6 +140,13 @@ def test_what_peft_takes_for_experts_is_named_as_a_parameter(tmp_path):
         check_plan(Plan(selection=selection, mode="qlora", model=str(folder)))
 
 
+def test_without_peft_names_are_given_back_as_they_are(tmp_path, monkeypatch):
+    folder = saved(build("deepseek_v3", CAUSAL["deepseek_v3"]), tmp_path)
+    selection = choose(scan(folder), top=1)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert named_for_peft(selection, str(folder)) == selection
+
+
 def test_unfrozen_experts_are_whole_stacks(folders):
     selection = choose(scan(folders["mixtral"]), top=1)
     check_unfrozen(selection, str(folders["mixtral"]), unfrozen_patterns(selection))
