@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-MODEL_ERRORS = (RuntimeError, ValueError, LookupError, ArithmeticError)
-"""What a model's own code may raise over the numbers that it computes."""
+MODEL_ERRORS = (RuntimeError, ValueError, LookupError, ArithmeticError, AttributeError, TypeError, AssertionError)
+"""What a model's own code may raise, over the numbers that it computes or over its configuration."""
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 """Words in the errors of devices that have no error class of their own for it."""
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from splaser_plugin.distributed import input_device, is_sharded
-from splaser_plugin.generation.evaluation import evaluating
+from splaser_plugin.errors import ModelError, ScoreError
+from splaser_plugin.generation.evaluation import MODEL_ERRORS, evaluating, is_out_of_memory
 from splaser_plugin.generation.long_rope import batches, turning_point
 from splaser_plugin.progress import measured
 
@@ -23,6 +24,8 @@ def forced_logits(model: Any, prompts: Sequence[Sequence[int]], answers: Sequenc
 
     prompts, answers: token ids; a prompt has at least one. One forward pass, padded on the right, where padding
     can't reach what a causal model computes before it. Gradients flow wherever they are enabled.
+
+    Raises ScoreError when the model's own code fails, and ModelError when the device is out of memory.
     """
     rows = [torch.tensor([*prompt, *answer[:-1]]) for prompt, answer in zip(prompts, answers, strict=True)]
     device = input_device(model)
@@ -31,7 +34,14 @@ def forced_logits(model: Any, prompts: Sequence[Sequence[int]], answers: Sequenc
     mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
     kept = ids.shape[1] - min(len(prompt) for prompt in prompts) + 1
     only_needed = {"logits_to_keep": kept} if _can_leave_out_logits(model) else {}
-    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **only_needed).logits
+    try:
+        logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **only_needed).logits
+    except MODEL_ERRORS as error:
+        if is_out_of_memory(error):
+            raise ModelError(
+                f"the device's memory has no room for {len(rows)} answers in one forward pass. Lower --batch-size."
+            ) from error
+        raise ScoreError(f"the model fails at given answers: {type(error).__name__}: {error}") from error
     left_out = ids.shape[1] - logits.shape[1]
     first = [len(prompt) - 1 - left_out for prompt in prompts]
     return [logits[row, start : start + len(answers[row])] for row, start in enumerate(first)]

@@ -280,7 +280,7 @@ class Harness:
         try:
             with evaluating(model):
                 self._asked: Any = HFLM(pretrained=model, backend="causal", tokenizer=copy.deepcopy(tokenizer))
-        except (*MODEL_ERRORS, AssertionError, AttributeError, TypeError) as error:
+        except MODEL_ERRORS as error:
             name = type(model).__name__
             raise ModelError(f"lm-evaluation-harness can't ask this {name} ({_reason(error)}).") from error
         self._device = self._asked._device = input_device(model)
@@ -313,7 +313,7 @@ class Harness:
                 with evaluating(self.model), torch.random.fork_rng(device):
                     torch.manual_seed(FEW_SHOT_SEED)  # of tasks whose answers are sampled
                     responses = getattr(self._asked, kind)(repeated, disable_tqdm=True)
-            except (*MODEL_ERRORS, AssertionError) as error:
+            except MODEL_ERRORS as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise ScoreError(f"task '{name}': the model fails at its questions ({_reason(error)}).") from error

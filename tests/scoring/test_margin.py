@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from splaser_plugin.data.pairs import pairs_from_rows
+from splaser_plugin.errors import ModelError, ScoreError
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scoring.margin import ChosenScorer, MarginScorer
 from tests.builders import tiny_llama
@@ -82,3 +83,25 @@ def test_the_chosen_answers_alone_score_as_one_token_at_a_time_does(tiny_model, 
     scores = ChosenScorer(tiny_model, prompter, usable, batch_size=4).score(range(5))
     expected = [one_token_at_a_time(tiny_model, prompter, pair, pair.chosen) for pair in usable]
     assert scores.values == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("raised", "error", "says"),
+    [
+        (
+            AttributeError("no 'vision_start'"),
+            ScoreError,
+            "the model fails at given answers: AttributeError: no 'vision",
+        ),
+        (AssertionError("head"), ScoreError, "the model fails at given answers: AssertionError: head"),
+        (torch.OutOfMemoryError("CUDA out of memory."), ModelError, "no room for 4 answers .* Lower batch_size"),
+    ],
+)
+def test_what_the_models_own_code_raises_is_one_line(tiny_model, tokenizer, usable, monkeypatch, raised, error, says):
+    def fail(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(tiny_model.model.layers[0], "forward", fail)
+    with pytest.raises(error, match=says) as found:
+        MarginScorer(tiny_model, Prompter(tokenizer), usable, batch_size=4).score(range(2))
+    assert "\n" not in str(found.value)
