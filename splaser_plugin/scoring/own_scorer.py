@@ -71,11 +71,16 @@ class CallableScorer:
 
 def code_of(path: str) -> str:
     """Identity of the function's code: sha256 of the file it is in, empty where there is none."""
+    source = module_source(load_function(path))
+    return source and hashlib.sha256(source.encode()).hexdigest()
+
+
+def module_source(function: Any) -> str:
+    """The text of the module that a function or class is in, empty where there is none."""
     try:
-        source = inspect.getsource(sys.modules[load_function(path).__module__])
+        return inspect.getsource(sys.modules[function.__module__])
     except (OSError, TypeError, KeyError, AttributeError):
         return ""
-    return hashlib.sha256(source.encode()).hexdigest()
 
 
 def load_function(path: str) -> Function:

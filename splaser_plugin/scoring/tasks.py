@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ from splaser_plugin.files.text import first_line_of
 from splaser_plugin.generation.evaluation import MODEL_ERRORS, evaluating
 from splaser_plugin.generation.teacher_forcing import fitting_batch
 from splaser_plugin.progress import measured
+from splaser_plugin.scoring.own_scorer import module_source
 from splaser_plugin.scoring.scores import Scores
 
 FEW_SHOT_SEED = 1234
@@ -87,9 +89,10 @@ class Documents:
 
     @property
     def identity(self) -> str:
-        """sha256 of what is asked and what the answers are compared with, and of the version that does it."""
+        """sha256 of what is asked, of the task's settings and code, by which answers are graded, and of the version."""
         asked = [[request.arguments for request in requests] for requests in self.requests]
-        whole = (self.name, version("lm_eval"), self.means, asked, self.documents)
+        settings = json.dumps(self.task.config.to_dict(keep_callable=True), default=_code, skipkeys=True)
+        whole = (self.name, version("lm_eval"), settings, _code(type(self.task)), asked, self.documents)
         return hashlib.sha256(repr(whole).encode()).hexdigest()
 
     def part(self, places: Sequence[int]) -> Documents:
@@ -135,6 +138,11 @@ class Documents:
         return found
 
 
+def _code(value: Any) -> list[str]:
+    """A function or class of a task's file as text: its name, and all of the module that it is in."""
+    return [getattr(value, "__qualname__", repr(value)), module_source(value)]
+
+
 def load_tasks(names: Sequence[str], tasks_path: str, *, count: int) -> list[Documents]:
     """The first `count` documents of each task; a group of tasks or a tag stands for its tasks.
 
@@ -166,8 +174,8 @@ def load_scored(names: Sequence[str], tasks_path: str, *, count: int) -> list[Do
     """Tasks that a search can go by, each by itself.
 
     Raises:
-        TaskError: As `load_tasks`, and when one is a group, has no metric that is a mean over documents, or shows
-            documents, with their answers, as examples before others.
+        TaskError: As `load_tasks`, and when one is a group, has no metric that is a mean over documents, doesn't say
+            whether more of it is better, or shows documents, with their answers, as examples before others.
     """
     found = []
     for name in names:
@@ -176,9 +184,18 @@ def load_scored(names: Sequence[str], tasks_path: str, *, count: int) -> list[Do
             members = ", ".join(task.name for task in tasks)
             raise TaskError(f"task '{name}': it is a group. Name one of its tasks: {members:.300}.")
         _check_examples(tasks[0])
-        tasks[0].metric  # noqa: B018
+        _check_direction(tasks[0])
         found += tasks
     return found
+
+
+def _check_direction(asked: Documents) -> None:
+    better = asked.task.higher_is_better().get(asked.metric)
+    if not isinstance(better, bool):
+        raise TaskError(
+            f"task '{asked.name}': it doesn't say whether more of its {asked.metric} is better. Say higher_is_better: "
+            "true or false in the task's file."
+        )
 
 
 def _check_examples(asked: Documents) -> None:
@@ -345,7 +362,7 @@ class TaskScorer:
         self.batch_size = harness.batch_size
         self._harness = harness
         self._asked = asked
-        self._sign = 1.0 if asked.task.higher_is_better().get(asked.metric, True) else -1.0
+        self._sign = 1.0 if asked.task.higher_is_better()[asked.metric] else -1.0
 
     def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
         """Raises ScoreError when the model fails at it, and TaskError when the task's own code does."""

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.artifacts.results import Results
 from splaser_plugin.errors import ConfigError, OutputError, TaskError
+from splaser_plugin.scoring.tasks import load_scored
 from tests.builders import QUICK
 from tests.task_files import CHOICES, likelihoods, right_choices, save_answers, save_choices
 
@@ -113,9 +114,32 @@ def test_a_stopped_run_goes_on_only_with_the_same_documents(tiny_folder, tmp_pat
     with pytest.raises(OutputError, match=r"was left by another run: tasks was"):
         laser(tiny_folder, config=options, output=out)
     data.write_text(documents)
+    graded(tmp_path, doc_to_target="{{(label + 1) % 3}}")
+    with pytest.raises(OutputError, match=r"was left by another run: tasks was"):
+        laser(tiny_folder, config=options, output=out)
+    graded(tmp_path)
     again = laser(tiny_folder, config=options, output=out)
     assert again.search.final == whole.search.final
     assert again.held_out == whole.held_out
+
+
+def test_a_run_is_known_by_how_its_task_grades(tmp_path):
+    def identity():
+        return load_scored(["colours"], str(tmp_path), count=100)[0].identity
+
+    save_choices(tmp_path)
+    first = identity()
+    assert identity() == first
+    save_choices(tmp_path, doc_to_target="{{(label + 1) % 3}}")
+    assert identity() != first
+    save_choices(tmp_path, filter_list=[{"name": "none", "filter": [{"function": "take_first"}]}])
+    assert identity() != first
+    graded(tmp_path)
+    summed = identity()
+    (tmp_path / "utils.py").write_text(f"def minus(value):\n    return -value\n\n\n{SUMS}")
+    helped = identity()
+    assert helped != summed
+    assert identity() == helped
 
 
 @pytest.mark.slow
@@ -149,6 +173,11 @@ def test_what_a_search_cannot_go_by_is_refused_before_a_model_is_loaded(tiny_fol
         laser(tiny_folder, config=config(tmp_path))
     save_choices(tmp_path, metric_list=[{"metric": "f1", "aggregation": "f1", "higher_is_better": True}])
     with pytest.raises(TaskError, match=r"none of its metrics \(f1\) is a mean over documents"):
+        laser(tiny_folder, config=config(tmp_path))
+    (tmp_path / "utils.py").write_text(SUMS)
+    path = save_choices(tmp_path, metric_list=[{"metric": "worst", "aggregation": "mean"}])
+    path.write_text(path.read_text() + "process_results: !function utils.process_results\n")
+    with pytest.raises(TaskError, match=r"whether more of its worst is better\. Say higher_is_better"):
         laser(tiny_folder, config=config(tmp_path))
     save_choices(tmp_path, "one", tag="colours")
     save_choices(tmp_path, "two", tag="colours")
