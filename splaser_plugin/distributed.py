@@ -27,6 +27,8 @@ PATIENCE_S = 300.0
 """How long one process waits for the others to begin with the same work, which may still be saving a checkpoint."""
 SAID_AFTER_S = 10.0
 """After how long it says that it waits, and what for."""
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+"""Words in the errors of devices that have no error class of their own for it."""
 
 _meetings = itertools.count()
 _whole: set[int] = set()
@@ -249,6 +251,12 @@ def best_device() -> torch.device:
     if accelerator.type == "mps":  # there is only one, and it goes by its plain name
         return torch.device("mps")
     return torch.device(accelerator.type, process_index() % torch.accelerator.device_count())
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the memory of a device was too small, in the words of any of them."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(words in said for words in OUT_OF_MEMORY)
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -11,9 +11,9 @@ from typing import Any
 import transformers
 from transformers import GenerationConfig
 
-from splaser_plugin.distributed import is_sharded
+from splaser_plugin.distributed import is_out_of_memory, is_sharded
 from splaser_plugin.errors import ModelError, ScoreError
-from splaser_plugin.generation.evaluation import MODEL_ERRORS, evaluating, is_out_of_memory, plain_generation
+from splaser_plugin.generation.evaluation import MODEL_ERRORS, evaluating, plain_generation
 from splaser_plugin.generation.long_rope import turning_point
 from splaser_plugin.progress import measured
 

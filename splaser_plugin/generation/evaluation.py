@@ -6,14 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import GenerationConfig
 
 MODEL_ERRORS = (RuntimeError, ValueError, LookupError, ArithmeticError, AttributeError, TypeError, AssertionError)
 """What a model's own code may raise, over the numbers that it computes or over its configuration."""
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
-"""Words in the errors of devices that have no error class of their own for it."""
 
 
 @contextmanager
@@ -37,8 +34,3 @@ def plain_generation(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or any(words in said for words in OUT_OF_MEMORY)

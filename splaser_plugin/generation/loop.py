@@ -19,9 +19,9 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from splaser_plugin.distributed import input_device, is_sharded, process_count
+from splaser_plugin.distributed import input_device, is_out_of_memory, is_sharded, process_count
 from splaser_plugin.errors import ModelError, ScoreError
-from splaser_plugin.generation.evaluation import MODEL_ERRORS, evaluating, is_out_of_memory, plain_generation
+from splaser_plugin.generation.evaluation import MODEL_ERRORS, evaluating, plain_generation
 from splaser_plugin.generation.kv_cache import RoomyLayer, roomy_cache
 from splaser_plugin.generation.long_rope import side, turning_point
 from splaser_plugin.progress import measured

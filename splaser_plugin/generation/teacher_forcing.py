@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splaser_plugin.distributed import input_device, is_sharded
+from splaser_plugin.distributed import input_device, is_out_of_memory, is_sharded
 from splaser_plugin.errors import ModelError, ScoreError
-from splaser_plugin.generation.evaluation import MODEL_ERRORS, evaluating, is_out_of_memory
+from splaser_plugin.generation.evaluation import MODEL_ERRORS, evaluating
 from splaser_plugin.generation.long_rope import batches, turning_point
 from splaser_plugin.progress import measured
 

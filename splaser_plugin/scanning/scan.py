@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from splaser_plugin import __version__
 from splaser_plugin.config.stages import ScanConfig
 from splaser_plugin.errors import CheckpointError, RecipeError, SpectrumError
+from splaser_plugin.files.text import first_line_of
 from splaser_plugin.files.validation import InvalidRecordError
 from splaser_plugin.progress import SILENT, Progress, default_progress
 from splaser_plugin.scanning.records import SCHEMA, MatrixScan, Scan, matrix_scan, rank_key
@@ -63,7 +64,7 @@ def scan(
     Raises:
         CheckpointError, ModelError, MatrixError: The model can't be read, or is of a kind that can't be scanned.
         ConfigError: There is no such device here.
-        SpectrumError: Singular values can't be computed; the message names the matrix.
+        SpectrumError: Singular values can't be computed, or the device's memory is full; the message names the matrix.
         OutputError: The output can't be written.
     """
     from splaser_plugin.distributed import meet
@@ -240,7 +241,7 @@ def _measure(
     journal: ScanJournal | None = None,
 ) -> list[MatrixScan]:
     """Records of this process's matrices and, in any order, of all other processes'."""
-    from splaser_plugin.distributed import gather, my_part
+    from splaser_plugin.distributed import gather, is_out_of_memory, my_part
 
     def measure_mine() -> list[MatrixScan]:
         found: list[MatrixScan] = []
@@ -249,7 +250,15 @@ def _measure(
         with progress.phase("scan", len(matrices)) as advance:
             weights = read(matrices, [matrix for batch in batches for matrix in batch])
             for batch in mine:
-                records = _measure_batch([next(weights) for _ in batch], cast("Precision", precision))
+                try:
+                    records = _measure_batch([next(weights) for _ in batch], cast("Precision", precision))
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise SpectrumError(
+                        f"{batch[0].name}: no memory is left to scan it ({first_line_of(error)}). Free some, or use "
+                        "the CPU's: --device cpu."
+                    ) from error
                 if journal is not None:
                     journal.append([record.to_dict() for record in records])
                 found += records

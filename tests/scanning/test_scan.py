@@ -53,6 +53,29 @@ def test_a_scan_refuses_a_device_that_isnt_there(tiny_folder, splaser, tmp_path)
     assert code == 2 and "--device cuda:77: not usable here" in stderr
 
 
+@pytest.mark.parametrize("said", ["CUDA out of memory. Tried to allocate 2.00 GiB.", "CUDA error: out of memory"])
+def test_a_full_device_is_one_line_and_the_cpu_goes_on_from_there(said, tiny_folder, tmp_path, monkeypatch):
+    expected = run_scan(tiny_folder)
+    made, times = StoredWeights._made, iter(range(9))
+
+    def third_is_too_large(self, matrix, tensors):
+        if next(times) == 2:
+            raise torch.OutOfMemoryError(said) if "Tried" in said else RuntimeError(said)
+        return made(self, matrix, tensors)
+
+    name = expected.matrices[2].name
+    with monkeypatch.context() as full:
+        full.setattr(StoredWeights, "_made", third_is_too_large)
+        with pytest.raises(
+            SpectrumError, match=rf"^{name}: no memory is left to scan it \({said}\)\. .* device cpu\.$"
+        ):
+            run_scan(tiny_folder, output=tmp_path / "scan.json")
+    facts = Notes()
+    config = ScanConfig(device="cpu")
+    assert run_scan(tiny_folder, config=config, output=tmp_path / "scan.json", progress=facts) == expected
+    assert facts.facts["scanned before"].startswith("2 of ")
+
+
 def test_a_saved_scan_comes_back_equal_and_has_the_documented_fields(tiny_model, tmp_path):
     scan = scan_source(Weights(tiny_model), name="tiny", identity="abc", config=ScanConfig(edge="mp"))
     scan.save(tmp_path / "scan.json")
