@@ -6,38 +6,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from statistics import fmean
 from typing import Any
 
 from splaser_plugin.config.stages import SelectConfig
 from splaser_plugin.errors import ConfigError, MatrixError, RankError, nearest
-from splaser_plugin.scanning.measures import CONTROLS, MEASURED, OF_EDGES, Scanned, best_first, evenly_spaced
+from splaser_plugin.scanning.chosen import Chosen, chosen_of, experts_together
+from splaser_plugin.scanning.measures import CONTROLS, MEASURED, OF_EDGES, best_first, evenly_spaced
 from splaser_plugin.scanning.scan import Scan
-from splaser_plugin.scanning.spectrum_format import PublishedScan, PublishedSnr
+from splaser_plugin.scanning.spectrum_format import PublishedScan
 from splaser_plugin.tables import Table
-from splaser_plugin.weights.matrices import compile_pattern, looks_like_embedding, module_name
+from splaser_plugin.weights.matrices import compile_pattern, looks_like_embedding
 
 HEADS = frozenset({"lm_head", "embed_out"})
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """One matrix to train."""
-
-    name: str
-    """Module name, as in `model.layers.3.mlp.down_proj`."""
-    type: str
-    shape: tuple[int, int] | None
-    """(rows, columns); None where the scan doesn't say."""
-    value: float | None
-    """What it was chosen by; None: it has no noise values, its value isn't known, or it wasn't chosen by a value."""
-    rank: int | None
-    """Singular values above the edge; None where the scan doesn't say."""
-    parameter: str = ""
-    """Full name of the parameter, where that has to be named instead of the module: a stack of experts' matrices, or
-    a matrix that PEFT would take for one."""
-    experts: int = 1
-    """How many matrices of this shape are stacked in it. Value and rank are their means."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +111,9 @@ def choose(
     config = replace(config or SelectConfig(), **options)
     by, edge = config.by, config.edge or scan.edge
     count_of = _count(config)
-    ranked = [_chosen(*found, edge) for found in best_first(scan, by, edge, seed=config.seed, importances=importances)]
+    ranked = [
+        chosen_of(*found, edge) for found in best_first(scan, by, edge, seed=config.seed, importances=importances)
+    ]
     together = experts_together(ranked, scan, by)
     wanted = [matrix for matrix in together if not (is_head(matrix.name) or is_embedding(matrix.name))]
     if config.types:
@@ -167,7 +149,7 @@ def choose(
 def top_by_type(scan: Scan | PublishedScan, count: int = 16) -> dict[str, list[str]]:
     """Module type to the names of its `count` matrices of highest snr_ratio: the published scanner's top.json."""
     config = SelectConfig(top=count)
-    ranked = [_chosen(*found, scan.edge) for found in best_first(scan, config.by, scan.edge)]
+    ranked = [chosen_of(*found, scan.edge) for found in best_first(scan, config.by, scan.edge)]
     best = _best(ranked, _count(config))
     return {kind: [matrix.name for matrix in group] for kind, group in best.items()}
 
@@ -307,42 +289,6 @@ def _best(
         places = evenly_spaced(count, len(group)) if is_spaced else range(count)
         best[kind] = [group[place] for place in places]
     return best
-
-
-def _chosen(matrix: Scanned, value: float | None, edge: str) -> Chosen:
-    if isinstance(matrix, PublishedSnr):
-        return Chosen(matrix.name, matrix.type, None, value, None)
-    return Chosen(matrix.name, matrix.type, matrix.shape, value, matrix.edges[edge].rank)
-
-
-def experts_together(ranked: Sequence[Chosen], scan: Scan | PublishedScan, by: str) -> list[Chosen]:
-    """The same, best first, with one entry for each stack of experts' matrices, since none of them is trained alone.
-
-    Its value and rank are the means of those of its experts that have one. Where none has, it stands where the first
-    of them stood: before all that have a value by a figure of an edge (no noise values are the highest SNR), else last.
-    """
-    stacks = {} if isinstance(scan, PublishedScan) else {matrix.name: matrix.stack for matrix in scan.matrices}
-    groups: dict[str, list[Chosen]] = {}
-    for matrix in ranked:
-        groups.setdefault(stacks.get(matrix.name) or matrix.name, []).append(matrix)
-    if not any(stacks.values()):
-        return list(ranked)
-    whole = [group[0] if not stacks[group[0].name] else _stack(name, group) for name, group in groups.items()]
-    sign, unknown = 1 if by == "kappa" else -1, -math.inf if by in OF_EDGES else math.inf
-    return sorted(whole, key=lambda matrix: unknown if matrix.value is None else sign * matrix.value)
-
-
-def _stack(parameter: str, experts: Sequence[Chosen]) -> Chosen:
-    values = [expert.value for expert in experts if expert.value is not None]
-    ranks = [expert.rank for expert in experts if expert.rank is not None]
-    return replace(
-        experts[0],
-        name=module_name(parameter),
-        value=fmean(values) if values else None,
-        rank=round(fmean(ranks)) if ranks else None,
-        parameter=parameter,
-        experts=len(experts),
-    )
 
 
 def _outside_blocks(

@@ -97,6 +97,30 @@ def test_every_measure_orders_stacks(by, folders):
     assert known == sorted(known, reverse=by != "kappa")
 
 
+def test_an_expert_that_no_token_reached_counts_as_nothing(folders):
+    found = scan(folders["mixtral"])
+    values = {matrix.name: 0.5 for matrix in found.matrices if "layers.0.mlp.experts" not in matrix.name}
+    values |= {
+        matrix.name: 0.6 for matrix in found.matrices if matrix.name.endswith("layers.0.mlp.experts.down_proj[2]")
+    }
+    every = choose(found, fraction=1.0, by="fisher", text="x", types=["mlp.experts.down_proj"], importances=values)
+    first, second = (f"model.layers.{block}.mlp.experts.down_proj" for block in (1, 0))
+    assert [(matrix.name, matrix.value) for matrix in every.matrices] == [(first, 0.5), (second, 0.6 / 4)]
+
+
+def test_a_stack_with_a_singular_expert_is_the_last_by_kappa(folders, tmp_path):
+    model = load(folders["mixtral"])
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[1, 0] = model.model.layers[0].mlp.experts.down_proj[1, 1]
+        for expert in model.model.layers[1].mlp.experts.down_proj:  # ill-conditioned, all of them
+            expert[0] = expert[1] + 1e-4 * expert[0]
+    found = scan(saved(model, tmp_path), config=ScanConfig(precision="svd"))
+    every = choose(found, fraction=1.0, by="kappa", types=["mlp.experts.down_proj"]).matrices
+    assert [matrix.name.split(".")[2] for matrix in every] == ["1", "0"]
+    assert every[0].value > 1000
+    assert every[1].value is None
+
+
 def test_each_matrix_of_a_stack_counts_as_parameters(folders):
     selection = choose(scan(folders["mixtral"]), fraction=1.0)
     assert matched_rank(selection, 3) == 3  # as all is chosen
