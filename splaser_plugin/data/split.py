@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 from splaser_plugin.data.pairs import Pair, PairSet
@@ -107,6 +109,33 @@ def split_by_set(pairs: PairSet, held_out: PairSet) -> Split:
     return Split(pairs, pairs.pairs, others, f"{len(others)} pairs of {held_out.source}{dropped}", warning)
 
 
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked."""
+
+    whole: str
+    core: str
+    """The part of it that no template writes."""
+
+    def shares(self, other: Question) -> bool:
+        """Whether either shows the other's core, letter case and spaces aside."""
+        return self._words[1] in other._words[0] or other._words[1] in self._words[0]
+
+    @cached_property
+    def _words(self) -> tuple[str, str]:
+        return _words(self.whole), _words(self.core)
+
+
+def questions_of(pairs: Sequence[Pair]) -> list[Question]:
+    """The prompts of pairs."""
+    return [Question(pair.prompt, pair.prompt) for pair in pairs]
+
+
+def unshared(questions: Sequence[Question], held_out: Sequence[Question]) -> list[int]:
+    """Places of the questions that share nothing with any that is held out."""
+    return [place for place, question in enumerate(questions) if not any(map(question.shares, held_out))]
+
+
 def _parted(
     items: Sequence[_Item], names: Sequence[str], fraction: float, seed: int, unit: str, advice: str
 ) -> tuple[tuple[_Item, ...], tuple[_Item, ...], str]:
@@ -143,3 +172,9 @@ def _prompt(pair: Pair) -> str:
 def _plain(text: str) -> str:
     """Without letter case, and with single spaces."""
     return " ".join(text.casefold().split())
+
+
+def _words(text: str) -> str:
+    """Words and signs in lower case with a space around each."""
+    words = re.findall(r"\w+|[^\w\s]", text.casefold())
+    return f" {' '.join(words)} "

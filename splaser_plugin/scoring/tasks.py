@@ -23,6 +23,7 @@ import yaml
 
 from splaser_plugin.checkpoints.folder import hub_errors
 from splaser_plugin.config.tasks import LM_EVAL
+from splaser_plugin.data.split import Question
 from splaser_plugin.distributed import input_device, share
 from splaser_plugin.errors import MissingExtraError, ModelError, ScoreError, TaskError, nearest
 from splaser_plugin.files.sources import path_of
@@ -86,6 +87,16 @@ class Documents:
         return [
             text if isinstance(text, str) and text.strip() else other for text, other in zip(found, whole, strict=True)
         ]
+
+    @property
+    def asked(self) -> list[Question]:
+        """Of each document, its question; the core is the longest text of the document that the question shows."""
+        found = []
+        for document, whole in zip(self.documents, self.questions, strict=True):
+            fields = document.values() if isinstance(document, Mapping) else ()
+            shown = [text for text in fields if isinstance(text, str) and text.strip() and text.strip() in whole]
+            found.append(Question(whole, max(shown, key=len, default=whole)))
+        return found
 
     @property
     def identity(self) -> str:

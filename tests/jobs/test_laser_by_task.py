@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.artifacts.results import Results
-from splaser_plugin.errors import ConfigError, OutputError, TaskError
+from splaser_plugin.errors import ConfigError, OutputError, PairsError, TaskError
+from splaser_plugin.jobs.materials import materials
 from splaser_plugin.scoring.tasks import load_scored
-from tests.builders import QUICK
+from tests.builders import EXAMPLE_PAIRS, QUICK, save_rows
 from tests.task_files import CHOICES, likelihoods, right_choices, save_answers, save_choices
 
 SUMS = "def process_results(doc, results):\n    return {'worst': -sum(float(score) for score, _ in results)}\n"
@@ -164,6 +166,61 @@ def test_a_guard_on_answers_needs_no_pairs_beside_a_text(tiny_folder, text, tmp_
     given = LaserConfig(**options, guard="lm-eval:answers:0.5", tasks_path=str(tmp_path))
     assert not given.needs_pairs
     laser(tiny_folder, config=given)
+
+
+@pytest.fixture
+def measured_on(monkeypatch):
+    """What the run measured on, in its two parts."""
+    found = []
+
+    def noted(*arguments):
+        found[:] = materials(*arguments)
+        return tuple(found)
+
+    monkeypatch.setattr("splaser_plugin.jobs.stages.materials", noted)
+    return found
+
+
+def asked(rows, tasks, name, text):
+    save_answers(tasks, [{"prompt": row["prompt"], "answer": row["chosen"]} for row in rows], name, doc_to_text=text)
+
+
+def prompts_of(task):
+    return {document["prompt"] for document in task.documents}
+
+
+@pytest.mark.slow
+def test_nothing_sees_a_held_out_question_in_another_template(tiny_folder, tmp_path, measured_on):
+    rows = [json.loads(line) for line in EXAMPLE_PAIRS.read_text().splitlines()][:30]
+    given = save_rows(tmp_path / "pairs.jsonl", rows)
+    asked(rows, tmp_path, "asked", "Question: {{prompt}}\nAnswer:")
+    asked(rows[:24], tmp_path, "quoted", 'He said: "{{prompt}}"')
+    options = {**QUICK, "candidates": 1, "tasks_path": str(tmp_path)}
+
+    guarded = laser(tiny_folder, given, config=LaserConfig(**options, scorer="margin", guard="lm-eval:asked:1"))
+    split, searched, unseen = measured_on
+    seen, unseen_prompts = prompts_of(searched.tasks["asked"]), {pair.prompt for pair in unseen.pairs}
+    assert len(seen) > 1 and len(unseen_prompts) >= 6
+    assert not seen & unseen_prompts
+    assert re.search(r"; left out, as they share its questions: \d+ documents of task asked$", split.reason)
+    assert guarded.record.held_out.split == split.reason
+
+    by_task = {**options, "scorer": "lm-eval:asked", "guard": "lm-eval:quoted:1", "reduce": "whitened"}
+    laser(tiny_folder, given, config=LaserConfig(**by_task))
+    split, searched, unseen = measured_on
+    held_out = prompts_of(unseen.tasks["asked"])
+    assert len(held_out) >= 6
+    assert not held_out & prompts_of(searched.tasks["quoted"])
+    assert searched.pairs == split.search
+    assert len(searched.pairs) > 1 and not held_out & {pair.prompt for pair in searched.pairs}
+    assert re.search(r"its questions: \d+ documents of task quoted, \d+ pairs$", split.reason)
+
+    asked([{"prompt": prompt, "chosen": "no"} for prompt in held_out], tmp_path, "quoted", "{{prompt}}")
+    with pytest.raises(TaskError, match="task 'quoted': all its documents have questions that are held out"):
+        laser(tiny_folder, given, config=LaserConfig(**by_task))
+    held_rows = save_rows(tmp_path / "held.jsonl", [row for row in rows if row["prompt"] in held_out])
+    with pytest.raises(PairsError, match="all prompts of pairs are held-out questions of the task"):
+        laser(tiny_folder, held_rows, config=LaserConfig(**{**by_task, "guard": "none"}))
 
 
 def test_what_a_search_cannot_go_by_is_refused_before_a_model_is_loaded(tiny_folder, tmp_path, monkeypatch):
