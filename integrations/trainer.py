@@ -163,10 +163,10 @@ class LaserCallback(TrainerCallback):
             logger.warning("this trial was pruned at step %d, so it isn't lasered.", state.global_step)
             return
         result = self._laser(training)
-        self._report(training, result)
         training.progress.result("lasered model", str(result.save(training.folder(LASERED), overwrite=True)))
         if is_adapted:
             training.progress.result("adapter", "save_model() and checkpoints hold it as trained, without the laser")
+        self._report(training, result)
         if state.is_world_process_zero:
             state.save_to_json(str(Path(str(args.output_dir)) / "trainer_state.json"))
 

@@ -87,24 +87,35 @@ class Training:
 
     def log_curve(self, points: Sequence[Mapping[str, float]]) -> None:
         """Send these to each reporter, the first as of step 1 and so on, whatever step the training is at."""
-        for step, point in enumerate(points, 1):
-            state = copy(self.state)
-            state.global_step = step
-            for reporter in self.reporters:
-                reporter.on_log(self.args, state, TrainerControl(), logs=dict(point), model=self.model)
+        for reporter in self.reporters:
+            with self._going_on("the curve", reporter):
+                for step, point in enumerate(points, 1):
+                    state = copy(self.state)
+                    state.global_step = step
+                    reporter.on_log(self.args, state, TrainerControl(), logs=dict(point), model=self.model)
 
     def log_answers(self, rows: Sequence[Sequence[str | float]]) -> None:
         """Send a table to each reporter that has tables, to TensorBoard as Markdown. rows: of `trackers.COLUMNS`."""
         if not rows or not self.state.is_world_process_zero:
             return
         for reporter in self.reporters:
-            if isinstance(reporter, WandbCallback):
-                table = reporter._wandb.Table(columns=COLUMNS, data=[list(row) for row in rows])
-                reporter._wandb.log({ANSWERS: table})
-            elif isinstance(reporter, MLflowCallback):
-                reporter._ml_flow.log_table(by_column(rows), artifact_file="answers.json")
-            elif isinstance(reporter, TensorBoardCallback) and reporter.tb_writer is not None:
-                reporter.tb_writer.add_text(ANSWERS, markdown(rows), self.state.global_step)
+            with self._going_on("the answers", reporter):
+                if isinstance(reporter, WandbCallback):
+                    table = reporter._wandb.Table(columns=COLUMNS, data=[list(row) for row in rows])
+                    reporter._wandb.log({ANSWERS: table})
+                elif isinstance(reporter, MLflowCallback):
+                    reporter._ml_flow.log_table(by_column(rows), artifact_file="answers.json")
+                elif isinstance(reporter, TensorBoardCallback) and reporter.tb_writer is not None:
+                    reporter.tb_writer.add_text(ANSWERS, markdown(rows), self.state.global_step)
+
+    @contextmanager
+    def _going_on(self, what: str, reporter: Any) -> Iterator[None]:
+        """Inside, whatever the reporter's tracker raises is said and doesn't end the training."""
+        try:
+            yield
+        except Exception as error:
+            said = f"{type(error).__name__}: {first_line_of(error)}"
+            self.progress.result("not reported", f"{what}, by {type(reporter).__name__}: {said}")
 
     @property
     def progress(self) -> Progress:

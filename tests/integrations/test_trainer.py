@@ -166,6 +166,39 @@ def test_mlflow_and_wandb_get_the_curve_in_the_trainings_own_run(trainer_of, pai
     assert all(json.dumps(score).encode() in history for score in scores)
 
 
+def test_a_tracker_that_fails_loses_neither_the_lasered_model_nor_other_trackers(
+    trainer_of, pairs, wandb_folder, tmp_path, monkeypatch, capsys
+):
+    import mlflow
+
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{wandb_folder}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "unwritable")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    mlflow.MlflowClient().create_experiment("unwritable", artifact_location=str(tmp_path / "file" / "artifacts"))
+    trainer = trainer_of(tiny_llama(), report_to=["mlflow", "tensorboard"])
+    trainer.add_callback(LaserCallback(when="after", pairs=pairs, config=CONFIG, trainer=trainer))
+    trainer.train()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "lasered")
+    assert "laser: not reported: the answers, by MLflowCallback: NotADirectoryError: " in capsys.readouterr().err
+    [file] = tmp_path.rglob("events.out.tfevents*")
+    assert b"laser/answers" in file.read_bytes()
+
+
+def test_what_a_reporter_raises_at_the_metrics_comes_after_the_lasered_model_is_saved(trainer_of, pairs, tmp_path):
+    class Failing(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **rest):
+            if "laser/score_after" in logs:
+                raise ConnectionError("the tracker is away")
+
+    trainer = trainer_of(tiny_llama(), Failing())
+    trainer.add_callback(LaserCallback(when="after", pairs=pairs, config=CONFIG, trainer=trainer))
+    with pytest.raises(ConnectionError, match="the tracker is away"):
+        trainer.train()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "lasered")
+
+
 def test_given_the_trainer_what_belongs_to_its_making_is_done_at_once(trainer_of, pairs):
     model = tiny_llama()
     before = states(model)
