@@ -18,7 +18,7 @@ class FreezeCallback(TrainerCallback):
     """Freezes all but the named matrices when the trainer is made, before its optimizer is.
 
     names: of modules and stacks of experts, as `Selection.names` gives them.
-    Raises MatrixError when the model lacks one of them.
+    Raises MatrixError when the model lacks one of them, ModelError when it has adapters.
     """
 
     def __init__(self, names: Collection[str]) -> None:
@@ -33,8 +33,9 @@ class FreezeCallback(TrainerCallback):
 def freeze_all_but(model: nn.Module, names: Collection[str]) -> None:
     """Let only the weights of these modules, and these stacks of experts, be trained.
 
-    Raises MatrixError when the model lacks one of them.
+    Raises MatrixError when the model lacks one of them, ModelError when it has adapters: they would be frozen.
     """
+    check_without_adapters(model)
     parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
     wanted = {f"{name}.weight" if f"{name}.weight" in parameters else name for name in names}
     missing = sorted(wanted - parameters.keys())
@@ -46,6 +47,15 @@ def freeze_all_but(model: nn.Module, names: Collection[str]) -> None:
         )
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in wanted)
+
+
+def check_without_adapters(model: nn.Module) -> None:
+    """Raise ModelError for a model with adapters, of which freezing would train the base."""
+    if hasattr(model, "peft_config"):
+        raise ModelError(
+            "freezing is for full fine-tuning, and this model has adapters. Give PEFT the LoraConfig of "
+            "splaser_plugin.integrations.peft.lora_config instead."
+        )
 
 
 def head_of(model: Any) -> list[nn.Parameter]:

@@ -21,7 +21,7 @@ from splaser_plugin.data.pairs import PairSet
 from splaser_plugin.data.split import Split
 from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.files.output import check_output
-from splaser_plugin.integrations.freeze import freeze_all_but, head_of
+from splaser_plugin.integrations.freeze import check_without_adapters, freeze_all_but, head_of
 from splaser_plugin.integrations.training import (
     TRAINER,
     Training,
@@ -298,11 +298,7 @@ class LaserCallback(TrainerCallback):
 
     def _freeze(self, training: Training) -> Any:
         args, model, select = training.args, training.model, self._select
-        if hasattr(model, "peft_config"):
-            raise ModelError(
-                "freeze_to is for full fine-tuning, and this model has adapters. Give PEFT the LoraConfig of "
-                "splaser_plugin.integrations.peft.lora_config instead."
-            )
+        check_without_adapters(model)
         head = head_of(model)
         scan = scan_source(Weights(model), config=self.config, name=getattr(model.config, "_name_or_path", ""))
         values = None

@@ -53,6 +53,18 @@ def test_a_matrix_that_the_model_lacks_is_refused_before_anything_is_frozen():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("names", [NAMES, ["model.layers.0.mlp.up_proj"]])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_with_adapters_is_refused_and_goes_on_training_them(inside, names):
+    model = get_peft_model(small_llama(), LoraConfig(r=2, target_modules=NAMES))
+    with pytest.raises(
+        ModelError, match=r"freezing is for full fine-tuning, and this model has adapters\..*lora_config"
+    ):
+        freeze_all_but(model.get_base_model() if inside else model, names)
+    assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    freeze_all_but(model.merge_and_unload(), names)
+
+
 def test_adapters_count_as_their_modules():
     model = get_peft_model(small_llama(), LoraConfig(r=2, target_modules=NAMES))
     check_trained(model, NAMES)

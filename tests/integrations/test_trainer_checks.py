@@ -204,5 +204,5 @@ def test_adapters_other_than_plain_lora_are_refused_and_any_where_matrices_are_t
     with pytest.raises(ModelError, match=r"no plain LoRA but Dora.*Merge the adapter"):
         MergedWeights(model)
     adapted = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ModelError, match=r"freeze_to is for full fine-tuning.*lora_config"):
+    with pytest.raises(ModelError, match=r"freezing is for full fine-tuning.*lora_config"):
         trainer_of(adapted, LaserCallback(when=None, freeze_to="top", top=1))
