@@ -191,6 +191,7 @@ class LaserCallback(TrainerCallback):
 
     def _at_init(self, training: Training) -> None:
         self._check(training)
+        self._refuse_another(training)
         if training.remakes_model:
             if self.freeze_to is not None:
                 raise ModelError(f"freeze_to: model_init makes a new model as training begins. {FREEZE_THERE}")
@@ -203,17 +204,32 @@ class LaserCallback(TrainerCallback):
                 self.selection = self._freeze(training)
             self._prepared = weakref.ref(training.model)
 
+    @property
+    def _end(self) -> str:
+        """The end of training at which it lasers."""
+        return "after" if self.when == "after" else "before"
+
     def _refuse_another(self, training: Training) -> None:
-        """Raise ConfigError where another callback of this training lasers at the same end of it as this one does."""
+        """Raise ConfigError where another callback of this training lasers at the same end of it as this one does.
+
+        The trainer knows its callbacks. Without it each claims the model as the trainer is made and as training begins.
+        """
         if self.when is None:
             return
-        then = "after" if self.when == "after" else "before"
+        said = f"two LaserCallbacks would laser this model {self._end} training. Leave one out."
+        if self.trainer is not None:
+            others = [other for other in self.trainer.callback_handler.callbacks if isinstance(other, LaserCallback)]
+            if any(other is not self and other.when and other._end == self._end for other in others):
+                raise ConfigError(said)
+            return
         claims = _LASERING.setdefault(training.model, {})
-        if then in claims:
-            other, state = (claim() for claim in claims[then])
-            if state is training.state and other is not self:
-                raise ConfigError(f"two LaserCallbacks would laser this model {then} training. Leave one out.")
-        claims[then] = weakref.ref(self), weakref.ref(training.state)
+        if self._end in claims:
+            claimed_by, claimed_in = claims[self._end]
+            other = claimed_by()
+            if other is not None and other is not self and claimed_in() is training.state:
+                has_changed = other.result is not None and not other.result.is_unchanged
+                raise ConfigError(said + " The first has changed the model: load it anew." * has_changed)
+        claims[self._end] = weakref.ref(self), weakref.ref(training.state)
 
     def _check_what_training_would_be_lost_on(self, training: Training) -> None:
         """Raise now what would otherwise be raised after hours of training."""

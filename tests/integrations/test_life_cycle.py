@@ -133,20 +133,53 @@ def test_a_smaller_batch_after_too_little_memory_is_no_second_laser(tmp_path, to
     assert "laser/score_after" in trainer.state.log_history[0]
 
 
+@pytest.mark.parametrize("with_trainer", [False, True])
 @pytest.mark.parametrize(
-    ("kinds", "then"), [(("after",) * 2, "after"), (("before",) * 2, "before"), (("init", "before"), "before")]
+    ("kinds", "then"), [(("after",) * 2, "after"), (("before",) * 2, "before"), (("before", "init"), "before")]
 )
-def test_two_callbacks_that_laser_the_same_model_at_the_same_end_of_training_are_refused(
-    kinds, then, trainer_of, pairs
+def test_two_callbacks_that_laser_the_same_model_at_the_same_end_of_training_are_refused_before_either_does(
+    kinds, then, with_trainer, trainer_of, pairs
 ):
     model = tiny_llama()
-    trainer = trainer_of(model, *(LaserCallback(when=when, pairs=pairs, config=CONFIG) for when in kinds))
-    with pytest.raises(ConfigError, match=f"two LaserCallbacks would laser this model {then} training. Leave one out"):
-        trainer.train()
-    assert trainer.state.global_step == 0
+    message = f"two LaserCallbacks would laser this model {then} training. Leave one out.$"
+    if with_trainer:
+        trainer = trainer_of(model)
+        first = LaserCallback(when=kinds[0], pairs=pairs, config=CONFIG, trainer=trainer)
+        trainer.add_callback(first)
+        with pytest.raises(ConfigError, match=message):
+            LaserCallback(when=kinds[1], pairs=pairs, config=CONFIG, trainer=trainer)
+    else:
+        first, second = (LaserCallback(when=when, pairs=pairs, config=CONFIG) for when in kinds)
+        with pytest.raises(ConfigError, match=message):
+            trainer_of(model, first, second)
+        assert second.result is None
+    assert first.result is None
+    assert not changed(states(tiny_llama()), states(model))
     again = LaserCallback(when=kinds[0], pairs=pairs, config=CONFIG)
     trainer_of(model, again).train()
     assert again.result is not None, "what was refused doesn't keep the model from another training"
+
+
+@pytest.mark.parametrize("kind", ["init", "before"])
+def test_a_second_callback_is_refused_as_the_trainer_is_made_with_the_news_that_the_first_has_lasered(
+    kind, trainer_of, pairs
+):
+    first, second = (LaserCallback(when=when, pairs=pairs, config=CONFIG) for when in ("init", kind))
+    with pytest.raises(ConfigError, match=r"Leave one out\. The first has changed the model: load it anew\.$"):
+        trainer_of(tiny_llama(), first, second)
+    assert second.result is None and steps_of(first)
+
+
+def test_two_callbacks_that_were_made_before_either_was_added_are_refused_before_either_lasers(trainer_of, pairs):
+    model = tiny_llama()
+    trainer = trainer_of(model)
+    both = [LaserCallback(when="before", pairs=pairs, config=CONFIG, trainer=trainer) for _ in range(2)]
+    for callback in both:
+        trainer.add_callback(callback)
+    with pytest.raises(ConfigError, match="two LaserCallbacks would laser this model before training"):
+        trainer.train()
+    assert [callback.result for callback in both] == [None, None]
+    assert not changed(states(tiny_llama()), states(model))
 
 
 def test_a_laser_at_each_end_of_training_is_two_lasers(trainer_of, pairs):
