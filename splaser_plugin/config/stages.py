@@ -270,6 +270,7 @@ class LaserConfig(ScanConfig, MeasureConfig):
             "text": not reads_text,
             "window": not reads_text,
             "embedder": "semantic" not in self.scorers,
+            "engine": "semantic" not in self.scorers,
             "tasks_path": not self.tasks_used,
         }
         return tuple(f"--{name.replace('_', '-')}" for name in unused if unused[name] and name in self.changes)

@@ -276,10 +276,11 @@ def test_options_that_can_not_be_meant_are_refused(options, message):
         ({"budget": 0.1, "calibration_tokens": 9}, ("--budget", "--calibration-tokens")),
         ({"reduce": "whitened", "calibration_tokens": 9, "text": "t"}, ()),
         ({"guard": "perplexity:1.02", "text": "t", "window": 9}, ()),
-        ({"scorer": "margin", "embedder": "self"}, ("--embedder",)),
+        ({"scorer": "margin", "embedder": "self", "engine": "continuous"}, ("--embedder", "--engine")),
+        ({"scorer": "lm-eval:arc_easy", "engine": "transformers"}, ("--engine",)),
         ({"scorer": "margin", "tolerance": 0.5, "text": "t"}, ()),
         ({"scorer": "margin", "tolerance": 0.5, "text": "t", "guard": "none"}, ("--tolerance", "--text")),
-        ({"scorer": "margin", "guard": "semantic:0.1", "embedder": "self"}, ()),
+        ({"scorer": "margin", "guard": "semantic:0.1", "embedder": "self", "engine": "continuous"}, ()),
     ],
 )
 def test_flags_that_a_run_does_not_use_are_known(options, flags):
