@@ -1,6 +1,8 @@
-"""A harmful component planted in a real model's matrix is found by the search, and gone afterwards."""
+"""A harmful component planted in a real model's matrix is found by the search, and most of it is gone afterwards."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
@@ -35,8 +37,10 @@ def test_what_is_planted_lies_below_the_edge_harms_most_and_goes_with_a_truncati
 
 
 @pytest.mark.real
-def test_a_search_finds_what_was_planted_in_smollm2_and_held_out_pairs_say_so():
+def test_a_search_finds_what_was_planted_in_smollm2_and_held_out_pairs_say_so(capsys):
     sizes = ["--plant-pairs", "4", "--samples", "8", "--held-out", "20", "--candidates", "2"]
     result = repair(parse([*sizes, "--include", *(f"layers.{block}.self_attn.q_proj" for block in (1, 2, 3))]))
     assert [candidate.matrix.name for candidate in result.search.kept][:1] == [MATRIX]
     assert result.held_out.verdict == "better" and result.held_out.interval[0] > 0
+    (left,) = re.findall(r"of what was planted (-?\d+)% is left", capsys.readouterr().err)
+    assert abs(int(left)) < 50
