@@ -118,7 +118,8 @@ def run_splaser(words, minilm, monkeypatch):
         given = [word for word in small if words[1] == "laser" or word not in ("--candidates", "3")]
         words = [*words, *given, "--embedder", embedder]
     if words[1] == "laser":
-        words = [*words, "--write-unchanged"]  # the next block may use the model, whatever the tiny one kept
+        if "--plan" not in words:
+            words = [*words, "--write-unchanged"]  # the next block may use the model, whatever the tiny one kept
         if not {"--ranks", "--edge", "--config"} & set(words):
             words = [*words, "--edge", "mp"]
     monkeypatch.setattr("sys.argv", words)

@@ -166,8 +166,14 @@ def load_model(
 def load_tokenizer(source: ModelSource, adapter: str | Path = "") -> Any:
     """The tokenizer that `load_model` gives for the same model and adapter.
 
-    Raises CheckpointError when it can't be loaded.
+    Raises CheckpointError when it can't be loaded, or when the configuration, which transformers reads first, can't.
     """
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(source.folder, **_files(source))
+    except library_errors() as error:
+        raise _unloadable(error, source) from error
     tokenizer = _tokenizer(source.name, source.folder, _files(source))
     return _tokenizer_of_adapter(path_of(adapter), tokenizer) if adapter else tokenizer
 
@@ -209,10 +215,7 @@ def _load(source: ModelSource, dtype: str | torch.dtype, spread: dict[str, Any])
             with every_process_loads():
                 loaded = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **files, **spread)
     except library_errors() as error:
-        raise CheckpointError(
-            f"{name}: can't be loaded as a causal language model ({_reason(error, source)}) "
-            "Give a folder saved by save_pretrained, a .gguf file, or a hub id that can be reached."
-        ) from error
+        raise _unloadable(error, source) from error
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
         why = "Its config.json asks for another model than its weights are."
@@ -245,6 +248,13 @@ def _dequantised(source: ModelSource, config: Any, dtype: str | torch.dtype) -> 
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
     return model, found
+
+
+def _unloadable(error: Exception, source: ModelSource) -> CheckpointError:
+    return CheckpointError(
+        f"{source.name}: can't be loaded as a causal language model ({_reason(error, source)}) "
+        "Give a folder saved by save_pretrained, a .gguf file, or a hub id that can be reached."
+    )
 
 
 def _reason(error: Exception, source: ModelSource) -> str:
