@@ -43,9 +43,9 @@ def experts_together(ranked: Sequence[Chosen], scan: Scan | PublishedScan, by: s
     """The same, best first, with one entry for each stack of experts' matrices, since none of them is trained alone.
 
     Its value and rank are the means over its experts. One that `fisher` or `gradient` has no value of counts as 0, as
-    no token reached it. Else a stack has no value where one of its experts has none: by a figure of an edge it then
-    stands before all that have one (no noise values are the highest SNR), by `kappa` after them (a singular matrix
-    has the highest condition number).
+    no token reached it, and so does one whose weights are all 0. Else a stack has no value where one of its experts
+    has none: by a figure of an edge it then stands before all that have one (no noise values are the highest SNR), by
+    `kappa` after them (a singular matrix has the highest condition number).
     """
     stacks = {} if isinstance(scan, PublishedScan) else {matrix.name: matrix.stack for matrix in scan.matrices}
     groups: dict[str, list[Chosen]] = {}
@@ -63,7 +63,7 @@ def _stack(parameter: str, experts: Sequence[Chosen], by: str) -> Chosen:
     return replace(
         experts[0],
         name=module_name(parameter),
-        value=_mean([expert.value for expert in experts], by),
+        value=_mean([0.0 if by in OF_EDGES and expert.rank == 0 else expert.value for expert in experts], by),
         rank=round(fmean(ranks)) if ranks else None,
         parameter=parameter,
         experts=len(experts),

@@ -121,6 +121,18 @@ def test_a_stack_with_a_singular_expert_is_the_last_by_kappa(folders, tmp_path):
     assert every[1].value is None
 
 
+def test_an_expert_of_zeros_counts_as_nothing(folders, tmp_path):
+    model = load(folders["mixtral"])
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[1] = 0
+    found = scan(saved(model, tmp_path))
+    values = [matrix.edges["mp"].snr for matrix in found.matrices if matrix.stack.endswith("0.mlp.experts.down_proj")]
+    assert values[1] is None
+    every = choose(found, fraction=1.0, by="snr", edge="mp", types=["mlp.experts.down_proj"]).matrices
+    of_block = {matrix.name.split(".")[2]: matrix.value for matrix in every}
+    assert of_block["0"] == pytest.approx(sum(value or 0.0 for value in values) / 4)
+
+
 def test_each_matrix_of_a_stack_counts_as_parameters(folders):
     selection = choose(scan(folders["mixtral"]), fraction=1.0)
     assert matched_rank(selection, 3) == 3  # as all is chosen
