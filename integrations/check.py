@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from splaser_plugin.scanning.selection import Selection
 
 
+TAKEN_FOR_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Ends of modules' names that PEFT, since 0.18, turns into experts' parameters in some models, and not in others."""
+
+
 def empty_model_of(model: str) -> Any | None:
     """The model in a local folder, or in the hub's cache, on the meta device; None where there is none to look at."""
     from splaser_plugin.checkpoints.skeleton import empty_model, model_config
@@ -30,15 +34,17 @@ def empty_model_of(model: str) -> Any | None:
     return None
 
 
-def check_plan(plan: Plan) -> None:
-    """Raise MatrixError unless exactly the chosen matrices are trained, in the plan's mode; see the two below."""
+def check_plan(plan: Plan) -> bool:
+    """Raise MatrixError unless exactly the chosen matrices are trained, in the plan's mode; see the two below.
+
+    Returns whether it was checked.
+    """
     from splaser_plugin.integrations.configs.axolotl import unfrozen_patterns
     from splaser_plugin.scanning.selection import lora_targets
 
     model = plan.model or plan.selection.model
     if plan.mode == "unfrozen":
-        check_unfrozen(plan.selection, model, unfrozen_patterns(plan.selection))
-        return
+        return check_unfrozen(plan.selection, model, unfrozen_patterns(plan.selection))
     modules, parameters = lora_targets(plan.selection)
     packed = [matrix.name for matrix in plan.selection.matrices if matrix.parameter and matrix.experts == 1]
     if plan.mode == "qlora" and packed:
@@ -46,7 +52,8 @@ def check_plan(plan: Plan) -> None:
             f"{packed[0]}: PEFT can adapt it alone only where its weight isn't packed into 4 bits. Use --mode lora, or "
             "choose other --types, as self_attn."
         )
-    check_adapters(plan.selection, model, task_type="CAUSAL_LM", target_modules=modules, target_parameters=parameters)
+    targets = {"target_modules": modules, "target_parameters": parameters}
+    return check_adapters(plan.selection, model, task_type="CAUSAL_LM", **targets)
 
 
 def named_for_peft(selection: Selection, model: str) -> Selection:
@@ -71,22 +78,24 @@ def named_for_peft(selection: Selection, model: str) -> Selection:
     return replace(selection, matrices=tuple(matrices))
 
 
-def check_adapters(selection: Selection, model: str, **values: Any) -> None:
+def check_adapters(selection: Selection, model: str, **values: Any) -> bool:
     """Raise MatrixError unless LoRA with these targets adapts exactly the chosen matrices, by PEFT itself.
 
-    model: folder or hub id; where it isn't on this machine, or PEFT isn't, nothing is checked. values: of
-    `LoraConfig`.
+    model: folder or hub id; where it isn't on this machine, or PEFT isn't, nothing is checked, and names that PEFT
+    may take for experts are refused. values: of `LoraConfig`. Returns whether it was checked.
     """
     empty = empty_model_of(model)
     if empty is None:
-        return
+        _refuse_unchecked(selection, model)
+        return False
     names = [name for name, _ in empty.named_modules()] + [name for name, _ in empty.named_parameters()]
     _refuse_unknown([matrix.parameter or matrix.name for matrix in selection.matrices], names, model)
     try:
         import torch
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        return
+        _refuse_unchecked(selection, model)
+        return False
     plain = {key: value for key, value in values.items() if key not in ("peft_type", "base_model_name_or_path")}
     try:
         with warnings.catch_warnings(), torch.device("meta"):
@@ -106,24 +115,27 @@ def check_adapters(selection: Selection, model: str, **values: Any) -> None:
                 f"{model}: PEFT would adapt {matrix.name} as {count} matrices, and it holds {matrix.experts} experts. "
                 "Leave experts out, as with --types self_attn, or train in mode unfrozen."
             )
+    return True
 
 
-def check_unfrozen(selection: Selection, model: str, patterns: Sequence[str]) -> None:
+def check_unfrozen(selection: Selection, model: str, patterns: Sequence[str]) -> bool:
     """Raise MatrixError unless Axolotl's rule for `unfrozen_parameters` finds exactly the chosen matrices.
 
-    The rule: a parameter is trained when a pattern matches from its name's beginning.
+    The rule: a parameter is trained when a pattern matches from its name's beginning. Returns whether it was checked:
+    not where the model isn't on this machine.
     """
     from splaser_plugin.scanning.selection import trained_parameters
 
     empty = empty_model_of(model)
     if empty is None:
-        return
+        return False
     parameters = [name for name, _ in empty.named_parameters()]
     wanted = trained_parameters(selection)
     _refuse_unknown(wanted, parameters, model)
     compiled = [re.compile(pattern.replace(".", r"\.")) for pattern in patterns]
     trained = {name for name in parameters if any(pattern.match(name) for pattern in compiled)}
     _compare(set(wanted), trained, model, "the trainer")
+    return True
 
 
 def _local(model: str) -> Path | None:
@@ -166,6 +178,17 @@ def _takes_for_experts(empty: Any, end: str) -> bool:
     except ValueError:  # gate_proj without up_proj
         return True
     return end not in (config.target_modules or ())
+
+
+def _refuse_unchecked(selection: Selection, model: str) -> None:
+    plain = [matrix.name for matrix in selection.matrices if not matrix.parameter]
+    doubtful = [name for name in plain if name.rpartition(".")[2] in TAKEN_FOR_EXPERTS]
+    if selection.has_experts and doubtful:
+        raise MatrixError(
+            f"{doubtful[0]}: PEFT takes such a name for experts in some models, so {len(doubtful)} of "
+            f"{len(selection.matrices)} targets can only be checked where the model {model or 'itself'} and PEFT are: "
+            "run emit there, or leave these types out, as with --types self_attn."
+        )
 
 
 def _refuse_unknown(names: Sequence[str], known: Collection[str], model: str) -> None:

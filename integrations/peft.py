@@ -29,7 +29,8 @@ def lora_config(
     edge instead, see `rank_patterns`. options: other arguments of `LoraConfig`.
 
     Raises MatrixError when a chosen matrix can't have an adapter, or PEFT would adapt others than the chosen ones of
-    the scanned model (checked where that is on this machine), RankError when a rank is out of range, and ConfigError
+    the scanned model (checked where that is on this machine; elsewhere names that PEFT may take for experts are
+    refused), RankError when a rank is out of range, and ConfigError
     for dropout with experts.
     """
     from peft import LoraConfig

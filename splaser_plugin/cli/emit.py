@@ -105,9 +105,9 @@ def axolotl(
     run = f"axolotl train {shlex.quote(str(output))}"
     plan = _plan(selection, training, rl or "sft")
     text = axolotl_yaml(plan, base=training.base, run=run, plugin=plugin, laser=laser)
-    check_plan(plan)
+    is_checked = plugin or check_plan(plan)  # the plugin checks where it trains
     _write(output, text, overwrite=overwrite)
-    _tell(selection, output, run, lacks=DATASET if lacks_dataset(plan, training.base) else "")
+    _tell(selection, output, run, is_checked=is_checked, lacks=DATASET if lacks_dataset(plan, training.base) else "")
 
 
 @app.command()
@@ -138,7 +138,7 @@ def llamafactory(
     run = f"{'python' if is_script else 'llamafactory-cli train'} {shlex.quote(str(output))}"
     write = tool.runner_script if is_script else tool.llamafactory_yaml
     text = write(plan, base=training.base, dataset_dir=output.parent, run=run)
-    check_plan(plan)
+    is_checked = check_plan(plan)
     if training.dataset is not None:
         info = output.parent / "dataset_info.json"
         entry = tool.dataset_info(training.dataset, stage, output.parent)
@@ -146,7 +146,9 @@ def llamafactory(
         _check_file(output, text, overwrite=overwrite)
         _write(info, entries, overwrite=True)
     _write(output, text, overwrite=overwrite)
-    _tell(selection, output, run, lacks=tool.DATASET if lacks_dataset(plan, training.base) else "")
+    _tell(
+        selection, output, run, is_checked=is_checked, lacks=tool.DATASET if lacks_dataset(plan, training.base) else ""
+    )
 
 
 @app.command()
@@ -173,9 +175,9 @@ def peft(
     selection = named_for_peft(selection, model or selection.model)
     rank, _ = choose_rank(selection, ranks.lora_rank, ranks.match_rank)
     values = adapter_config(selection, rank=rank or DEFAULT_RANK, rank_pattern=rank_pattern, model=model)
-    check_adapters(selection, model or selection.model, **values)
+    is_checked = check_adapters(selection, model or selection.model, **values)
     _write(output, _json(values), overwrite=overwrite)
-    _tell(selection, output, f'LoraConfig.from_pretrained("{output.parent}")')
+    _tell(selection, output, f'LoraConfig.from_pretrained("{output.parent}")', is_checked=is_checked)
 
 
 @app.command()
@@ -220,11 +222,13 @@ def _check_file(path: Path, text: str, *, overwrite: bool) -> None:
         raise OutputError(f"{path}: exists. Choose another --output, or pass --overwrite.")
 
 
-def _tell(selection: Selection, output: Path, run: str, lacks: str = "") -> None:
-    """lacks: the key that names the data set, where there is none."""
+def _tell(selection: Selection, output: Path, run: str, *, is_checked: bool, lacks: str = "") -> None:
+    """is_checked: whether the targets are those of the model's class. lacks: the key of a data set that is missing."""
     for kind, names in selection.by_type.items():
         print(f"{printable(kind)}: {len(names)}", file=sys.stderr)
     print(f"written: {printable(str(output))}", file=sys.stderr)
+    if not is_checked:
+        print("targets: not checked on the model's class, since that or PEFT isn't on this machine", file=sys.stderr)
     if lacks:
         print(f"NO DATA SET: nothing trains before you add {lacks} to it, or pass --dataset FILE", file=sys.stderr)
     print(f"next: {printable(run)}", file=sys.stderr)

@@ -40,6 +40,8 @@ class Selection(Table):
     rank 1 on all of them trains. None where the scan has no shapes."""
     tied: tuple[str, ...]
     """Chosen matrices that share their weight with another module."""
+    has_experts: bool = False
+    """Whether the model has experts, so that PEFT may take names of other modules for theirs."""
     also_meant: tuple[tuple[str, str], ...] = ()
     """A chosen name that ends another's, which isn't chosen, and that other's: PEFT would adapt both."""
 
@@ -142,6 +144,10 @@ def choose(
         considered=len(wanted),
         block_sides=_block_sides(scan),
         tied=tuple(tied),
+        has_experts=any(
+            getattr(matrix, "stack", "") or "experts" in matrix.name.split(".")
+            for matrix in (*scan.matrices, *scan.skipped)
+        ),
         also_meant=_also_meant({matrix.name for matrix in chosen}, (*scan.matrices, *scan.skipped)),
     )
 

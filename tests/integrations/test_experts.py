@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -174,6 +175,21 @@ def test_what_peft_takes_for_experts_is_named_as_a_parameter(tmp_path):
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
     with pytest.raises(MatrixError, match="only where its weight isn't packed into 4 bits"):
         check_plan(Plan(selection=selection, mode="qlora", model=str(folder)))
+
+
+def test_names_that_peft_may_take_for_experts_are_refused_where_the_model_is_not(splaser, tmp_path):
+    folder = saved(build("deepseek_v3", CAUSAL["deepseek_v3"]), tmp_path / "model")
+    replace(scan(folder), model="somebody/deepseek").save(tmp_path / "scan.json")
+    for tool, name in (("peft", "adapter_config.json"), ("axolotl", "train.yml")):
+        code, _, stderr = splaser("emit", tool, tmp_path / "scan.json", "--top", 1, "-o", tmp_path / name)
+        assert (code, (tmp_path / name).exists()) == (1, False)
+        assert "6 of 13 targets can only be checked where the model somebody/deepseek and PEFT are: run emit" in stderr
+        emit = ("emit", tool, tmp_path / "scan.json", "--top", 1, "-o", tmp_path / name)
+        code, _, stderr = splaser(*emit, "--types", "self_attn", "--types", "mlp.experts")
+        assert code == 0
+        assert "targets: not checked on the model's class" in stderr
+        code, _, stderr = splaser(*emit, "--model", folder, "--overwrite")
+        assert (code, "not checked" in stderr) == (0, False)
 
 
 def test_without_peft_names_are_given_back_as_they_are(tmp_path, monkeypatch):
