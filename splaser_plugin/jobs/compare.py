@@ -15,7 +15,7 @@ from splaser_plugin.config.stages import CompareConfig
 from splaser_plugin.config.tasks import LM_EVAL, parse_tasks
 from splaser_plugin.data.pairs import PairSet, PairSource, read_pairs_from
 from splaser_plugin.data.split import LEAST
-from splaser_plugin.errors import ConfigError, PairsError
+from splaser_plugin.errors import ConfigError, PairsError, TaskError
 from splaser_plugin.files.json import write_json
 from splaser_plugin.files.output import check_file
 from splaser_plugin.progress import Progress, counting, default_progress
@@ -305,6 +305,8 @@ def _measure(
         if windows:
             text = scorers.make("perplexity", Material((), windows)).score(range(len(windows)))
         of_tasks = {task.name: scorers.harness.measure(task, range(len(task))) for task in tasks}
+    for task in tasks:
+        _check(task, of_tasks[task.name], first.tasks[task.name] if first else of_tasks[task.name])
     if semantic and semantic.half_read_answers:
         progress.result("warning", semantic.half_read_warning)
     both = [item for item, pair in enumerate(pairs) if margin and pair.rejected is not None]
@@ -320,6 +322,17 @@ def _measure(
         tokens=(margins.answers if margins else [], windows),
         tasks=of_tasks,
     )
+
+
+def _check(task: Documents, values: Sequence[Values], first: Sequence[Values]) -> None:
+    """Raise now, before other models are measured, the TaskError that the task's figures would raise."""
+    if values[0].keys() != first[0].keys():
+        raise TaskError(
+            f"task '{task.name}': its metrics are {list(values[0])}, and the first model's {list(first[0])}. Mend the "
+            "task's file."
+        )
+    for name in values[0]:
+        task.overall(name, values)
 
 
 def _plain(name: str, figure: Figure) -> dict[str, Any]:

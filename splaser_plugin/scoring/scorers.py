@@ -17,12 +17,13 @@ from splaser_plugin.distributed import input_device
 from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.prompts import Prompter, prepared
 from splaser_plugin.scoring.embedding import Embedder, SelfEmbedder, SentenceEmbedder, find_embedder
+from splaser_plugin.scoring.harness import Harness, TaskScorer
 from splaser_plugin.scoring.margin import ChosenScorer, MarginScorer
 from splaser_plugin.scoring.own_scorer import CallableScorer, load_function
 from splaser_plugin.scoring.perplexity import PerplexityScorer
 from splaser_plugin.scoring.scores import Scorer
 from splaser_plugin.scoring.semantic import SemanticScorer
-from splaser_plugin.scoring.tasks import Documents, Harness, TaskScorer, load_scored
+from splaser_plugin.scoring.tasks import Documents, load_scored
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import context_length
 

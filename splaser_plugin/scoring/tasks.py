@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import json
@@ -18,21 +17,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from splaser_plugin.checkpoints.folder import hub_errors
-from splaser_plugin.config.tasks import LM_EVAL
 from splaser_plugin.data.split import Question
-from splaser_plugin.distributed import input_device, share
-from splaser_plugin.errors import MissingExtraError, ModelError, ScoreError, TaskError, nearest
+from splaser_plugin.errors import MissingExtraError, TaskError, nearest
 from splaser_plugin.files.sources import path_of
 from splaser_plugin.files.text import first_line_of
-from splaser_plugin.generation.evaluation import MODEL_ERRORS, evaluating
-from splaser_plugin.generation.teacher_forcing import fitting_batch
-from splaser_plugin.progress import measured
 from splaser_plugin.scoring.own_scorer import module_source
-from splaser_plugin.scoring.scores import Scores
 
 FEW_SHOT_SEED = 1234
 """lm-evaluation-harness's own default, so that a task has the same examples as in its published results."""
@@ -127,13 +119,28 @@ class Documents:
         return {name: [float(of_one[name]) for of_one in values] for name in names}
 
     def overall(self, metric: str, values: Sequence[Values]) -> float | None:
-        """The task's own figure for all documents together; None where it isn't finite."""
+        """The task's own figure for all documents together; None where it isn't finite.
+
+        Raises TaskError when the task's own code fails.
+        """
         aggregation = self.task.aggregation()[metric.partition(",")[0]]
-        found = float(aggregation([of_one[metric] for of_one in values]))
+        try:
+            found = float(aggregation([of_one[metric] for of_one in values]))
+        except OverflowError:
+            return None
+        except Exception as error:  # task files may name any code
+            raise TaskError(
+                f"task '{self.name}': its {metric} of all documents can't be computed ({reason_of(error)}). Mend the "
+                "task's file."
+            ) from error
         return found if math.isfinite(found) else None
 
     def results(self, items: Sequence[int], responses: Mapping[int, list[Any]]) -> list[Values]:
-        """What each document's requests were answered with, as the task's filters and metrics see it."""
+        """What each document's requests were answered with, as the task's filters and metrics see it.
+
+        Metrics that the task doesn't say how to aggregate are left out.
+        Raises TaskError when documents have different ones, or one has none, or no number.
+        """
         asked = [responses[item] for item in items]
         for filters in self.task._filters:
             filters.apply([request for requests in asked for request in requests])
@@ -144,9 +151,32 @@ class Documents:
                 answers = [request.filtered_resps[name] for request in requests]
                 metrics = self.task.process_results(self.documents[item], answers)
                 end = "" if name == NO_FILTER else f",{name}"
-                values |= {f"{metric}{end}": value for metric, value in metrics.items()}
+                known = self.task.aggregation()
+                values |= {f"{metric}{end}": value for metric, value in metrics.items() if metric in known}
+            self._check(requests[0].doc_id, values, found[0] if found else values)
             found.append(values)
         return found
+
+    def _check(self, document: int, values: Values, first: Values) -> None:
+        """document: its number in the task. Raises TaskError; see `results`."""
+        if not values or values.keys() != first.keys():
+            raise TaskError(
+                f"task '{self.name}': its document {document} has the metrics {list(values)}, expected "
+                f"{list(first) or list(self.task.aggregation())} for each. Mend the task's file."
+            )
+        for metric, value in values.items():
+            if metric.partition(",")[0] in self.means and not _is_number(value):
+                raise TaskError(
+                    f"task '{self.name}': the {metric} of its document {document} is {value!r:.80}, expected a number."
+                )
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _code(value: Any) -> list[str]:
@@ -238,7 +268,7 @@ def _load(name: str, tasks_path: str) -> list[Any]:
     try:
         found = list(manager.load([name])["tasks"].values())
     except Exception as error:  # task files may name any code
-        raise TaskError(f"task '{name}': it can't be loaded ({_reason(error)}). {_advice(error)}") from error
+        raise TaskError(f"task '{name}': it can't be loaded ({reason_of(error)}). {_advice(error)}") from error
     for task in found:
         if getattr(task, "UNSAFE_CODE", False):
             raise TaskError(f"task '{task.task_name}': it runs code that the model writes. Use another one.")
@@ -274,7 +304,7 @@ def _documents(task: Any, count: int) -> Documents:
         documents = tuple(document for _, document in islice(task.doc_iterator(limit=count), count))
         available = len(task.eval_docs)
     except Exception as error:  # templates and functions of task files may raise anything
-        raise TaskError(f"task '{name}': no question can be made ({_reason(error)}). {_advice(error)}") from error
+        raise TaskError(f"task '{name}': no question can be made ({reason_of(error)}). {_advice(error)}") from error
     requests: list[list[Any]] = [[] for _ in documents]
     for request in task.instances:
         requests[request.doc_id].append(request)
@@ -282,7 +312,7 @@ def _documents(task: Any, count: int) -> Documents:
     return Documents(task, name, documents, tuple(in_order), available)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line_of(error):.200}"
 
 
@@ -292,94 +322,3 @@ def _advice(error: Exception) -> str:
     if isinstance(error, (OSError, datasets.exceptions.DatasetsError, *hub_errors())):
         return "Check data_files in the task's file, or the connection to the hub, where its data set may be."
     return "Mend the task's file."
-
-
-class Harness:
-    """A loaded model as lm-evaluation-harness asks it, without a chat template, as is its default.
-
-    batch_size: most texts in one forward pass. Raises ModelError when it can't.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int) -> None:
-        from lm_eval.models.huggingface import HFLM
-
-        self.model = model
-        self.batch_size = batch_size
-        try:
-            with evaluating(model):
-                self._asked: Any = HFLM(pretrained=model, backend="causal", tokenizer=copy.deepcopy(tokenizer))
-        except MODEL_ERRORS as error:
-            name = type(model).__name__
-            raise ModelError(f"lm-evaluation-harness can't ask this {name} ({_reason(error)}).") from error
-        self._device = self._asked._device = input_device(model)
-
-    def measure(self, asked: Documents, items: Sequence[int]) -> list[Values]:
-        """What the task's metrics say of each of these documents, given by their places.
-
-        Raises:
-            ScoreError: The model fails, or gives a probability that isn't finite.
-            TaskError: The task's own code fails.
-        """
-        answered: dict[int, list[Any]] = {}
-        for start in range(0, len(items), self.batch_size):
-            part = items[start : start + self.batch_size]
-            answered |= {item: [_anew(request) for request in asked.requests[item]] for item in part}
-            self._answer(asked.name, [request for item in part for request in answered[item]])
-            measured(len(part))
-        try:
-            return asked.results(items, answered)
-        except Exception as error:  # as in loading it
-            raise TaskError(f"task '{asked.name}': its metrics can't be computed ({_reason(error)}).") from error
-
-    def _answer(self, name: str, requests: Sequence[Any]) -> None:
-        """Give each request its responses."""
-        for kind in dict.fromkeys(request.request_type for request in requests):
-            repeated = [request for request in requests if request.request_type == kind for _ in range(request.repeats)]
-            self._asked.batch_size_per_gpu = self._fitting(kind, repeated)
-            try:
-                device = [self._device.index or 0] if self._device.type == "cuda" else []
-                with evaluating(self.model), torch.random.fork_rng(device):
-                    torch.manual_seed(FEW_SHOT_SEED)  # of tasks whose answers are sampled
-                    responses = getattr(self._asked, kind)(repeated, disable_tqdm=True)
-            except MODEL_ERRORS as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                raise ScoreError(f"task '{name}': the model fails at its questions ({_reason(error)}).") from error
-            for request, response in zip(repeated, responses, strict=True):
-                likelihood = response[0] if isinstance(response, tuple) else response
-                if isinstance(likelihood, float) and not math.isfinite(likelihood):
-                    raise ScoreError(f"task '{name}': a log-probability is {likelihood}.")
-                request.resps.append(response)
-
-    def _fitting(self, kind: str, requests: Sequence[Any]) -> int:
-        """How many of these go into one forward pass."""
-        if kind == "generate_until":
-            return self.batch_size
-        longest = max(len(self._asked.tok_encode("".join(request.args))) for request in requests)
-        return fitting_batch(self.batch_size, min(longest, self._asked.max_length))
-
-
-def _anew(request: Any) -> Any:
-    """The same request, without what it was answered with."""
-    return replace(request, resps=[], filtered_resps={})
-
-
-class TaskScorer:
-    """A task's first metric that is a mean over its documents, of each document; minus it where less is better."""
-
-    def __init__(self, harness: Harness, asked: Documents) -> None:
-        self.name = f"{LM_EVAL}{asked.name}"
-        self.size = len(asked)
-        self.batch_size = harness.batch_size
-        self._harness = harness
-        self._asked = asked
-        self._sign = 1.0 if asked.task.higher_is_better()[asked.metric] else -1.0
-
-    def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
-        """Raises ScoreError when the model fails at it, and TaskError when the task's own code does."""
-        return Scores(tuple(items), tuple(share(items, self._values, self._harness.model)))
-
-    def _values(self, items: list[int]) -> list[float]:
-        found = self._asked.by_mean(self._harness.measure(self._asked, items))
-        name = next(name for name in found if name.partition(",")[0] == self._asked.metric)
-        return [self._sign * value for value in found[name]]

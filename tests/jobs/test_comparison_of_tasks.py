@@ -12,11 +12,21 @@ from transformers import AutoModelForCausalLM
 
 from splaser_plugin.cli.terminal import comparison_tables
 from splaser_plugin.config.stages import CompareConfig
-from splaser_plugin.errors import ConfigError
-from splaser_plugin.jobs.compare import WHOLE, compare
+from splaser_plugin.errors import ConfigError, TaskError
+from splaser_plugin.jobs.compare import UNDEFINED, WHOLE, compare
+from splaser_plugin.progress import Progress
 from splaser_plugin.statistics import paired_bootstrap
 from tests.builders import tiny_llama
-from tests.task_files import CHOICES, answered_rows, greedy, metrics, right_choices, save_answers, save_choices
+from tests.task_files import (
+    CHOICES,
+    answered_rows,
+    greedy,
+    metrics,
+    right_choices,
+    save_answers,
+    save_choices,
+    save_task,
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +79,38 @@ def test_a_metric_of_all_documents_together_has_no_interval(compared):
     first, second = (figures["lm-eval:pairs_of_colours:f1"] for figures in compared.figures())
     assert second.change == second.value - first.value
     assert (second.interval, second.reason) == (None, WHOLE)
+
+
+class Told(Progress):
+    def __init__(self):
+        self.models = []
+
+    def fact(self, label, value):
+        if label == "model":
+            self.models.append(value)
+
+
+def test_a_figure_that_a_text_has_not_is_undefined(folders, tmp_path):
+    tiny, other, _ = folders
+    kind = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
+    both = [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}]
+    save_task(tmp_path, "unspaced", 4 * [{"text": 12 * "漢字仮名交じり文"}], **kind, metric_list=both)
+    config = CompareConfig(tasks="unspaced", tasks_path=str(tmp_path), device="cpu")
+    figures = compare([tiny, other], config=config).figures()[1]
+    words = figures["lm-eval:unspaced:word_perplexity"]
+    assert (words.value, words.reason) == (None, UNDEFINED)
+    assert figures["lm-eval:unspaced:bits_per_byte"].value > 0
+
+
+def test_an_aggregation_that_fails_is_told_before_the_next_model(folders, tmp_path):
+    tiny, other, _ = folders
+    (tmp_path / "utils.py").write_text("def whole(items):\n    return 1 / 0\n")
+    path = save_choices(tmp_path)
+    path.write_text(path.read_text().replace("aggregation: mean", "aggregation: !function utils.whole", 1))
+    config, progress = CompareConfig(tasks="colours", tasks_path=str(tmp_path), device="cpu"), Told()
+    with pytest.raises(TaskError, match=r"its acc of all documents can't be computed \(ZeroDivisionError"):
+        compare([tiny, other], config=config, progress=progress)
+    assert progress.models == [str(tiny)]
 
 
 def test_without_pairs_only_what_was_measured_is_told(compared):

@@ -9,7 +9,8 @@ import torch
 
 from splaser_plugin.errors import MissingExtraError, ModelError, ScoreError, TaskError
 from splaser_plugin.scoring import tasks
-from splaser_plugin.scoring.tasks import Harness, load_tasks
+from splaser_plugin.scoring.harness import Harness
+from splaser_plugin.scoring.tasks import load_tasks
 from tests.builders import states, tiny_llama
 from tests.task_files import CHOICES, answered_rows, greedy, metrics, right_choices, save_answers, save_choices
 
@@ -115,6 +116,46 @@ def test_a_broken_model_is_told(tokenizer, tmp_path):
     [task] = load(tmp_path, "colours")
     with pytest.raises(ScoreError, match="task 'colours': a log-probability is nan"):
         Harness(model, tokenizer, batch_size=4).measure(task, range(3))
+
+
+def test_a_full_device_is_told(harness, tiny_model, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    save_choices(tmp_path)
+    [task] = load(tmp_path, "colours")
+    monkeypatch.setattr(tiny_model, "forward", full)
+    with pytest.raises(ModelError, match=r"task 'colours': the device's memory has no room .*batch.size\.$"):
+        harness.measure(task, range(3))
+
+
+def graded_by(folder, code, *, aggregation="mean"):
+    """The task of colours by a metric m that this code gives."""
+    (folder / "utils.py").write_text(code)
+    whole = [{"metric": "m", "aggregation": "AGGREGATION", "higher_is_better": True}]
+    path = save_choices(folder, metric_list=whole)
+    text = path.read_text().replace("AGGREGATION", aggregation)
+    path.write_text(text + "process_results: !function utils.process_results\n")
+    return load(folder, "colours")[0]
+
+
+def test_a_document_without_a_metric_or_with_no_number_is_named(harness, tmp_path):
+    task = graded_by(tmp_path, "def process_results(doc, results):\n    return {'m': 1.0} if doc['label'] else {}\n")
+    with pytest.raises(TaskError, match=r"task 'colours': its document 0 has the metrics \[\], expected \['m'\]"):
+        harness.measure(task, [0, 1])
+    with pytest.raises(TaskError, match=r"its document 3 has the metrics \[\], expected \['m'\] for each"):
+        harness.measure(task, [1, 2, 3])
+    with pytest.raises(TaskError, match="its document 3 has the metrics"):
+        harness.measure(task.part([1, 3]), [0, 1])
+    task = graded_by(tmp_path, "def process_results(doc, results):\n    return {'m': None}\n")
+    with pytest.raises(TaskError, match=r"the m of its document 2 is None, expected a number"):
+        harness.measure(task, [2])
+
+
+def test_a_metric_that_the_task_does_not_aggregate_is_left_out(harness, tmp_path):
+    given = "{'m': 1.0, 'other' if doc['label'] else 'another': 2.0}"
+    task = graded_by(tmp_path, f"def process_results(doc, results):\n    return {given}\n")
+    assert harness.measure(task, range(4)) == 4 * [{"m": 1.0}]
 
 
 def test_a_tokenizer_that_the_harness_does_not_take_is_told(tiny_model):
