@@ -105,6 +105,8 @@ class LaserCallback(TrainerCallback):
             raise ConfigError("top and fraction go with freeze_to='top'.")
         if when is None and freeze_to is None:
             raise ConfigError("there is nothing to do: give when=, or freeze_to='top'.")
+        if config is not None and config.engine == "vllm":
+            raise ConfigError("engine: vllm has no place beside a training run. Use transformers, or splaser laser.")
         self.when = when
         self.pairs = pairs
         self.config = config or LaserConfig()

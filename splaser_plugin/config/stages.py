@@ -23,7 +23,7 @@ from splaser_plugin.errors import ConfigError
 Edge: TypeAlias = Literal["iqr", "mp", "gavish-donoho"]
 Precision: TypeAlias = Literal["auto", "float32", "float64", "svd"]
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
-EngineName: TypeAlias = Literal["auto", "transformers", "continuous"]
+EngineName: TypeAlias = Literal["auto", "transformers", "continuous", "vllm"]
 Measure: TypeAlias = Literal["snr_ratio", "snr", "rank", "kappa", "fisher", "gradient", "random", "uniform"]
 OptionalPath: TypeAlias = Annotated[Path | None, Field(strict=False)]
 Patterns: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
@@ -144,8 +144,8 @@ class MeasureConfig(PlaceConfig):
     batch_size: int = Field(default=32, ge=0)
     """Prompts generated for at once; 0 finds it by measurement."""
     engine: EngineName = "auto"
-    """What writes the answers: a loop over transformers' generate, or its continuous batching; auto is the loop, and
-    in `laser` on a GPU, in float32, the one that a warm-up finds faster."""
+    """What writes the answers: a loop over transformers' generate, its continuous batching, or vLLM; auto is the loop,
+    and in `laser` on a GPU, in float32, the one of the first two that a warm-up finds faster."""
     dtype: Dtype = "auto"
     """Weights' dtype; auto is the checkpoint's own."""
     seed: int = Field(default=0, ge=0)

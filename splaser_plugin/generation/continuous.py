@@ -11,10 +11,10 @@ from typing import Any
 import transformers
 from transformers import GenerationConfig
 
-from splaser_plugin.distributed import is_out_of_memory, is_sharded
+from splaser_plugin.distributed import is_out_of_memory
 from splaser_plugin.errors import ModelError, ScoreError
+from splaser_plugin.generation.engines import obstacle
 from splaser_plugin.generation.evaluation import MODEL_ERRORS, evaluating, plain_generation
-from splaser_plugin.generation.long_rope import turning_point
 from splaser_plugin.progress import measured
 
 LEAST_VERSION = (5, 24)
@@ -105,14 +105,8 @@ def _check(model: Any) -> None:
             f"--engine continuous needs transformers {'.'.join(map(str, LEAST_VERSION))} or newer, and this is "
             f"{transformers.__version__}. Use --engine transformers, or upgrade it."
         )
-    reason = ""
-    if is_sharded(model):
-        reason = "is sharded over processes"
-    elif len({parameter.device for parameter in model.parameters()}) > 1 or hasattr(model, "hf_device_map"):
-        reason = "is spread over several devices"
-    elif turning_point(model) is not None:
-        reason = "has position embeddings that depend on the longest row of a batch"
-    elif not hasattr(model, "continuous_batching_context_manager"):
+    reason = obstacle(model)
+    if not reason and not hasattr(model, "continuous_batching_context_manager"):
         reason = "has no continuous batching"
     if reason:
         raise ModelError(f"--engine continuous: {type(model).__name__} {reason}. Use --engine transformers.")

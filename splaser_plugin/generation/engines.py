@@ -7,7 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
+from splaser_plugin.distributed import is_sharded
 from splaser_plugin.errors import ModelError, ScoreError
+from splaser_plugin.generation.long_rope import turning_point
 from splaser_plugin.generation.teacher_forcing import forced_logits
 
 PROBES = (tuple(range(1, 9)), tuple(range(20, 23)))
@@ -43,6 +45,17 @@ class Engine(Protocol):
 
     def fixed(self) -> Engine:
         """The same, without any change by what it measures."""
+
+
+def obstacle(model: Any) -> str:
+    """What keeps any engine but the loop from taking the model, as the end of a sentence; empty for nothing."""
+    if is_sharded(model):
+        return "is sharded over processes"
+    if len({parameter.device for parameter in model.parameters()}) > 1 or hasattr(model, "hf_device_map"):
+        return "is spread over several devices"
+    if turning_point(model) is not None:
+        return "has position embeddings that depend on the longest row of a batch"
+    return ""
 
 
 def check_alike(engine: Engine, loop: Engine, model: Any) -> None:

@@ -12,6 +12,7 @@ from splaser_plugin.generation.continuous import ContinuousBatching
 from splaser_plugin.generation.engines import Engine, check_alike
 from splaser_plugin.generation.loop import FIRST_BATCH, Loop
 from splaser_plugin.generation.prompts import THOUGHT_BEGINS, THOUGHT_ENDS, Prompter, opens_thought, without_thought
+from splaser_plugin.generation.vllm import Vllm
 
 PROMPT_END = 16
 """Tokens of a prompt in which the tag that opens a thought is looked for: more than any tokenizer makes of it."""
@@ -58,7 +59,19 @@ class Generator:
         Raises ModelError when it can't take the model, or doesn't write what the loop does.
         """
         at_once = self._batch_size or FIRST_BATCH
-        engine = ContinuousBatching(self.model, self.end_tokens, pad=self._pad, batch_size=at_once)
+        self._use(ContinuousBatching(self.model, self.end_tokens, pad=self._pad, batch_size=at_once))
+
+    def use_vllm(self, longest_prompt: int) -> None:
+        """Have vLLM, with a copy of the model in this process, write from now on.
+
+        longest_prompt: tokens. Raises ModelError as `use_continuous` does, and when vLLM isn't installed.
+        """
+        longest = longest_prompt + self.max_new_tokens
+        longest = min(longest, self.prompter.context or longest)
+        at_once = self._batch_size or FIRST_BATCH
+        self._use(Vllm(self.model, self.end_tokens, longest=longest, batch_size=at_once))
+
+    def _use(self, engine: Engine) -> None:
         check_alike(engine, self.engine, self.model)
         self.engine = engine
 

@@ -34,7 +34,8 @@ def settle_engine(run: Run, measures: Measures) -> None:
         if name != generator.engine.name:
             generator.use_continuous()
     if generator.engine.name != "transformers" or run.config.engine != "auto":
-        run.progress.fact("engine", f"{generator.engine.name} for every answer of this run{_doubt(generator)}")
+        said = f"{generator.engine.name} for every answer of this run"
+        run.progress.fact("engine", said + _copy(generator) + _doubt(generator))
 
 
 def engine_of(measures: Measures) -> str | None:
@@ -80,6 +81,10 @@ def plain_scorer(scorer: Scorer) -> Scorer:
 def _scorers(measures: Measures) -> list[Scorer]:
     scorers = [measures.scorer, measures.held_out, *(guard.scorer for guard in measures.guards)]
     return [scorer for scorer in scorers if scorer is not None]
+
+
+def _copy(generator: Generator) -> str:
+    return ", with a second copy of the weights in memory" if generator.engine.name == "vllm" else ""
 
 
 def _doubt(generator: Generator) -> str:

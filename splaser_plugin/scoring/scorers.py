@@ -104,6 +104,8 @@ class Scorers:
         found = Generator(self.model, self.prompter, max_new_tokens=limit, batch_size=at_once)
         if self.config.engine == "continuous":
             found.use_continuous()
+        elif self.config.engine == "vllm":
+            found.use_vllm(self.config.max_prompt_tokens)
         return found
 
     @property

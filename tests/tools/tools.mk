@@ -6,5 +6,5 @@ TOOLS := .integrations
 $(TOOLS)/%/.installed: tests/tools/%.txt tests/tools/build.sh pyproject.toml
 	PYTHON=$(PYTHON) tests/tools/build.sh $* $(@D)
 
-test-integrations: models $(TOOLS)/llamafactory/.installed $(TOOLS)/axolotl/.installed $(TOOLS)/deepspeed/.installed
+test-integrations: models $(foreach tool,llamafactory axolotl deepspeed vllm,$(TOOLS)/$(tool)/.installed)
 	SPLASER_INTEGRATIONS=$(CURDIR)/$(TOOLS) $(BIN)/python -m pytest tests/tools
