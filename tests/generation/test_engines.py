@@ -189,7 +189,7 @@ def test_a_model_with_another_state_than_keys_and_values_is_refused(tokenizer):
 
 
 def test_an_older_transformers_is_refused(tiny_model, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.5.4")
+    monkeypatch.setattr(continuous.transformers, "__version__", "5.5.4")
     with pytest.raises(ModelError, match=r"needs transformers 5\.24 or newer, and this is 5\.5\.4"):
         continuous.ContinuousBatching(tiny_model, [2], pad=2, batch_size=2)
 
