@@ -32,18 +32,13 @@ from splaser_plugin.errors import ModelError, PairsError
 from splaser_plugin.files.text import first_line_of
 from splaser_plugin.progress import Advance, Bars, Progress, ignore
 from splaser_plugin.weights.wrapped import unwrapped
+from splaser_plugin.weights.zero import OFFLINE, check_deepspeed
 
 logger = logging.getLogger(__name__)
 transformers_log = transformers_logging.get_logger("transformers.splaser")
 """Shown at the verbosity that transformers itself has."""
 
-OFFLINE = "Save the trained model and run `splaser laser` on the checkpoint (with `--adapter DIR` for a LoRA adapter)."
 TRAINER = "trainer.add_callback(LaserCallback(trainer=trainer, ...))"
-NO_PLAIN_ZERO = (
-    *("offload_param", "offload_optimizer", "cpu_offload", "cpu_offload_param"),
-    *("zero_hpz_partition_size", "zero_quantized_weights", "mics_shard_size"),
-)
-"""Settings of DeepSpeed's `zero_optimization` that keep weights, or the optimizer's copies of them, in other places."""
 PAIR_COLUMNS = {"chosen", "rejected"}
 
 
@@ -182,30 +177,6 @@ def check_sharding(model: Any) -> None:
             'FSDP version 1 flattens the weights. Use version 2: fsdp_config={"version": 2} in TrainingArguments, '
             f"`accelerate launch --fsdp_version 2`, fsdp_version: 2 in Axolotl. {OFFLINE}"
         )
-
-
-def check_deepspeed(config: Mapping[str, Any]) -> None:
-    """Raise ModelError for what isn't plain ZeRO-1, 2 or 3, and may keep weights in other places.
-
-    config: DeepSpeed's, as a dictionary.
-    """
-    zero = config.get("zero_optimization") or {}
-    if zero.get("stage", 0) not in (1, 2, 3):
-        raise ModelError(
-            f"DeepSpeed without ZeRO can't be lasered in. Set zero_optimization.stage to 1, 2 or 3. {OFFLINE}"
-        )
-    used = [key for key in NO_PLAIN_ZERO if _is_on(zero.get(key))]
-    if used:
-        raise ModelError(
-            f"DeepSpeed's {used[0]} was never tried with the laser. Leave it out of zero_optimization. {OFFLINE}"
-        )
-
-
-def _is_on(setting: Any) -> bool:
-    """Whether a setting of DeepSpeed, a dictionary with a device or a value, is more than its default."""
-    if isinstance(setting, Mapping):
-        return setting.get("device") not in (None, "none")
-    return setting is True or setting not in (None, False, 1, -1)
 
 
 class TrainingProgress(Bars):

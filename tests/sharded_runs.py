@@ -56,7 +56,8 @@ ZERO_WAYS = (*ZERO, "lora-zero1", "lora-zero2", "lora-zero3", "lora-zero3-layers
 OWN_ZERO = ("own-zero2", "own-zero3")
 """In a loop of one's own, without a trainer."""
 RESUMED = ("lora-one", "lora-zero1", "lora-zero2", "lora-zero3")
-ZERO_REFUSED = {"zero3-no-room": ZERO["zero3"], "zero2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+ZERO_REFUSED = {"zero3-no-room": ZERO["zero3"], "zero2-offload": OFFLOADED, "own-zero2-offload": OFFLOADED}
 WAYS = ("ddp", *FSDP2, "lora-ddp", *(f"lora-{way}" for way in FSDP2), "tp", "own-fsdp", "loaded-fsdp")
 REFUSED = ("fsdp1", "main-alone")
 AFTER = LaserConfig(
@@ -144,7 +145,7 @@ class Way:
         return result.recipe, out
 
     def spread(self) -> Any:
-        if self.name in OWN_ZERO:
+        if self.name.startswith("own-zero"):
             import deepspeed
 
             model, settings = self.model(), self.sharding["deepspeed"] | {"train_micro_batch_size_per_gpu": 1}
@@ -168,7 +169,9 @@ class Way:
 
     def refused(self) -> str:
         """What is said to what can't be done, or to a `laser` that only the main process calls."""
-        if self.name != "main-alone":
+        if self.name.startswith("own-"):
+            work = partial(self.own, self.spread(), AFTER)
+        elif self.name != "main-alone":
             work = partial(self.trained, "init" if self.name == "zero3-no-room" else "after", AFTER)
         else:
             splaser_plugin.distributed.PATIENCE_S = 2.0

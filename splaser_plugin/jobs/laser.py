@@ -42,7 +42,7 @@ from splaser_plugin.weights.in_memory import Weights, check_generates, model_nam
 from splaser_plugin.weights.loading import find_model, load_model, load_tokenizer
 from splaser_plugin.weights.rest import rest_of
 from splaser_plugin.weights.wrapped import unwrapped
-from splaser_plugin.weights.zero import masters_following, whole_where_it_fits
+from splaser_plugin.weights.zero import check_engine, masters_following, whole_where_it_fits
 
 __all__ = ["LaserResult", "laser", "laser_weights", "read_pairs"]
 
@@ -76,6 +76,7 @@ def laser(
     meet("laser()")
     config = config or LaserConfig()
     progress = progress or default_progress()
+    check_engine(model)
     path = None if output is None else _checked(output, model, pairs, config, overwrite)
     kept = nullcontext(Journal()) if path is None else closing(LaserJournal(path, anew=overwrite))
     with kept as journal, masters_following(model), whole_where_it_fits(model):
@@ -101,6 +102,7 @@ def plan(
     Raises what `laser` raises before it begins.
     """
     config, progress = config or LaserConfig(), progress or default_progress()
+    check_engine(model)
     path = None if output is None else _checked(output, model, pairs, config, overwrite)
     run, measures = _begin(model, pairs, config, tokenizer, Journal(), path, progress)
     cost = cost_of(run, measures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,43 @@ from splaser_plugin.files.output import size
 
 MOST_OF_MEMORY = 0.8
 """How much of the free memory a gathered model may take: the rest is for the answers' keys, values and logits."""
+OFFLINE = "Save the trained model and run `splaser laser` on the checkpoint (with `--adapter DIR` for a LoRA adapter)."
+NO_PLAIN_ZERO = (
+    *("offload_param", "offload_optimizer", "cpu_offload", "cpu_offload_param"),
+    *("zero_hpz_partition_size", "zero_quantized_weights", "mics_shard_size"),
+)
+"""Settings of DeepSpeed's `zero_optimization` that keep weights, or the optimizer's copies of them, in other places."""
+
+
+def check_engine(model: Any) -> None:
+    """Raise ModelError for a model in an engine of DeepSpeed that isn't plain ZeRO-1, 2 or 3."""
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine):
+        check_deepspeed(model._config._param_dict)
+
+
+def check_deepspeed(config: Mapping[str, Any]) -> None:
+    """Raise ModelError for what isn't plain ZeRO-1, 2 or 3, and may keep weights in other places.
+
+    config: DeepSpeed's, as a dictionary.
+    """
+    zero = config.get("zero_optimization") or {}
+    if zero.get("stage", 0) not in (1, 2, 3):
+        raise ModelError(
+            f"DeepSpeed without ZeRO can't be lasered in. Set zero_optimization.stage to 1, 2 or 3. {OFFLINE}"
+        )
+    used = [key for key in NO_PLAIN_ZERO if _is_on(zero.get(key))]
+    if used:
+        raise ModelError(
+            f"DeepSpeed's {used[0]} was never tried with the laser. Leave it out of zero_optimization. {OFFLINE}"
+        )
+
+
+def _is_on(setting: Any) -> bool:
+    """Whether a setting of DeepSpeed, a dictionary with a device or a value, is more than its default."""
+    if isinstance(setting, Mapping):
+        return setting.get("device") not in (None, "none")
+    return setting is True or setting not in (None, False, 1, -1)
 
 
 @contextmanager

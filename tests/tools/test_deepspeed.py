@@ -44,8 +44,9 @@ def test_under_lora_the_lasered_base_is_restored_when_training_goes_on(way, foun
     assert resumed == pytest.approx(whole, abs=1e-5)
 
 
-def test_offloading_is_refused(found):
-    said = (found / "zero2-offload.txt").read_text()
+@pytest.mark.parametrize("way", ["zero2-offload", "own-zero2-offload"])
+def test_offloading_is_refused(way, found):
+    said = (found / f"{way}.txt").read_text()
     assert said.startswith("ModelError: DeepSpeed's offload_optimizer was never tried with the laser. Leave it out of")
     assert "`splaser laser` on the checkpoint" in said
 
