@@ -87,7 +87,7 @@ def split_documents(places: Sequence[int], questions: Sequence[str], fraction: f
     Documents of one question, letter case and spaces aside, stay together. Nothing is held out where either side would
     have fewer than 6.
     """
-    names = [_plain(question) for question in questions]
+    names = [plain(question) for question in questions]
     return DocumentSplit(*_parted(places, names, fraction, seed, "documents", "take a larger task"))
 
 
@@ -166,10 +166,10 @@ def _lowest_hashes(counts: Mapping[str, int], wanted: int, seed: int) -> set[str
 
 
 def _prompt(pair: Pair) -> str:
-    return _plain(pair.prompt)
+    return plain(pair.prompt)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Without letter case, and with single spaces."""
     return " ".join(text.casefold().split())
 

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from splaser_plugin.checkpoints.folder import hub_errors
-from splaser_plugin.data.split import Question
+from splaser_plugin.data.split import Question, plain
 from splaser_plugin.errors import MissingExtraError, TaskError, nearest
 from splaser_plugin.files.sources import path_of
 from splaser_plugin.files.text import first_line_of
@@ -74,11 +74,7 @@ class Documents:
     @property
     def questions(self) -> list[str]:
         """Of each document, by which documents are told apart: its text without examples, or all of it without one."""
-        found = (self.task.doc_to_text(document) for document in self.documents)
-        whole = (repr(document) for document in self.documents)
-        return [
-            text if isinstance(text, str) and text.strip() else other for text, other in zip(found, whole, strict=True)
-        ]
+        return [_question(self.task, document) for document in self.documents]
 
     @property
     def asked(self) -> list[Question]:
@@ -171,6 +167,14 @@ class Documents:
                 )
 
 
+def _question(task: Any, document: Any) -> str:
+    try:
+        text = task.doc_to_text(document)
+    except Exception:  # of few-shot examples that have a template of their own
+        return repr(document)
+    return text if isinstance(text, str) and text.strip() else repr(document)
+
+
 def _is_number(value: Any) -> bool:
     try:
         float(value)
@@ -185,7 +189,7 @@ def _code(value: Any) -> list[str]:
 
 
 def load_tasks(names: Sequence[str], tasks_path: str, *, count: int) -> list[Documents]:
-    """The first `count` documents of each task; a group of tasks or a tag stands for its tasks.
+    """The first `count` documents of each task, once; a group of tasks or a tag stands for its tasks.
 
     Args:
         names: Of tasks in `tasks_path`, or of those that lm-evaluation-harness has itself.
@@ -207,8 +211,8 @@ def load_tasks(names: Sequence[str], tasks_path: str, *, count: int) -> list[Doc
     if tasks_path and not path_of(tasks_path).is_dir():
         raise TaskError(f"--tasks-path {tasks_path}: there is no such folder. Check the path.")
     with redirect_stderr(io.StringIO()):  # its bars, and those of datasets
-        loaded = [task for name in names for task in _load(name, tasks_path)]
-        return [_documents(task, count) for task in loaded]
+        loaded = {task.task_name: task for name in names for task in _load(name, tasks_path)}
+        return [_documents(task, count) for task in loaded.values()]
 
 
 def load_scored(names: Sequence[str], tasks_path: str, *, count: int) -> list[Documents]:
@@ -242,8 +246,8 @@ def _check_direction(asked: Documents) -> None:
 def _check_examples(asked: Documents) -> None:
     if not asked.task.get_config("num_fewshot"):
         return
-    examples = {repr(document) for document in asked.task.fewshot_docs() or ()}
-    if examples & {repr(document) for document in asked.documents}:
+    examples = {plain(_question(asked.task, document)) for document in asked.task.fewshot_docs() or ()}
+    if examples & set(map(plain, asked.questions)):
         raise TaskError(
             f"task '{asked.name}': its few-shot examples are documents that are scored, so a search would see what is "
             "held out. Give its file another fewshot_split, or num_fewshot: 0."

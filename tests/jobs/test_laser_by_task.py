@@ -228,6 +228,13 @@ def test_what_a_search_cannot_go_by_is_refused_before_a_model_is_loaded(tiny_fol
     save_choices(tmp_path, num_fewshot=2, fewshot_split="test")
     with pytest.raises(TaskError, match="task 'colours': its few-shot examples are documents that are scored"):
         laser(tiny_folder, config=config(tmp_path))
+    few_shot = {"num_fewshot": 2, "fewshot_split": "train"}
+    path = save_choices(tmp_path, **few_shot)
+    rows = [{**row, "number": number, "question": f" {row['question']}"} for number, row in enumerate(CHOICES)]
+    train = save_rows(tmp_path / "train.jsonl", rows)
+    path.write_text(path.read_text().replace("    test:", f"    train: {train}\n    test:"))
+    with pytest.raises(TaskError, match="task 'colours': its few-shot examples are documents that are scored"):
+        laser(tiny_folder, config=config(tmp_path))
     save_choices(tmp_path, metric_list=[{"metric": "f1", "aggregation": "f1", "higher_is_better": True}])
     with pytest.raises(TaskError, match=r"none of its metrics \(f1\) is a mean over documents"):
         laser(tiny_folder, config=config(tmp_path))

@@ -85,6 +85,7 @@ def test_a_tag_stands_for_its_tasks(tmp_path):
     for name in ("one", "two"):
         save_choices(tmp_path, name, tag="both")
     assert [task.name for task in load(tmp_path, "both")] == ["one", "two"]
+    assert [task.name for task in load(tmp_path, "both", "one")] == ["one", "two"]
 
 
 def test_model_and_tokenizer_stay_as_they_were(tiny_model, tokenizer, tmp_path):
