@@ -161,9 +161,10 @@ class Documents:
                 f"{list(first) or list(self.task.aggregation())} for each. Mend the task's file."
             )
         for metric, value in values.items():
-            if metric.partition(",")[0] in self.means and not _is_number(value):
+            if metric.partition(",")[0] in self.means and not _is_finite(value):
                 raise TaskError(
-                    f"task '{self.name}': the {metric} of its document {document} is {value!r:.80}, expected a number."
+                    f"task '{self.name}': the {metric} of its document {document} is {value!r:.80}, expected a finite "
+                    "number. Mend the task's file."
                 )
 
 
@@ -175,12 +176,11 @@ def _question(task: Any, document: Any) -> str:
     return text if isinstance(text, str) and text.strip() else repr(document)
 
 
-def _is_number(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     try:
-        float(value)
-    except (TypeError, ValueError):
+        return math.isfinite(value)
+    except (TypeError, OverflowError):
         return False
-    return True
 
 
 def _code(value: Any) -> list[str]:

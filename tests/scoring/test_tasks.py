@@ -149,7 +149,10 @@ def test_a_document_without_a_metric_or_with_no_number_is_named(harness, tmp_pat
     with pytest.raises(TaskError, match="its document 3 has the metrics"):
         harness.measure(task.part([1, 3]), [0, 1])
     task = graded_by(tmp_path, "def process_results(doc, results):\n    return {'m': None}\n")
-    with pytest.raises(TaskError, match=r"the m of its document 2 is None, expected a number"):
+    with pytest.raises(TaskError, match=r"the m of its document 2 is None, expected a finite number"):
+        harness.measure(task, [2])
+    task = graded_by(tmp_path, "def process_results(doc, results):\n    return {'m': float('nan')}\n")
+    with pytest.raises(TaskError, match=r"the m of its document 2 is nan, expected a finite number"):
         harness.measure(task, [2])
 
 
