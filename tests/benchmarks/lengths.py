@@ -6,6 +6,7 @@ python tests/benchmarks/lengths.py FILE... [--model FOLDER_OR_ID] [--samples N]
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 from transformers import AutoTokenizer
@@ -13,7 +14,8 @@ from transformers import AutoTokenizer
 from splaser_plugin.cli.demo import prepare_model
 from splaser_plugin.config.stages import MAX_ANSWER_TOKENS, MAX_PROMPT_TOKENS
 from splaser_plugin.data.pairs import load_pairs
-from tests.builders import ROOT
+
+ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:

@@ -245,7 +245,7 @@ def test_a_run_with_several_ranks_says_what_was_predicted_and_can_be_rebuilt(ran
 def test_a_gradient_without_pairs_is_refused(tiny_folder, tmp_path):
     (tmp_path / "text.txt").write_text("Some text. " * 200)
     config = LaserConfig(scorer="perplexity", text=str(tmp_path / "text.txt"), rank_by="gradient")
-    with pytest.raises(ConfigError, match=r"none were given.*rank_by gradient doesn't"):
+    with pytest.raises(ConfigError, match=r"none were given.*not with rank_by gradient"):
         laser(tiny_folder, None, config=config)
 
 

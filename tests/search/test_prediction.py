@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import sem
 
 from splaser_plugin.data.pairs import pairs_from_rows
+from splaser_plugin.errors import ScoreError
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.search import prediction
@@ -177,7 +178,7 @@ def test_gradients_switches_and_modes_are_as_before(tiny_model, scorer_of, fails
     weights, scorer = Weights(tiny_model), scorer_of(tiny_model)
     if fails:
         handle = tiny_model.lm_head.register_forward_pre_hook(lambda module, inputs: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ScoreError, match="ZeroDivisionError"):
             sensitivities(weights, scorer, weights.matrices()[0])
         handle.remove()
     else:

@@ -148,12 +148,12 @@ def test_what_needs_gradients_or_factors_is_refused_in_one_line(tiny_folder):
             laser(model, THREE_PAIRS, config=config, tokenizer=tokenizer)
 
 
-def test_adapters_and_offloaded_weights_are_refused_together(tiny_folder):
+def test_adapters_and_offloaded_weights_are_refused_together(tiny_folder, tokenizer):
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(on_disk(tiny_folder), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(ModelError, match=r"adapters and offloaded weights.*Merge the adapter"):
-        laser(adapted, THREE_PAIRS, config=CONFIG, tokenizer=object())
+        laser(adapted, THREE_PAIRS, config=CONFIG, tokenizer=tokenizer)
 
 
 def test_an_adapter_to_merge_and_a_device_map_are_refused_together(tiny_folder, tmp_path):
