@@ -11,10 +11,9 @@ from typing import Any
 import transformers
 from transformers import GenerationConfig
 
-from splaser_plugin.distributed import is_out_of_memory
 from splaser_plugin.errors import ModelError, ScoreError
-from splaser_plugin.generation.engines import obstacle
-from splaser_plugin.generation.evaluation import MODEL_ERRORS, evaluating, plain_generation
+from splaser_plugin.generation.engines import answering, obstacle
+from splaser_plugin.generation.evaluation import evaluating, plain_generation
 from splaser_plugin.progress import measured
 
 LEAST_VERSION = (5, 24)
@@ -49,16 +48,8 @@ class ContinuousBatching:
         if not prompts:
             return []
         longest = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
-        try:
-            with _silent(), plain_generation(self.model), evaluating(self.model):
-                found = self._written(prompts, rooms, self._config(longest))
-        except MODEL_ERRORS as error:
-            if is_out_of_memory(error):
-                raise ModelError(
-                    f"the device's memory has no room for {self.at_once} answers at once. Lower --max-new-tokens or "
-                    "--batch-size, or use --engine transformers."
-                ) from error
-            raise ScoreError(f"the model fails at its answers: {type(error).__name__}: {error}") from error
+        with answering(self), _silent(), plain_generation(self.model), evaluating(self.model):
+            found = self._written(prompts, rooms, self._config(longest))
         if any(map(math.isnan, (value for output in found for value in output.logprobs))):
             raise ScoreError("the model's logits are nan, so that it has no answers.")
         return [list(output.generated_tokens) for output in found]

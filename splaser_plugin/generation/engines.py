@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 
 from splaser_plugin.distributed import is_sharded
 from splaser_plugin.errors import ModelError, ScoreError
+from splaser_plugin.generation.evaluation import failures_told
 from splaser_plugin.generation.long_rope import turning_point
 from splaser_plugin.generation.teacher_forcing import forced_logits
 
@@ -45,6 +47,15 @@ class Engine(Protocol):
 
     def fixed(self) -> Engine:
         """The same, without any change by what it measures."""
+
+
+def answering(engine: Engine) -> AbstractContextManager[None]:
+    """Inside, the model's failures are told in one line; of an engine that keeps its number of prompts at once."""
+    return failures_told(
+        f"the device's memory has no room for {engine.at_once} answers at once. Lower --max-new-tokens or "
+        "--batch-size, or use --engine transformers.",
+        "the model fails at its answers",
+    )
 
 
 def obstacle(model: Any) -> str:

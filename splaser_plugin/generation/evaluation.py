@@ -9,6 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig
 
+from splaser_plugin.distributed import is_out_of_memory
+from splaser_plugin.errors import ModelError, ScoreError
+
 MODEL_ERRORS = (RuntimeError, ValueError, LookupError, ArithmeticError, AttributeError, TypeError, AssertionError)
 """What a model's own code may raise, over the numbers that it computes or over its configuration."""
 
@@ -23,6 +26,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def failures_told(no_room: str, fails: str) -> Iterator[None]:
+    """What the model's own code raises inside is told in one line.
+
+    no_room: the ModelError where the device is out of memory. fails: how the ScoreError begins otherwise.
+    """
+    try:
+        yield
+    except MODEL_ERRORS as error:
+        if is_out_of_memory(error):
+            raise ModelError(no_room) from error
+        raise ScoreError(f"{fails}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splaser_plugin.distributed import input_device, is_out_of_memory, is_sharded
-from splaser_plugin.errors import ModelError, ScoreError
-from splaser_plugin.generation.evaluation import MODEL_ERRORS, evaluating
+from splaser_plugin.distributed import input_device, is_sharded
+from splaser_plugin.generation.evaluation import evaluating, failures_told
 from splaser_plugin.generation.long_rope import batches, turning_point
 from splaser_plugin.progress import measured
 
@@ -34,14 +33,9 @@ def forced_logits(model: Any, prompts: Sequence[Sequence[int]], answers: Sequenc
     mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
     kept = ids.shape[1] - min(len(prompt) for prompt in prompts) + 1
     only_needed = {"logits_to_keep": kept} if _can_leave_out_logits(model) else {}
-    try:
+    no_room = f"the device's memory has no room for {len(rows)} answers in one forward pass. Lower --batch-size."
+    with failures_told(no_room, "the model fails at given answers"):
         logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **only_needed).logits
-    except MODEL_ERRORS as error:
-        if is_out_of_memory(error):
-            raise ModelError(
-                f"the device's memory has no room for {len(rows)} answers in one forward pass. Lower --batch-size."
-            ) from error
-        raise ScoreError(f"the model fails at given answers: {type(error).__name__}: {error}") from error
     left_out = ids.shape[1] - logits.shape[1]
     first = [len(prompt) - 1 - left_out for prompt in prompts]
     return [logits[row, start : start + len(answers[row])] for row, start in enumerate(first)]

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splaser_plugin.distributed import is_out_of_memory, process_count
+from splaser_plugin.distributed import process_count
 from splaser_plugin.errors import ModelError, ScoreError
-from splaser_plugin.generation.engines import PROBES, obstacle
-from splaser_plugin.generation.evaluation import MODEL_ERRORS, plain_generation
+from splaser_plugin.generation.engines import PROBES, answering, obstacle
+from splaser_plugin.generation.evaluation import plain_generation
 from splaser_plugin.progress import measured
 
 MEMORY_SHARE = 0.4
@@ -60,15 +60,8 @@ class Vllm:
         """See `Engine.write`."""
         self._follow()
         going = [place for place, room in enumerate(rooms) if room > 0]
-        try:
+        with answering(self):
             found = self._answers([prompts[place] for place in going], [rooms[place] for place in going])
-        except MODEL_ERRORS as error:
-            if is_out_of_memory(error):
-                raise ModelError(
-                    f"the device's memory has no room for {self.at_once} answers at once. Lower --max-new-tokens or "
-                    "--batch-size, or use --engine transformers."
-                ) from error
-            raise ScoreError(f"the model fails at its answers: {type(error).__name__}: {error}") from error
         if any(math.isnan(likelihood) for _, likelihoods in found for likelihood in likelihoods):
             raise ScoreError("the model's logits are nan, so that it has no answers.")
         measured(len(prompts))
