@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from splaser_plugin.config.stages import EDGES
 from splaser_plugin.scanning.measures import OF_EDGES
 from splaser_plugin.scanning.records import Scan
@@ -105,5 +103,4 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
 
     if min(len({*first}), len({*second})) < 2:
         return None
-    ranks = [stats.rankdata(values) for values in (first, second)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(stats.spearmanr(first, second).statistic)
