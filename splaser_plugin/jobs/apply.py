@@ -18,7 +18,8 @@ from splaser_plugin.files.output import check_output, check_space, held, whole_f
 from splaser_plugin.progress import Progress, default_progress
 from splaser_plugin.weights.factored_folder import save_model
 from splaser_plugin.weights.in_memory import Weights
-from splaser_plugin.weights.loading import find_model, load_model
+from splaser_plugin.weights.loading import load_model
+from splaser_plugin.weights.model_source import find_model
 from splaser_plugin.weights.rest import rest_of
 from splaser_plugin.weights.wrapped import unwrapped
 

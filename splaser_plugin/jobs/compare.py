@@ -28,7 +28,8 @@ from splaser_plugin.scoring.tasks import Documents, Values, load_tasks
 from splaser_plugin.statistics import RISK, can_reach, paired_bootstrap
 from splaser_plugin.tables import Table
 from splaser_plugin.weights.devices import pick_device
-from splaser_plugin.weights.loading import ModelSource, find_model, load_model, load_tokenizer
+from splaser_plugin.weights.loading import load_model, load_tokenizer
+from splaser_plugin.weights.model_source import ModelSource, find_model
 
 SCHEMA = "splaser.comparison/1"
 OTHER_TOKENS = "its tokenizer cuts texts otherwise than the first model's, so figures a token can't be compared"

@@ -39,7 +39,8 @@ from splaser_plugin.search.verdict import Verdicts
 from splaser_plugin.weights.adapted import weights_of
 from splaser_plugin.weights.devices import pick_device
 from splaser_plugin.weights.in_memory import Weights, check_generates, model_name
-from splaser_plugin.weights.loading import find_model, load_model, load_tokenizer
+from splaser_plugin.weights.loading import load_model, load_tokenizer
+from splaser_plugin.weights.model_source import find_model
 from splaser_plugin.weights.rest import rest_of
 from splaser_plugin.weights.wrapped import unwrapped
 from splaser_plugin.weights.zero import check_engine, masters_following, whole_where_it_fits

@@ -41,7 +41,7 @@ def save_model(weights: Weights, folder: Path, state: Mapping[str, Tensor] | Non
 
     state: of `Weights.state_dict`.
     """
-    from splaser_plugin.weights.quantizer import FactoredConfig
+    from splaser_plugin.weights.factored_config import FactoredConfig
 
     model: Any = weights.model
     kept = unchanged_factors(weights)
@@ -155,7 +155,7 @@ def load_factored(checkpoint: Checkpoint, **arguments: Any) -> Any:
     layers = stored_layers(config, folder)
     if not layers:
         return answering_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, **arguments)
-    from splaser_plugin.weights.quantizer import FactoredConfig
+    from splaser_plugin.weights.factored_config import FactoredConfig
 
     if OLD_KEY in config:
         arguments["quantization_config"] = FactoredConfig(written(layers))

@@ -17,7 +17,7 @@ from splaser_plugin.checkpoints.folder import INDEX_NAME, SINGLE_NAME
 from splaser_plugin.checkpoints.quantised import read_weights, with_weights
 from splaser_plugin.checkpoints.quantised_weight import QuantisedWeight
 from splaser_plugin.checkpoints.skeleton import unplaced
-from splaser_plugin.weights.loading import ModelSource
+from splaser_plugin.weights.model_source import ModelSource
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".index.json")
 """How files end that hold weights, or say where they are."""
