@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 import splaser_plugin
 from splaser_plugin import LaserConfig, SelectConfig, choose, laser
-from splaser_plugin.errors import ConfigError
+from splaser_plugin.errors import ConfigError, in_python
 from tests.builders import QUICK, ROOT
 from tests.report_data import made_up_scan
 
@@ -105,10 +106,21 @@ def test_the_package_says_that_it_is_typed():
     assert (Path(splaser_plugin.__file__).parent / "py.typed").is_file()
 
 
-def test_every_option_is_explained_and_has_its_choices():
-    for config in (splaser_plugin.ScanConfig, LaserConfig, SelectConfig, splaser_plugin.ApplyConfig):
-        for name, field in config.fields().items():
-            assert field.description, (config, name)
+CONFIGS = [
+    splaser_plugin.ScanConfig,
+    LaserConfig,
+    SelectConfig,
+    splaser_plugin.ApplyConfig,
+    splaser_plugin.CompareConfig,
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_help_explains_every_option_and_names_its_default(config):
+    told = " ".join(pydoc.render_doc(config, renderer=pydoc.plaintext).replace("|", " ").split())
+    for name, field in config.fields().items():
+        assert field.description, name
+        assert f"{name} = {field.default!r}: {in_python(' '.join(field.description.split()))}" in told, name
 
 
 @pytest.mark.parametrize(
