@@ -132,7 +132,8 @@ def _fp8(checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> dict[str
     """transformers' layout: `weight` with `weight_scale_inv` for each block of `weight_block_size`, or for the tensor
     where there is no such size; or `weight_scale` for each row or for the tensor. A stack of experts has a scale for
     each block of each expert. DeepSeek-V4 calls the scales `scale`, and packs 4-bit floats of its experts into int8,
-    with a scale for each 32 of a row. Scales are floats, or powers of two where `scale_fmt` is ue8m0."""
+    with a scale for each 32 of a row. Scales are floats, or powers of two where `scale_fmt` is ue8m0.
+    """
     block = _block(checkpoint, settings or {})
     scale_dtypes = SCALE_DTYPES | {EXPONENTS} if torch.uint8 != EXPONENTS else SCALE_DTYPES
     if (settings or {}).get("scale_fmt") == "ue8m0":

@@ -137,7 +137,8 @@ def four_bit_floats(codes: Tensor) -> Tensor:
 
 def _of_scales(scales: Tensor) -> Tensor:
     """Scales in float32. Bytes and `EXPONENTS` are powers of two, 2^(byte - 127), and 255 is no number (OCP
-    Microscaling Formats 1.0, section 5.4.1)."""
+    Microscaling Formats 1.0, section 5.4.1).
+    """
     if scales.dtype not in (torch.uint8, EXPONENTS):
         return scales.float()
     exponents = scales.view(torch.uint8).int()

@@ -88,6 +88,9 @@ def apply(
         overwrite: Replace the output of an earlier run.
         progress: What is told of the work: as bars in a notebook and not at all elsewhere, if not given.
 
+    Returns:
+        The lasered model.
+
     Raises:
         RecipeError: The recipe is damaged, or the model isn't the recipe's.
         OutputError: The output can't be written.
