@@ -47,7 +47,7 @@ test-gpu: models
 	$(PYTEST) -m cuda
 
 test-architectures: setup
-	$(BIN)/python tests/architectures/sweep.py --table docs/models.md
+	$(BIN)/python -m tests.architectures.sweep --table docs/models.md
 
 include tests/tools/tools.mk
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from splaser_plugin.generation.evaluation import MODEL_ERRORS
+
 LEAST_ROOM = 64
 """How many more tokens there is room for after the cache has grown; or a quarter of all tokens, if that is more."""
 
@@ -36,7 +38,10 @@ def roomy_cache(model: Any) -> DynamicCache | None:
     supports = getattr(model, "_supports_default_dynamic_cache", None)
     if supports is None or not supports() or not _takes_a_cache(model):
         return None
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    try:
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    except MODEL_ERRORS:
+        return None  # of a configuration that transformers makes no cache of: `generate` fails with the reason
     if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None
     cache.layers = [RoomyLayer() for _ in cache.layers]

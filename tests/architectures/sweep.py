@@ -1,14 +1,13 @@
 """Every architecture of transformers at a tiny size: what splaser knows of it, against the loaded model.
 
-    python tests/architectures/sweep.py [--kinds all] [--only llama,gpt2] [--results FILE] [--table docs/models.md]
+    python -m tests.architectures.sweep [--kinds all] [--only llama,gpt2] [--results FILE] [--table docs/models.md]
 
-For each model type a random model of a few thousand parameters is made from its configuration's own defaults, made
-small by the usual names of sizes, and saved. Columns: `scan` (the folder's matrices, names, types and weights are the
-loaded model's), `lora` (PEFT adapts exactly the chosen matrices, or it is refused), `unfrozen` (the same for Axolotl's
-rule), `reduce` (one matrix of each type reduced and saved: nothing else has changed, and it loads again), `laser` (a
-search by its own answers ends, and what it wrote loads as what it scored), `factored` (so does what it wrote as
-factors); transformers itself can't run some types at these sizes. Results are appended to a file as they come; types
-that are in it are not run again.
+For each model type a random model of a few thousand parameters is made (`tiny.py`) and saved. Columns: `scan` (the
+folder's matrices, names, types and weights are the loaded model's), `lora` (PEFT adapts exactly the chosen matrices, or
+it is refused), `unfrozen` (the same for Axolotl's rule), `reduce` (one matrix of each type reduced and saved: nothing
+else has changed, and it loads again), `laser` (a search by its own answers ends, and what it wrote loads as what it
+scored), `factored` (so does what it wrote as factors). `can't run` is what transformers says of text alone; the search
+is refused in one line then. Results are appended to a file as they come; types that are in it are not run again.
 """
 
 from __future__ import annotations
@@ -26,49 +25,8 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-SIZES: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "emb_dim", "dim", "attention_hidden_size"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "dff", "n_inner", "ffn_hidden_size", "d_inner"), 48),
-    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 48),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 24),
-    **dict.fromkeys(
-        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth"), 2
-    ),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
-    "encoder_attention_heads": 4,
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads"), 2),
-    **dict.fromkeys(("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_channels"), 8),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "embedding_size"), 16),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts"), 1),
-    **dict.fromkeys(("state_size", "mamba_d_state", "time_step_rank", "ssm_state_size", "laurel_rank"), 8),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_words"), 128),
-    **dict.fromkeys(("image_size",), 28),
-    **dict.fromkeys(("patch_size",), 14),
-    "attn_layer_period": 2,
-    "attn_layer_offset": 1,
-    "attn_layer_indices": [1],
-    "rotary_dim": 8,
-    "mamba_n_heads": 4,
-    "mamba_d_head": 16,
-    "mamba_d_ssm": 64,
-    "hidden_size_per_layer_input": 8,
-    "max_position_embeddings": 64,
-    "n_positions": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-UNSET = frozenset({"head_dim", "n_routed_experts", "n_shared_experts", "moe_intermediate_size", "num_experts_per_tok"})
-"""Sizes that are given where the defaults have none."""
-OWN: dict[str, dict[str, Any]] = {
-    "mamba2": {"head_dim": 16},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
-}
-"""What else a type's sizes have to fit."""
+from tests.architectures.tiny import tiny_config
+
 MOST_PARAMETERS = 20_000_000
 ROWS = [{"prompt": f"w1 w{place}", "chosen": f"w{place} w2", "rejected": "w3 w4 w5"} for place in range(6, 14)]
 COLUMNS = ("scan", "lora", "unfrozen", "reduce", "laser", "factored")
@@ -83,45 +41,14 @@ def model_types(kinds: str) -> list[str]:
     return sorted({"causal": causal, "multimodal": multimodal, "all": causal | multimodal}[kinds])
 
 
-def tiny_config(kind: str) -> Any:
-    """The type's configuration with its sizes made small, those of its parts too."""
-    from transformers import AutoConfig
-
-    plain = AutoConfig.for_model(kind)
-    return AutoConfig.for_model(kind, **_small(plain))
-
-
-def _small(config: Any) -> dict[str, Any]:
-    given = config.to_dict()
-    values = {
-        name: size for name, size in SIZES.items() if name in given and (given[name] is not None or name in UNSET)
-    }
-    if given.get("kv_lora_rank"):
-        values["num_key_value_heads"] = values["num_attention_heads"]
-    if len(layers := list(dict.fromkeys(given.get("layer_types") or ()))) > 1:
-        values["layer_types"] = layers[:2]
-    values |= OWN.get(config.model_type, {})
-    for part in config.sub_configs:
-        if hasattr(inner := getattr(config, part, None), "to_dict"):
-            values[part] = {"model_type": inner.model_type, **_small(inner)}
-    return values
-
-
 def run(kind: str) -> dict[str, str]:
     """What holds for one architecture: each column `ok`, or why not."""
-    from splaser_plugin.checkpoints.skeleton import answering_class, empty_model
     from splaser_plugin.errors import SplaserError
 
-    torch.manual_seed(0)
-    try:
-        config = tiny_config(kind)
-        empty = empty_model(config, Path(kind))
-        if sum(parameter.numel() for parameter in empty.parameters()) > MOST_PARAMETERS:
-            return {"built": "no: its default sizes have other names than the usual"}
-        model = answering_class(config).from_config(config).eval()
-    except Exception as error:
-        return {"built": f"no: {type(error).__name__}: {' '.join(str(error).split())[:100]}"}
-    found, failure = {"built": "ok"}, _fails(model)
+    model, failure = _built(kind)
+    if model is None:
+        return {"built": f"no: {failure}"}
+    found = {"built": "ok"}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         try:
@@ -129,16 +56,51 @@ def run(kind: str) -> dict[str, str]:
         except Exception as error:
             return {"built": f"no: can't be saved: {type(error).__name__}: {str(error)[:100]}"}
         for column, check in zip(COLUMNS, (_scan, _lora, _unfrozen, _reduce, _laser, _factored), strict=True):
-            if failure and column in ("laser", "factored"):
-                found[column] = failure
-                continue
             try:
                 found[column] = check(folder)
             except SplaserError as error:
-                found[column] = f"refused: {' '.join(str(error).split())[:160]}"
+                line = str(error)
+                found[column] = f"refused: {line[:160]}" if "\n" not in line else f"several lines: {line[:160]!r}"
             except Exception as error:
                 found[column] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            if failure and column in ("laser", "factored") and found[column].startswith("refused: "):
+                found[column] = f"can't run: {failure}"
     return {column: value.replace(str(folder), "the folder") for column, value in found.items()}
+
+
+def _built(kind: str) -> tuple[Any, str]:
+    """The first model of the type's tiny configurations that runs, else the first; and why it can't run, or is none."""
+    from splaser_plugin.checkpoints.skeleton import empty_model
+
+    first, reasons = None, []
+    for filled in (False, True):
+        torch.manual_seed(0)
+        try:
+            config = tiny_config(kind, filled)
+            empty = empty_model(config, Path(kind))
+            if sum(parameter.numel() for parameter in empty.parameters()) > MOST_PARAMETERS:
+                raise ValueError("its default sizes have other names than the usual")
+            model = loader(config).from_config(config).eval()
+        except Exception as error:
+            reasons.append(_reason(error))
+            continue
+        failure = _fails(model)
+        if not failure:
+            return model, ""
+        first = first or (model, failure)
+    return first or (None, reasons[0])
+
+
+def loader(config: Any) -> Any:
+    """The auto class that answers prompts; of what none of them makes a model, the one that does."""
+    from splaser_plugin.checkpoints.skeleton import answering_class, auto_class, mapping_of
+
+    kind = answering_class(config)
+    return kind if type(config) in mapping_of(kind) else auto_class(config)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
 
 
 def _fails(model: Any) -> str:
@@ -147,16 +109,14 @@ def _fails(model: Any) -> str:
         with torch.no_grad():
             _ = model(input_ids=torch.tensor([[4, 5, 6]])).logits
     except Exception as error:
-        return f"can't run: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        return _reason(error)
     return ""
 
 
 def _loaded(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    from splaser_plugin.checkpoints.skeleton import answering_class
-
-    return answering_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
+    return loader(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
 
 
 def _scan(folder: Path) -> str:
@@ -300,8 +260,8 @@ def table(results: dict[str, dict[str, str]]) -> str:
         "# Architectures",
         "",
         "Made by `make test-architectures`, with the installed transformers: random models of a tiny size. What",
-        "the columns say stands in `tests/architectures/sweep.py`. Types whose generic tiny configuration transformers",
-        "itself refuses are counted and not listed.",
+        "the columns say stands in `tests/architectures/sweep.py`. `can't run` is what transformers itself says when",
+        "such a model gets text and nothing else; splaser refuses to search it, in one line.",
         "",
         f"{len(results)} model types, {len(built)} built.",
         "",
@@ -314,6 +274,9 @@ def table(results: dict[str, dict[str, str]]) -> str:
         f"| {kind} | {' | '.join(_cell(result.get(column, '')) for column in COLUMNS)} |"
         for kind, result in built.items()
     ]
+    lines += ["", "Not built, with what transformers says of the type's tiny configuration:", ""]
+    others = {kind: result for kind, result in results.items() if kind not in built}
+    lines += [f"- {kind}: {_cell(result['built'].removeprefix('no: '))}" for kind, result in others.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -73,3 +73,10 @@ def test_the_models_logits_are_the_same():
         ]
         expected = model(input_ids=ids).logits[:, 8:]
     torch.testing.assert_close(torch.stack(found, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_of_whose_configuration_no_cache_can_be_made_gets_none(tiny_model, monkeypatch):
+    """As Blt's, which has no number of layers: `generate` says so then."""
+    monkeypatch.delattr(type(tiny_model.config), "num_hidden_layers", raising=False)
+    monkeypatch.delattr(tiny_model.config, "num_hidden_layers")
+    assert roomy_cache(tiny_model) is None

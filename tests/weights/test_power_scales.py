@@ -17,7 +17,7 @@ from splaser_plugin.checkpoints.header import EXPONENTS
 from splaser_plugin.checkpoints.quantised import quantised_weights, read_weights
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.weights.stored import NOT_IN_MODEL, StoredWeights
-from tests.architectures.sweep import tiny_config
+from tests.architectures.tiny import tiny_config
 from tests.builders import save_single
 from tests.tiny_models import CAUSAL, TEXT, build, change, configure, saved
 
