@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from splaser_plugin.config.stages import LaserConfig, SelectConfig
 from splaser_plugin.errors import ConfigError
-from splaser_plugin.integrations.check import check_plan, named_for_peft
+from splaser_plugin.integrations.check import check_plan, empty_model_of, named_for_peft
 from splaser_plugin.integrations.configs.axolotl import (
     FUSED_KERNELS,
     NOT_WITH_LORA,
@@ -192,10 +192,11 @@ def checked(selection: Selection, mode: str, cfg: Mapping[str, Any]) -> Selectio
     Raises MatrixError unless exactly the chosen matrices would be trained, and ConfigError for dropout with experts.
     """
     plan = Plan(selection=selection, mode="unfrozen" if mode == "unfrozen" else cfg["adapter"], model=cfg["base_model"])
+    empty = empty_model_of(plan.model)
     if mode == "lora":
-        plan = replace(plan, selection=named_for_peft(selection, plan.model))
+        plan = replace(plan, selection=named_for_peft(selection, empty))
         targets(plan, cfg)
-    check_plan(plan)
+    check_plan(plan, empty)
     return plan.selection
 
 

@@ -34,8 +34,10 @@ def empty_model_of(model: str) -> Any | None:
     return None
 
 
-def check_plan(plan: Plan) -> bool:
+def check_plan(plan: Plan, empty: Any | None) -> bool:
     """Raise MatrixError unless exactly the chosen matrices are trained, in the plan's mode; see the two below.
+
+    empty: of `empty_model_of` the plan's model; adapters change it.
 
     Returns whether it was checked.
     """
@@ -44,7 +46,7 @@ def check_plan(plan: Plan) -> bool:
 
     model = plan.model or plan.selection.model
     if plan.mode == "unfrozen":
-        return check_unfrozen(plan.selection, model, unfrozen_patterns(plan.selection))
+        return check_unfrozen(plan.selection, model, empty, unfrozen_patterns(plan.selection))
     modules, parameters = lora_targets(plan.selection)
     packed = [matrix.name for matrix in plan.selection.matrices if matrix.parameter and matrix.experts == 1]
     if plan.mode == "qlora" and packed:
@@ -53,18 +55,17 @@ def check_plan(plan: Plan) -> bool:
             "choose other --types, as self_attn."
         )
     targets = {"target_modules": modules, "target_parameters": parameters}
-    return check_adapters(plan.selection, model, task_type="CAUSAL_LM", **targets)
+    return check_adapters(plan.selection, model, empty, task_type="CAUSAL_LM", **targets)
 
 
-def named_for_peft(selection: Selection, model: str) -> Selection:
+def named_for_peft(selection: Selection, empty: Any | None) -> Selection:
     """The selection with the parameter's name of each matrix whose module's name PEFT would take for others.
 
     Since 0.18 PEFT reads gate_proj, up_proj, down_proj and gate of some models of experts, at the end of any name, as
     all the experts of all blocks, which older versions of transformers had under these names.
 
-    model: folder or hub id; where it isn't on this machine, or PEFT isn't, the selection is given back as it is.
+    empty: of `empty_model_of`, left as it is; without it, or without PEFT, the selection is given back as it is.
     """
-    empty = empty_model_of(model)
     if empty is None:
         return selection
     ends = {matrix.name.rpartition(".")[2] for matrix in selection.matrices if not matrix.parameter}
@@ -78,13 +79,13 @@ def named_for_peft(selection: Selection, model: str) -> Selection:
     return replace(selection, matrices=tuple(matrices))
 
 
-def check_adapters(selection: Selection, model: str, **values: Any) -> bool:
+def check_adapters(selection: Selection, model: str, empty: Any | None, **values: Any) -> bool:
     """Raise MatrixError unless LoRA with these targets adapts exactly the chosen matrices, by PEFT itself.
 
-    model: folder or hub id; where it isn't on this machine, or PEFT isn't, nothing is checked, and names that PEFT
-    may take for experts are refused. values: of `LoraConfig`. Returns whether it was checked.
+    model: folder or hub id. empty: of `empty_model_of`, which is given the adapters; without it, or without PEFT,
+    nothing is checked, and names that PEFT may take for experts are refused. values: of `LoraConfig`. Returns whether
+    it was checked.
     """
-    empty = empty_model_of(model)
     if empty is None:
         _refuse_unchecked(selection, model)
         return False
@@ -118,15 +119,14 @@ def check_adapters(selection: Selection, model: str, **values: Any) -> bool:
     return True
 
 
-def check_unfrozen(selection: Selection, model: str, patterns: Sequence[str]) -> bool:
+def check_unfrozen(selection: Selection, model: str, empty: Any | None, patterns: Sequence[str]) -> bool:
     """Raise MatrixError unless Axolotl's rule for `unfrozen_parameters` finds exactly the chosen matrices.
 
-    The rule: a parameter is trained when a pattern matches from its name's beginning. Returns whether it was checked:
-    not where the model isn't on this machine.
+    The rule: a parameter is trained when a pattern matches from its name's beginning. model: folder or hub id. empty:
+    of `empty_model_of`. Returns whether it was checked: not without it.
     """
     from splaser_plugin.scanning.selection import trained_parameters
 
-    empty = empty_model_of(model)
     if empty is None:
         return False
     parameters = [name for name, _ in empty.named_parameters()]

@@ -58,12 +58,12 @@ def _chosen(scan: Path, select: SelectConfig, model: str) -> Selection:
     return selection
 
 
-def _plan(selection: Selection, training: TrainingConfig, stage: str) -> Plan:
+def _plan(selection: Selection, training: TrainingConfig, stage: str, empty: Any | None) -> Plan:
     from splaser_plugin.integrations.check import named_for_peft
     from splaser_plugin.integrations.configs.plan import Plan, choose_rank
 
     if training.mode != "unfrozen":
-        selection = named_for_peft(selection, training.model or selection.model)
+        selection = named_for_peft(selection, empty)
     rank, reason = choose_rank(selection, training.lora_rank, training.match_rank)
     return Plan(
         selection=selection,
@@ -95,7 +95,7 @@ def axolotl(
     overwrite: Overwrite = False,
 ) -> None:
     """A configuration for `axolotl train`."""
-    from splaser_plugin.integrations.check import check_plan
+    from splaser_plugin.integrations.check import check_plan, empty_model_of
     from splaser_plugin.integrations.configs.axolotl import DATASET, axolotl_yaml
     from splaser_plugin.integrations.configs.plan import lacks_dataset
 
@@ -103,9 +103,10 @@ def axolotl(
         raise ConfigError(f"--rl: got '{rl}', expected dpo.")
     selection = _chosen(scan, select, training.model)
     run = f"axolotl train {shlex.quote(str(output))}"
-    plan = _plan(selection, training, rl or "sft")
+    empty = empty_model_of(training.model or selection.model)
+    plan = _plan(selection, training, rl or "sft", empty)
     text = axolotl_yaml(plan, base=training.base, run=run, plugin=plugin, laser=laser)
-    is_checked = plugin or check_plan(plan)  # the plugin checks where it trains
+    is_checked = plugin or check_plan(plan, empty)  # the plugin checks where it trains
     _write(output, text, overwrite=overwrite)
     _tell(selection, output, run, is_checked=is_checked, lacks=DATASET if lacks_dataset(plan, training.base) else "")
 
@@ -125,7 +126,7 @@ def llamafactory(
 
     With --mode unfrozen a Python script, since LLaMA-Factory's YAML can freeze whole blocks only.
     """
-    from splaser_plugin.integrations.check import check_plan
+    from splaser_plugin.integrations.check import check_plan, empty_model_of
     from splaser_plugin.integrations.configs import llamafactory as tool
     from splaser_plugin.integrations.configs.plan import lacks_dataset
 
@@ -134,11 +135,12 @@ def llamafactory(
         wanted = "a script: its name has to end in .py" if is_script else "YAML: its name can't end in .py"
         raise ConfigError(f"--output {output}: --mode {training.mode} is written as {wanted}.")
     selection = _chosen(scan, select, training.model)
-    plan = _plan(selection, training, stage)
+    empty = empty_model_of(training.model or selection.model)
+    plan = _plan(selection, training, stage, empty)
     run = f"{'python' if is_script else 'llamafactory-cli train'} {shlex.quote(str(output))}"
     write = tool.runner_script if is_script else tool.llamafactory_yaml
     text = write(plan, base=training.base, dataset_dir=output.parent, run=run)
-    is_checked = check_plan(plan)
+    is_checked = check_plan(plan, empty)
     if training.dataset is not None:
         info = output.parent / "dataset_info.json"
         entry = tool.dataset_info(training.dataset, stage, output.parent)
@@ -167,15 +169,16 @@ def peft(
     overwrite: Overwrite = False,
 ) -> None:
     """A LoRA configuration for PEFT, as adapter_config.json."""
-    from splaser_plugin.integrations.check import check_adapters, named_for_peft
+    from splaser_plugin.integrations.check import check_adapters, empty_model_of, named_for_peft
     from splaser_plugin.integrations.configs.adapter import adapter_config
     from splaser_plugin.integrations.configs.plan import DEFAULT_RANK, choose_rank
 
     selection = _chosen(scan, select, model)
-    selection = named_for_peft(selection, model or selection.model)
+    empty = empty_model_of(model or selection.model)
+    selection = named_for_peft(selection, empty)
     rank, _ = choose_rank(selection, ranks.lora_rank, ranks.match_rank)
     values = adapter_config(selection, rank=rank or DEFAULT_RANK, rank_pattern=rank_pattern, model=model)
-    is_checked = check_adapters(selection, model or selection.model, **values)
+    is_checked = check_adapters(selection, model or selection.model, empty, **values)
     _write(output, _json(values), overwrite=overwrite)
     _tell(selection, output, f'LoraConfig.from_pretrained("{output.parent}")', is_checked=is_checked)
 

@@ -166,11 +166,11 @@ def _lora(folder: Path) -> str:
 
 
 def _unfrozen(folder: Path) -> str:
-    from splaser_plugin.integrations.check import check_unfrozen
+    from splaser_plugin.integrations.check import check_unfrozen, empty_model_of
     from splaser_plugin.integrations.configs.axolotl import unfrozen_patterns
 
     selection = _selection(folder)
-    check_unfrozen(selection, str(folder), unfrozen_patterns(selection))
+    check_unfrozen(selection, str(folder), empty_model_of(str(folder)), unfrozen_patterns(selection))
     return "ok"
 
 

@@ -9,9 +9,10 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from splaser_plugin import scan
+from splaser_plugin.checkpoints import skeleton
 from splaser_plugin.config.stages import SelectConfig
 from splaser_plugin.errors import MatrixError
-from splaser_plugin.integrations.check import check_adapters, check_unfrozen
+from splaser_plugin.integrations.check import check_adapters, check_unfrozen, empty_model_of
 from splaser_plugin.integrations.configs.axolotl import unfrozen_patterns
 from splaser_plugin.integrations.peft import adapted_modules, lora_config
 from splaser_plugin.scanning.selection import choose, lora_targets
@@ -23,8 +24,9 @@ def chosen(folder, *types):
 
 
 def check(selection, folder):
-    check_adapters(selection, str(folder), target_modules=lora_targets(selection)[0])
-    check_unfrozen(selection, str(folder), unfrozen_patterns(selection))
+    model = str(folder)
+    check_unfrozen(selection, model, empty_model_of(model), unfrozen_patterns(selection))
+    check_adapters(selection, model, empty_model_of(model), target_modules=lora_targets(selection)[0])
 
 
 @pytest.mark.parametrize("kind", ["llama", "llava", "qwen3_moe", "deepseek_v3", "gpt2", "exaone"])
@@ -68,3 +70,14 @@ def test_a_model_that_is_not_here_is_not_checked(tmp_path):
     selection = chosen(saved(build("llama", TEXT), tmp_path / "model"), "self_attn")
     check(selection, "somebody/else")
     check(selection, tmp_path / "gone")
+
+
+def test_a_command_makes_the_empty_model_once(splaser, tiny_folder, tmp_path, monkeypatch):
+    scan(tiny_folder).save(tmp_path / "scan.json")
+    made, make = [], skeleton.empty_model
+    monkeypatch.setattr(skeleton, "empty_model", lambda *given: made.append(given) or make(*given))
+    for tool, name in (("peft", "adapter_config.json"), ("axolotl", "train.yml"), ("llamafactory", "train.yaml")):
+        code, _, stderr = splaser("emit", tool, tmp_path / "scan.json", "--top", 2, "-o", tmp_path / name)
+        assert (code, "not checked" in stderr) == (0, False)
+    lora_config(choose(scan(tiny_folder), SelectConfig(top=2)), rank=2)
+    assert len(made) == 4 + 1  # the scan from disk makes one, too

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from splaser_plugin import scan
 from splaser_plugin.config.stages import ScanConfig
 from splaser_plugin.errors import ConfigError, MatrixError, ModelError
-from splaser_plugin.integrations.check import check_plan, check_unfrozen, named_for_peft
+from splaser_plugin.integrations.check import check_plan, check_unfrozen, empty_model_of, named_for_peft
 from splaser_plugin.integrations.configs.adapter import rank_patterns
 from splaser_plugin.integrations.configs.axolotl import axolotl_yaml, unfrozen_patterns
 from splaser_plugin.integrations.configs.llamafactory import llamafactory_yaml
@@ -168,13 +168,13 @@ def test_what_peft_takes_for_experts_is_named_as_a_parameter(tmp_path):
     folder = saved(build("deepseek_v3", CAUSAL["deepseek_v3"]), tmp_path)
     found = scan(folder)
     for kind in ("mlp.shared_experts.down_proj", "mlp.shared_experts.up_proj", "mlp.gate_proj"):
-        selection = named_for_peft(choose(found, top=1, types=[kind]), str(folder))
+        selection = named_for_peft(choose(found, top=1, types=[kind]), empty_model_of(str(folder)))
         assert lora_targets(selection) == ([], [f"{name}.weight" for name in selection.names])
     model = get_peft_model(load(folder), lora_config(choose(found, top=1), rank=2))
     assert set(adapted_modules(model)) == set(choose(found, top=1).names)
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
     with pytest.raises(MatrixError, match="only where its weight isn't packed into 4 bits"):
-        check_plan(Plan(selection=selection, mode="qlora", model=str(folder)))
+        check_plan(Plan(selection=selection, mode="qlora", model=str(folder)), None)
 
 
 def test_names_that_peft_may_take_for_experts_are_refused_where_the_model_is_not(splaser, tmp_path):
@@ -196,12 +196,13 @@ def test_without_peft_names_are_given_back_as_they_are(tmp_path, monkeypatch):
     folder = saved(build("deepseek_v3", CAUSAL["deepseek_v3"]), tmp_path)
     selection = choose(scan(folder), top=1)
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert named_for_peft(selection, str(folder)) == selection
+    assert named_for_peft(selection, empty_model_of(str(folder))) == selection
 
 
 def test_unfrozen_experts_are_whole_stacks(folders):
     selection = choose(scan(folders["mixtral"]), top=1)
-    check_unfrozen(selection, str(folders["mixtral"]), unfrozen_patterns(selection))
+    folder = str(folders["mixtral"])
+    check_unfrozen(selection, folder, empty_model_of(folder), unfrozen_patterns(selection))
     model = load(folders["mixtral"])
     freeze_all_but(model, selection.names)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -213,7 +214,7 @@ def test_axolotl_gets_them_as_parameters_and_llamafactory_has_no_key_for_them(fo
     selection = choose(scan(folders["mixtral"]), top=1)
     modules, parameters = lora_targets(selection)
     plan = Plan(selection=selection, mode="lora")
-    check_plan(plan)
+    check_plan(plan, empty_model_of(selection.model))
     values = yaml.safe_load(axolotl_yaml(plan))
     assert (values["lora_target_modules"], values["lora_target_parameters"]) == (modules, parameters)
     base = tmp_path / "base.yml"
