@@ -114,12 +114,12 @@ def draw_report(page: Path, folder: Path) -> None:
 def public_report(folder: Path) -> str:
     """The report of the demo with public names instead of this machine's paths, and without its duration here."""
     scan, run = Scan.load(folder / "scan.json"), Results.load(folder / "results.json")
-    config = Recipe.load(folder / "recipe.json").config
+    settings = Recipe.load(folder / "recipe.json").settings
     scan = replace(scan, model="HuggingFaceTB/SmolLM2-135M-Instruct")
     held_out = replace(run.held_out, split=run.held_out.split.replace(f"{ROOT}/", ""))
     pairs = replace(run.pairs, source="examples/data/pairs.jsonl")
     run = replace(run, model=scan.model, pairs=pairs, held_out=held_out, elapsed_s=None)
-    return render(scan, run, config=replace(config, embedder="sentence-transformers/all-MiniLM-L6-v2"))
+    return render(scan, run, settings={**settings, "embedder": "sentence-transformers/all-MiniLM-L6-v2"})
 
 
 def main() -> None:

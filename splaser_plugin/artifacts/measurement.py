@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from splaser_plugin.artifacts.results import Measured, Results
-from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.config.tasks import task_of
 from splaser_plugin.progress import duration
 
@@ -27,13 +28,14 @@ class AnswerCounts:
     half_read: int
 
 
-def measurement(run: Results, config: LaserConfig | None) -> list[tuple[str, str]]:
-    """What the score is and how it was taken: (name, text) of each fact. config: None where it isn't known."""
-    facts = [("score", _score(run, config)), (run.unit, _items(run, config))]
-    if config and run.unit == "pairs":
-        limits = f"prompts of up to {config.max_prompt_tokens:,} tokens, answers of up to {config.max_answer_tokens:,}"
-        generated = f"; the model's own answers end after {config.max_new_tokens:,} tokens"
-        facts.append(("limits", limits + (generated if run.baseline.answers else "")))
+def measurement(run: Results, settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the score is and how it was taken: (name, text) of each fact.
+
+    settings: the run's options, as far as they are known; those of another version have its names.
+    """
+    facts = [("score", _score(run, settings)), (run.unit, _items(run, settings))]
+    if run.unit == "pairs" and (limits := _limits(run, settings)):
+        facts.append(("limits", limits))
     seen = run.references
     if seen and (seen.half_read or seen.alike):
         facts.append(
@@ -58,20 +60,36 @@ def answer_counts(run: Results) -> list[AnswerCounts]:
     return [_counts(whose, measured) for whose, measured in parts if measured.answers]
 
 
-def _score(run: Results, config: LaserConfig | None) -> str:
+def _limits(run: Results, settings: Mapping[str, Any]) -> str:
+    """How long texts could be; empty where that isn't known."""
+    parts = []
+    for unit in ("tokens", "chars"):
+        of_prompt, of_answer = (settings.get(f"max_{part}_{unit}") for part in ("prompt", "answer"))
+        if of_prompt is not None and of_answer is not None:
+            name = "characters" if unit == "chars" else unit
+            parts.append(f"prompts of up to {of_prompt:,} {name}, answers of up to {of_answer:,}")
+    longest = settings.get("max_new_tokens")
+    if longest is not None and run.baseline.answers:
+        parts.append(f"the model's own answers end after {longest:,} tokens")
+    return "; ".join(parts)
+
+
+def _score(run: Results, settings: Mapping[str, Any]) -> str:
     of_task = "what the task's first metric gives for each document, minus it where less is better"
     meaning = of_task if task_of(run.scorer) else MEANINGS.get(run.scorer, "what this function of the user's own gives")
     text = f"{run.scorer}: {meaning}" if run.scorer else "not named in results.json"
-    return f"{text}, embedded by {config.embedder}" if config and run.scorer == "semantic" else text
+    embedder = settings.get("embedder") if run.scorer == "semantic" else None
+    return f"{text}, embedded by {embedder}" if embedder else text
 
 
-def _items(run: Results, config: LaserConfig | None) -> str:
+def _items(run: Results, settings: Mapping[str, Any]) -> str:
     held_out = run.verdict.items if run.verdict else 0
     parts = f"{run.searched:,} searched on, {held_out:,} held out"
     if run.unit == "documents":
         return f"of {task_of(run.scorer)}: {parts}"
     if run.unit != "pairs":
-        return f"{config.text}, {config.window} tokens each: {parts}" if config else parts
+        text, window = settings.get("text"), settings.get("window")
+        return f"{text}, {window} tokens each: {parts}" if text and window else parts
     dropped = ", ".join(f"{count:,} {cause}" for cause, count in run.pairs.dropped.items() if count)
     return f"{run.pairs.source}: {parts}" + (f"; dropped: {dropped}" if dropped else "")
 

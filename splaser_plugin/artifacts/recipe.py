@@ -67,33 +67,31 @@ class Recipe:
     unknown_settings: Annotated[Mapping[str, Any], Field(exclude=True)] = field(default_factory=dict)
     """Options in the file that another version of the program had and this one doesn't: none has to do with how the
     steps are carried out, so they are kept for the file alone."""
+    absent_settings: Annotated[frozenset[str], Field(exclude=True)] = frozenset()
+    """Options of this version that the file doesn't have: their defaults aren't what that run had."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options of the run, whatever its version."""
+        ours = {name: value for name, value in self.config.to_dict().items() if name not in self.absent_settings}
+        return {**ours, **self.unknown_settings}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in recipe.json."""
-        values = plain(self)
-        return {"schema": SCHEMA, **values, "settings": {**self.config.to_dict(), **self.unknown_settings}}
+        return {"schema": SCHEMA, **plain(self), "settings": self.settings}
 
     def save(self, path: str | Path) -> None:
-        """Write recipe.json, whole or not at all.
-
-        Raises:
-            OutputError: It can't be written.
-        """
+        """Write recipe.json, whole or not at all. Raises OutputError when it can't be written."""
         write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a recipe.json.
-
-        Raises:
-            RecipeError: It is missing, damaged or of another version.
-        """
+        """Read a recipe.json. Raises RecipeError when it is missing, damaged or of another version."""
         stored = read_json(path, RecipeError)
         if not isinstance(stored, dict) or stored.pop("schema", None) != SCHEMA:
             raise RecipeError(f"{path}: not a recipe of schema '{SCHEMA}'. Give the recipe.json of a laser run.")
         try:
-            known, unknown = _settings(stored.get("settings"))
-            return validated(cls, {**stored, "settings": known, "unknown_settings": unknown})
+            return validated(cls, {**stored, **_settings(stored.get("settings"))})
         except (InvalidRecordError, ConfigError) as error:
             raise RecipeError(
                 f"{path}: not a whole recipe ({str(error).rstrip('.')}). Make it anew with splaser laser."
@@ -134,8 +132,8 @@ def carry_out(recipe: Recipe, weights: Weights, *, progress: Progress = SILENT) 
             advance(1)
 
 
-def _settings(stored: Any) -> tuple[LaserConfig, dict[str, Any]]:
-    """The options that stand in a recipe, and those that this version doesn't know.
+def _settings(stored: Any) -> dict[str, Any]:
+    """The options that stand in a recipe, those that this version doesn't know, and those that the file doesn't have.
 
     Raises ConfigError when one has a value that it can't have, InvalidRecordError when it is no object.
     """
@@ -144,8 +142,11 @@ def _settings(stored: Any) -> tuple[LaserConfig, dict[str, Any]]:
     if stored.get("objective") == "compress":
         stored = {"reduce": "svd", **stored}  # recipes from before there was anything else don't say so
     known = {field.name for field in fields(LaserConfig)}
-    config = LaserConfig.from_dict({name: value for name, value in stored.items() if name in known})
-    return config, {name: value for name, value in stored.items() if name not in known}
+    return {
+        "settings": LaserConfig.from_dict({name: value for name, value in stored.items() if name in known}),
+        "unknown_settings": {name: value for name, value in stored.items() if name not in known},
+        "absent_settings": frozenset(known - stored.keys()),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from plotly.offline import get_plotlyjs
 from splaser_plugin.artifacts.measurement import answer_counts, measurement
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.artifacts.results import Exchange, Results
-from splaser_plugin.config.stages import EDGES, LaserConfig
+from splaser_plugin.config.stages import EDGES
 from splaser_plugin.errors import RecipeError, SplaserError
 from splaser_plugin.files.output import check_file, whole_file
 from splaser_plugin.files.sources import looks_like_path, path_of
@@ -73,7 +74,7 @@ def report(source: str | Path, output: str | Path = "report.html") -> Path:
             output,
             Scan.load(path / "scan.json"),
             Results.load(results) if results.is_file() else None,
-            config=Recipe.load(recipe).config if recipe.is_file() else None,
+            settings=Recipe.load(recipe).settings if recipe.is_file() else {},
             output=path,
         )
     return Path(output)
@@ -84,7 +85,7 @@ def write_report(
     scan: Scan,
     run: Results | None = None,
     *,
-    config: LaserConfig | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
     output: Path | None = None,
     scan_name: str = "scan.json",
 ) -> None:
@@ -94,14 +95,14 @@ def write_report(
         file: The page.
         scan: Where the noise is.
         run: What a search did.
-        config: The options of that run.
+        settings: The options of that run, as far as they are known.
         output: Folder of the lasered model.
         scan_name: What the page's commands call the scan.
 
     Raises:
         OutputError: The file can't be written.
     """
-    page = render(scan, run, config=config, output=output, scan_name=scan_name)
+    page = render(scan, run, settings=settings, output=output, scan_name=scan_name)
     with whole_file(file) as opened:
         opened.write(page)
 
@@ -110,7 +111,7 @@ def render(
     scan: Scan,
     run: Results | None = None,
     *,
-    config: LaserConfig | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
     output: Path | None = None,
     scan_name: str = "scan.json",
 ) -> str:
@@ -119,21 +120,21 @@ def render(
     scripts = [Markup(text) for text in (get_plotlyjs(), "\n".join(map(_template_file, SCRIPT)))]
     selection = _selection(scan, scan_name)
     chosen = _chosen(scan, selection)
-    trained = _trained(run, config, output)
+    trained = _trained(run, settings, output)
     return environment.get_template("report.html").render(
         scan=scan,
         title=_title(scan.model),
         run=run,
         edges=EDGES,
         blocks=len({matrix.block for matrix in scan.matrices if matrix.block is not None}),
-        measurement=measurement(run, config) if run else (),
+        measurement=measurement(run, settings) if run else (),
         answer_counts=answer_counts(run) if run else (),
         answers=_answers(run) if run else (),
         most_answers=EXCHANGES,
         attempts_axis=_axis([attempt.interval for attempt in run.attempts if attempt.interval]) if run else None,
         per_type=TRAINED_PER_TYPE,
         trained=trained,
-        expand=_expand(output, trained) if trained and output and config and config.save == "factored" else "",
+        expand=_expand(output, trained) if trained and output and _is_factored(settings) else "",
         chosen=chosen,
         agreements=() if isinstance(selection, SplaserError) else agreements(scan, selection),
         targets=_targets(selection, run, scan_name, trained),
@@ -201,11 +202,15 @@ def _chosen(scan: Scan, selection: Selection | SplaserError) -> list[tuple[str, 
     return sorted(rows.items())
 
 
-def _trained(run: Results | None, config: LaserConfig | None, output: Path | None) -> str:
+def _is_factored(settings: Mapping[str, Any]) -> bool:
+    return settings.get("save") == "factored"
+
+
+def _trained(run: Results | None, settings: Mapping[str, Any], output: Path | None) -> str:
     """The folder of the model to train: the lasered one, as a plain model; empty where the search changed nothing."""
     if run is None or output is None or not (run.kept or run.kept_budget):
         return ""
-    return f"{output.resolve()}{'-plain' if config and config.save == 'factored' else ''}"
+    return f"{output.resolve()}{'-plain' if _is_factored(settings) else ''}"
 
 
 def _expand(output: Path, trained: str) -> str:

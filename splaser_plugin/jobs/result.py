@@ -170,9 +170,7 @@ class LaserResult:
         """Write the model, its tokenizer and card, its scan, recipe, run.yaml and results, and the report, or nothing.
 
         Under several processes all have to call it, and the main one writes.
-
-        Raises:
-            OutputError: The folder exists and isn't empty, or can't be written.
+        Raises OutputError when the folder exists and isn't empty, or can't be written.
         """
         meet("LaserResult.save()")
         state = self.weights.state_dict()
@@ -207,7 +205,7 @@ class LaserResult:
             self.recipe.save(folder / "recipe.json")
             (folder / "run.yaml").write_text(self._run_file(), encoding="utf-8")
             record.save(folder / "results.json")
-            write_report(folder / "report.html", self.scan, record, config=self.config, output=path)
+            write_report(folder / "report.html", self.scan, record, settings=self.config.to_dict(), output=path)
 
     def _run_file(self) -> str:
         source = "" if self.pairs.source in (ROWS, NO_PAIRS) else self.pairs.source

@@ -196,17 +196,17 @@ def test_edges_that_disagree_are_told():
 
 @pytest.mark.parametrize("save", ["dense", "factored"])
 def test_what_is_trained_is_the_lasered_model_where_anything_was_kept(tmp_path, save):
-    config = LaserConfig(save=save)
-    text = Page(render(SCAN, Results.from_dict(RESULTS), config=config, output=tmp_path)).text
+    settings = LaserConfig(save=save).to_dict()
+    text = Page(render(SCAN, Results.from_dict(RESULTS), settings=settings, output=tmp_path)).text
     place = f"{tmp_path}-plain" if save == "factored" else str(tmp_path)
     assert f"base_model: {place}\n" in text and f"model_name_or_path: {place}\n" in text
     assert f"splaser emit axolotl scan.json --model {place} -o axolotl.yml" in text
     assert (f"splaser expand {tmp_path} -o {place}" in text) == (save == "factored")
     if save == "factored":
-        spaced = Page(render(SCAN, Results.from_dict(RESULTS), config=config, output=tmp_path / "my models")).text
+        spaced = Page(render(SCAN, Results.from_dict(RESULTS), settings=settings, output=tmp_path / "my models")).text
         assert f"splaser expand '{tmp_path}/my models' -o '{tmp_path}/my models-plain'" in spaced
     nothing = Results.from_dict({**RESULTS, "candidates": RESULTS["candidates"][1:]})
-    assert "base_model: somebody/model\n" in Page(render(SCAN, nothing, config=config, output=tmp_path)).text
+    assert "base_model: somebody/model\n" in Page(render(SCAN, nothing, settings=settings, output=tmp_path)).text
 
 
 def run_on(source, rejected="No."):
