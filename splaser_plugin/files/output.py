@@ -81,11 +81,11 @@ def writable(out: str | Path) -> Path:
     return path
 
 
-def check_space(out: Path, needed: int) -> None:
-    """Raises OutputError when fewer than `needed` bytes are free where the folder `out` will be."""
+def check_space(out: Path, needed: int, mend: str = MAKE_ROOM) -> None:
+    """Raises OutputError, with that mend, when fewer than `needed` bytes are free where the folder `out` will be."""
     free = _free_bytes(out)
     if free < needed:
-        raise OutputError(f"{out}: needs {size(needed)}, but {size(free)} are free there. {MAKE_ROOM}")
+        raise OutputError(f"{out}: needs {size(needed)}, but {size(free)} are free there. {mend}")
 
 
 @contextmanager

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from splaser_plugin.config.stages import parse_ranks
-from splaser_plugin.distributed import my_part, process_count
+from splaser_plugin.distributed import in_main, my_part, process_count
 from splaser_plugin.errors import ScoreError
-from splaser_plugin.files.output import size
+from splaser_plugin.files.output import check_space, size
 from splaser_plugin.generation.kv_cache import roomy_cache
 from splaser_plugin.jobs.engine import WARM_UP_TOKENS, plain_scorer, second_time
-from splaser_plugin.jobs.run import Measures, Run
 from splaser_plugin.progress import SILENT, Progress, duration
+from splaser_plugin.reduction.measured_reducer import stored_bytes
 from splaser_plugin.scoring.own_scorer import CallableScorer
 from splaser_plugin.scoring.scores import Scorer, Scores
 from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.search.budgets import shares
 from splaser_plugin.search.racing import Race
 from splaser_plugin.statistics import POWER, RISK, pairs_needed, smallest_difference
+from splaser_plugin.weights.factored import is_factorable
+
+if TYPE_CHECKING:
+    from splaser_plugin.jobs.stages import Measures, Run
 
 SMALL_CHANGE = 0.01
 """Of the mean score, for which the number of held-out items that would show it is said."""
@@ -48,6 +54,8 @@ class Cost:
     """More than that for keys and values of the longest answers; 0 where nothing is generated."""
     output_bytes: int
     """Of the model, if anything is kept; less as factors."""
+    statistics_bytes: int
+    """On disk until the end, for what a reduction is measured by; 0 for `svd`."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,7 +71,10 @@ class Cost:
         if self.memory_bytes is not None:
             more = f", and {size(self.cache_bytes)} more for the longest answers" if self.cache_bytes else ""
             progress.fact("memory", f"{size(self.memory_bytes)} so far{more}")
-        progress.fact("output", f"{size(self.output_bytes)} if anything is kept, else only the results")
+        output = f"{size(self.output_bytes)} if anything is kept, else only the results"
+        if self.statistics_bytes:
+            output += f"; {size(self.statistics_bytes)} more for statistics until the end"
+        progress.fact("output", output)
 
 
 def cost_of(run: Run, measures: Measures) -> Cost:
@@ -92,7 +103,34 @@ def cost_of(run: Run, measures: Measures) -> Cost:
         memory_bytes=_memory(next(iter(run.weights.parameters.values())).device),
         cache_bytes=max((_cache_bytes(scorer) for scorer, _ in passes), default=0),
         output_bytes=run.weights.size,
+        statistics_bytes=statistics_bytes(run),
     )
+
+
+def statistics_bytes(run: Run) -> int:
+    """The most that all processes keep on disk, until the run ends, of what its reduction is measured by."""
+    config, weights = run.config, run.weights
+    if config.reducer == "svd":
+        return 0
+    sizes = [
+        stored_bytes(matrix, weights.parameters[matrix.parameter].dtype)
+        for matrix in run.matrices
+        if not config.tries_budgets or is_factorable(weights.model, matrix)
+    ]
+    if not config.tries_budgets:
+        sizes = sorted(sizes)[-config.candidates :]
+    return process_count() * sum(sizes)
+
+
+def check_room(run: Run, output: Path | None) -> None:
+    """Raise OutputError unless there is room for the model and the statistics, for these alone without an output."""
+    needed, kept = statistics_bytes(run), run.journal.statistics
+    if output is not None:
+        left = sum(file.stat().st_size for file in kept.parent.rglob("*.safetensors")) if kept else 0
+        in_main(lambda: check_space(output, run.weights.size + max(0, needed - left)))
+    elif needed:
+        mend = "Make room there, or set TMPDIR to a folder that has some."
+        in_main(lambda: check_space(Path(tempfile.gettempdir()), needed, mend))
 
 
 def tell_cost(run: Run, measures: Measures) -> None:

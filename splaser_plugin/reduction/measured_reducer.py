@@ -119,6 +119,12 @@ class MeasuredReducer:
         return Decomposition(self.costs[matrix], Projection(held["basis"], held["dual"], self._on_columns[matrix]))
 
 
+def stored_bytes(matrix: Matrix, dtype: torch.dtype) -> int:
+    """What a `MeasuredReducer` keeps of a matrix of that dtype on disk, in each process."""
+    short = min(matrix.shape)
+    return 2 * short**2 * (8 if dtype == torch.float64 else 4) + 8 * (short + 1)
+
+
 def measured_reducer(
     weights: Weights,
     matrices: Sequence[Matrix],

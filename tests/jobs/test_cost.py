@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from scipy import stats
 
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.data.pairs import pairs_from_rows
+from splaser_plugin.errors import OutputError
+from splaser_plugin.files.output import size
 from splaser_plugin.jobs.cost import Cost, smallest_effect
 from splaser_plugin.jobs.laser import plan
 from splaser_plugin.progress import Progress, duration
@@ -102,6 +105,30 @@ def test_how_long_a_function_of_the_users_own_takes_is_not_guessed(tiny_folder, 
     assert "warm-up" not in told.facts["at most"]
 
 
+@pytest.mark.parametrize("options", [{"objective": "compress"}, {"reduce": "fisher"}])
+def test_statistics_have_their_place_in_the_plan_and_in_the_check_of_the_disk(
+    options, tiny_folder, tmp_path, monkeypatch
+):
+    config = LaserConfig(**{**QUICK, "candidates": 3, **options})
+    told = Told()
+    cost = plan(tiny_folder, ROWS, config=config, progress=told)
+    wide, narrow = (2 * short**2 * 4 + 8 * (short + 1) for short in (32, 16))
+    assert cost.statistics_bytes == (2 * (5 * wide + 2 * narrow) if config.tries_budgets else 3 * wide)
+    assert f"; {size(cost.statistics_bytes)} more for statistics until the end" in told.facts["output"]
+    usage = shutil.disk_usage(tmp_path)
+    for free, output, mend in (
+        (
+            cost.output_bytes + cost.statistics_bytes - 1,
+            tmp_path / "out",
+            "Make room there, or choose another output",
+        ),
+        (cost.statistics_bytes - 1, None, "Make room there, or set TMPDIR to a folder that has some"),
+    ):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        with pytest.raises(OutputError, match=f"needs .* MB, but .* MB are free there\\. {mend}"):
+            laser(tiny_folder, ROWS, config=config, output=output)
+
+
 def test_the_smallest_effect_is_that_of_a_two_sided_t_test():
     values = tuple(np.random.default_rng(0).normal(0.1, 0.3, 38).tolist())
     smallest, spread = smallest_effect(Scores(tuple(range(38)), values))
@@ -139,7 +166,7 @@ def test_durations_are_for_people(seconds, text):
 
 def test_a_cost_without_generation_names_no_tokens():
     told = Told()
-    Cost(3, 60, 0, 4000.0, None, 0, 500_000_000).tell(told)
+    Cost(3, 60, 0, 4000.0, None, 0, 500_000_000, 0).tell(told)
     assert told.facts == {
         "at most": "3 candidates, 60 items scored, 67 min by a short warm-up",
         "output": "500.0 MB if anything is kept, else only the results",

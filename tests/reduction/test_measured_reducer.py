@@ -6,7 +6,7 @@ import torch
 
 from splaser_plugin.errors import OutputError
 from splaser_plugin.reduction.calibration import Row, mixed, token_count, window_rows
-from splaser_plugin.reduction.measured_reducer import measured_reducer
+from splaser_plugin.reduction.measured_reducer import measured_reducer, stored_bytes
 from splaser_plugin.reduction.moments import measure
 from splaser_plugin.reduction.truncation import decompose_by_moments
 from splaser_plugin.spectra import spectrum
@@ -33,6 +33,16 @@ def test_matrices_are_truncated_by_their_own_moments(weights, way):
         assert torch.equal(reducer.truncated(matrix, weight, 5), expected.truncated(weight, 5))
         left, right = reducer.factors(matrix, weight, 5)
         assert torch.allclose(left @ right, expected.truncated(weight, 5), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_kept_of_a_matrix_takes_the_space_that_is_checked_beforehand(dtype, tmp_path):
+    weights = Weights(tiny_llama(vocabulary=64).to(dtype))
+    matrices = weights.matrices()[0][3:6]
+    measured_reducer(weights, matrices, ROWS, way="fisher", folder=tmp_path)
+    for place, matrix in enumerate(matrices):
+        header = 500
+        assert 0 < (tmp_path / f"{place}.safetensors").stat().st_size - stored_bytes(matrix, dtype) < header
 
 
 def test_a_weight_reduced_before_goes_on_to_the_same_matrix(weights):
