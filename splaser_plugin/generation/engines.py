@@ -17,6 +17,8 @@ from splaser_plugin.generation.teacher_forcing import forced_logits
 PROBES = (tuple(range(1, 9)), tuple(range(20, 23)))
 """Prompts, token ids, that an engine and the loop have to answer alike before the engine is used."""
 PROBE_TOKENS = 8
+PROBE_LENGTH = max(map(len, PROBES)) + PROBE_TOKENS
+"""Tokens of the longest probe and its answer."""
 TIE = 1e-4
 """Largest difference of two logits, in standard deviations of all, that counts as a tie: rounding decides there."""
 EXACT = (torch.float32, torch.float64)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from splaser_plugin.generation.continuous import ContinuousBatching
-from splaser_plugin.generation.engines import Engine, check_alike
+from splaser_plugin.generation.engines import PROBE_LENGTH, Engine, check_alike
 from splaser_plugin.generation.loop import FIRST_BATCH, Loop
 from splaser_plugin.generation.prompts import THOUGHT_BEGINS, THOUGHT_ENDS, Prompter, opens_thought, without_thought
 from splaser_plugin.generation.vllm import Vllm
@@ -64,9 +64,10 @@ class Generator:
     def use_vllm(self, longest_prompt: int) -> None:
         """Have vLLM, with a copy of the model in this process, write from now on.
 
-        longest_prompt: tokens. Raises ModelError as `use_continuous` does, and when vLLM isn't installed.
+        longest_prompt: tokens, the template's among them. Raises ModelError as `use_continuous` does, and when vLLM
+        isn't installed.
         """
-        longest = longest_prompt + self.max_new_tokens
+        longest = max(longest_prompt + self.max_new_tokens, PROBE_LENGTH)
         longest = min(longest, self.prompter.context or longest)
         at_once = self._batch_size or FIRST_BATCH
         self._use(Vllm(self.model, self.end_tokens, longest=longest, batch_size=at_once))
