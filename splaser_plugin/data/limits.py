@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from splaser_plugin.config.stages import MAX_ANSWER_TOKENS, MAX_PROMPT_TOKENS
+from splaser_plugin.data.formats import Message
 from splaser_plugin.errors import ConfigError
 
 CHARS_PER_TOKEN = 128
@@ -17,8 +18,7 @@ CHARS_PER_TOKEN = 128
 class TokenLimits:
     """The longest prompt and the longest answer of a pair, in tokens of a model's own tokenizer.
 
-    Raises:
-        ConfigError: A limit is below 1.
+    Raises ConfigError for a limit below 1.
     """
 
     tokenizer: Any
@@ -27,6 +27,8 @@ class TokenLimits:
     """All turns together, the system's included; role names and the chat template are not counted."""
     answer: int = MAX_ANSWER_TOKENS
     """Of each answer."""
+    fits: Callable[[Sequence[Message]], bool] | None = None
+    """Whether a prompt of these turns leaves room for an answer in the model's context; None takes it for granted."""
 
     def __post_init__(self) -> None:
         for option, limit in (("max_prompt_tokens", self.prompt), ("max_answer_tokens", self.answer)):
@@ -40,6 +42,10 @@ class TokenLimits:
     def has_long_answer(self, answers: Sequence[str]) -> bool:
         """Whether one of the answers is longer than it may be."""
         return any(self._exceeds([answer], self.answer) for answer in answers)
+
+    def is_beyond_context(self, turns: Sequence[Message]) -> bool:
+        """Whether a prompt of these turns, as the model reads it, leaves no room for an answer."""
+        return self.fits is not None and not self.fits(turns)
 
     def _exceeds(self, texts: Sequence[str], limit: int) -> bool:
         if sum(map(len, texts)) > CHARS_PER_TOKEN * limit:

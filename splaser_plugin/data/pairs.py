@@ -35,6 +35,8 @@ ROWS = "rows"
 """The source of pairs that come from no file or data set."""
 COMPLETE = "Each row needs a prompt that ends with a user turn, a chosen answer and a different rejected one."
 WITHOUT_TOOLS = "Turns in which tools are called or answer aren't supported: give pairs without them."
+BEYOND = "prompt beyond the model's context"
+FITTING = "Give shorter prompts, or a model of a longer context."
 MANY = 0.2
 """Share of the rows: when more are dropped, that is said aloud."""
 
@@ -92,16 +94,13 @@ class PairSet:
 PairSource = str | Path | PairSet | Iterable[Mapping[str, Any]]
 
 
-def read_pairs_from(source: PairSource, config: MeasureConfig, tokenizer: Any) -> PairSet:
+def read_pairs_from(source: PairSource, config: MeasureConfig, limits: TokenLimits | None) -> PairSet:
     """Pairs in whatever form they come: a source of `load_pairs`, rows of `pairs_from_rows`, or a PairSet as it is.
 
-    tokenizer: of the model, which says how long they are; None takes them at any length.
+    limits: how long prompts and answers may be; None takes them at any length.
     """
     if isinstance(source, PairSet):
         return source
-    limits = None
-    if tokenizer is not None:
-        limits = TokenLimits(tokenizer, config.max_prompt_tokens, config.max_answer_tokens)
     if isinstance(source, (str, Path)):
         return load_pairs(source, samples=config.samples, limits=limits)
     return pairs_from_rows(source, samples=config.samples, limits=limits)
@@ -116,20 +115,13 @@ def load_pairs(
 ) -> PairSet:
     """The first `samples` usable pairs of a source, in its own order; None takes them all.
 
+    source: a .json (array, or object per line), .jsonl, .csv (text columns only) or .parquet file; a folder
+    of data files; `orca_dpo`, `ultrafeedback` or `openhermes`; or the id of a data set on the hub.
+    limits: how long prompts and answers may be; None takes them at any length.
+    split: of a data set; None is "train" ("train_prefs" for ultrafeedback).
     Everything but a json array is streamed, so memory grows with the pairs kept, not with the source.
-
-    Args:
-        source: A .json (array, or object per line), .jsonl, .csv (text columns only) or .parquet file; a folder of data
-            files; `orca_dpo`, `ultrafeedback` or `openhermes`; or the id of a data set on the hub.
-        samples: How many, at most.
-        limits: How long prompts and answers may be; None takes them at any length.
-        split: Of a data set; None is "train" ("train_prefs" for ultrafeedback).
-
-    Returns:
-        The pairs, and how many rows were dropped for which causes.
-
-    Raises:
-        PairsError: The source can't be read, a line is damaged, or no pair is usable.
+    Causes of a drop: see `pairs_from_rows`.
+    Raises PairsError when the source can't be read, a line is damaged, or no pair is usable.
     """
     try:
         name, rows = open_source(source, split)
@@ -152,8 +144,8 @@ def pairs_from_rows(
     "not an object", "unknown columns", "no known prompt column", "wrong type", "unknown role",
     "tool calls" (a turn in which a tool is called or answers), "content that is no text" (an image, say),
     "no assistant turn", "turns out of order", "answers to different prompts", "empty prompt", "empty answer",
-    "over-long prompt", "over-long answer", "invalid characters" (lone surrogates, NUL) and
-    "chosen equals rejected" (spaces around them aside).
+    "over-long prompt", "over-long answer", "invalid characters" (lone surrogates, NUL),
+    "chosen equals rejected" (spaces around them aside) and "prompt beyond the model's context".
     Raises PairsError when the first object has unknown columns or no pair is usable, ConfigError for a number
     below 1.
     """
@@ -180,8 +172,7 @@ def pairs_from_rows(
 
 def pairs_sha256(pairs: Iterable[Pair]) -> str:
     """Identity of pairs, in hex: the same prompts and answers in the same order give the same, whatever the
-    format they came in.
-    """
+    format they came in."""
     digest = hashlib.sha256()
     for pair in pairs:
         turns = [[turn["role"], turn["content"]] for turn in pair.messages]
@@ -207,6 +198,8 @@ def _read_pair(row: object, limits: TokenLimits | None) -> Pair:
         raise UnusableRowError("over-long answer")
     if rejected is not None and chosen.strip() == rejected.strip():
         raise UnusableRowError("chosen equals rejected")
+    if limits is not None and limits.is_beyond_context(messages):
+        raise UnusableRowError(BEYOND)
     return Pair(tuple(messages), chosen, rejected)
 
 
@@ -242,7 +235,7 @@ def _unknown_columns(source: str, row_number: int, columns: Iterable[object]) ->
 def _no_usable_pair(source: str, rows_read: int, dropped: Mapping[str, int], limits: TokenLimits | None) -> str:
     if rows_read == 0:
         return f"{source}: no rows. Give at least one pair."
-    next_step = WITHOUT_TOOLS if TOOLS in dropped else COMPLETE
+    next_step = _mend(dropped)
     if limits is not None and any(cause.startswith("over-long") for cause in dropped):
         next_step = (
             f"Raise --max-prompt-tokens (now {limits.prompt}) or --max-answer-tokens "
@@ -253,8 +246,10 @@ def _no_usable_pair(source: str, rows_read: int, dropped: Mapping[str, int], lim
 
 def _mend(dropped: Mapping[str, int]) -> str:
     options = [f"--max-{part}-tokens" for part in ("prompt", "answer") if f"over-long {part}" in dropped]
-    if options:
-        return f"Raise {' and '.join(options)}."
+    steps = [f"Raise {' and '.join(options)}."] if options else []
+    steps += [FITTING] if BEYOND in dropped else []
+    if steps:
+        return " ".join(steps)
     return WITHOUT_TOOLS if TOOLS in dropped else COMPLETE
 
 

@@ -105,9 +105,17 @@ class Prompter:
         if self.context is not None and len(ids) >= self.context:
             raise PairsError(
                 f"a prompt of {len(ids)} tokens ({messages[-1]['content'][:40]!r}...) leaves no room for an answer "
-                f"in the model's context of {self.context}. Lower --max-prompt-tokens."
+                f"in the model's context of {self.context}. Leave it out, or take a model of a longer context."
             )
         return ids
+
+    def fits(self, messages: Sequence[Message]) -> bool:
+        """Whether the prompt leaves room for an answer in the model's context. Raises ModelError as `text` does."""
+        try:
+            self.tokens(messages, before_answer=True)
+        except PairsError:
+            return False
+        return True
 
     def _refuse_unknown_variables(self, variables: Mapping[str, Any]) -> None:
         template = self._template or _own_template(self.tokenizer)

@@ -21,15 +21,14 @@ from splaser_plugin.files.output import check_file
 from splaser_plugin.progress import Progress, counting, default_progress
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.scoring.perplexity import exp, perplexity
-from splaser_plugin.scoring.scorers import Material, Scorers, check_scorers
+from splaser_plugin.scoring.scorers import Material, Scorers, check_scorers, limits_of
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.scoring.tasks import Documents, Values, load_tasks
 from splaser_plugin.statistics import RISK, can_reach, paired_bootstrap
 from splaser_plugin.tables import Table
 from splaser_plugin.weights.devices import pick_device
-from splaser_plugin.weights.loading import load_model, load_tokenizer
-from splaser_plugin.weights.model_source import ModelSource, find_model
+from splaser_plugin.weights.loading import ModelSource, find_model, load_model, load_tokenizer, stored_context
 
 SCHEMA = "splaser.comparison/1"
 OTHER_TOKENS = "its tokenizer cuts texts otherwise than the first model's, so figures a token can't be compared"
@@ -120,7 +119,6 @@ class Comparison(Table):
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in the file."""
         return {
             "schema": SCHEMA,
             "pairs": {"source": self.pairs.source, "used": len(self.pairs), "dropped": dict(self.pairs.dropped)},
@@ -143,11 +141,6 @@ class Comparison(Table):
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the comparison as JSON, whole or not at all.
-
-        Raises:
-            OutputError: It can't be written.
-        """
         write_json(path, self.to_dict())
 
     def _figures(self, model: Measured) -> dict[str, Figure]:
@@ -231,13 +224,11 @@ def compare(
 
     Args:
         models: Folders, .gguf files or hub ids, the first the base; loaded one after the other, never two at once.
-        pairs: See `laser`; at least 2, limited in the first model's tokens. None where a text or tasks are enough.
+        pairs: See `laser`; at least 2, limited in the first model's tokens and by every model's context. None where a
+            text or tasks are enough.
         config: What is measured.
         output: JSON file to write, as `Comparison.save` does.
         progress: What is told of the work: as bars in a notebook and not at all elsewhere, if not given.
-
-    Returns:
-        What was measured of each model, item by item.
 
     Raises:
         SplaserError: Before the first model is loaded, when any of it isn't there; later when one can't be measured.
@@ -248,7 +239,7 @@ def compare(
     if not models:
         raise ConfigError("no model was given. Name at least one, the one to compare the others with first.")
     sources = [find_model(model, allow_pickle=config.allow_pickle) for model in models]
-    pair_set = _read_pairs(pairs, config, sources[0])
+    pair_set = _read_pairs(pairs, config, sources)
     pick_device(config.device)
     check_scorers(config, pairs=bool(pair_set.pairs))
     tasks = tuple(load_tasks(parse_tasks(config.tasks), config.tasks_path, count=config.samples))
@@ -268,12 +259,13 @@ def compare(
     return found
 
 
-def _read_pairs(pairs: PairSource | None, config: CompareConfig, first: ModelSource) -> PairSet:
+def _read_pairs(pairs: PairSource | None, config: CompareConfig, sources: Sequence[ModelSource]) -> PairSet:
     if pairs is None or pairs == "":
         if not config.text and not parse_tasks(config.tasks):
             raise ConfigError("nothing to measure the models with. Give --pairs FILE, --text FILE or --tasks NAME.")
         return NO_PAIRS
-    pair_set = read_pairs_from(pairs, config, load_tokenizer(first))
+    models = [(load_tokenizer(source), stored_context(source)) for source in sources]
+    pair_set = read_pairs_from(pairs, config, limits_of(config, models, reads_prompts=True))
     if len(pair_set) < 2:
         raise PairsError(f"{pair_set.source}: 1 pair, expected at least 2 for an interval. Give --pairs more of them.")
     return pair_set
@@ -292,7 +284,7 @@ def _measure(
     scorer, margins, generation_s = None, None, 0.0
     with progress.phase("loading", 1):
         model, tokenizer = load_model(source, **config.place, dtype=config.dtype)
-        scorers = Scorers(model, tokenizer, config)
+        scorers = Scorers(model, tokenizer, config, pairs=pairs.pairs)
         windows = scorers.windows() if config.text else []
         if pairs.pairs:
             margins = MarginScorer(model, scorers.prompter, pairs.pairs, batch_size=scorers.batch_size)

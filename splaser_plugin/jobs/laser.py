@@ -16,7 +16,7 @@ from splaser_plugin.distributed import in_main, meet
 from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.files.output import check_output, check_space
 from splaser_plugin.files.sources import path_of
-from splaser_plugin.jobs.cost import Cost, cost_of, tell_cost, tell_smallest_effect
+from splaser_plugin.jobs.cost import Cost, check_room, cost_of, tell_cost, tell_smallest_effect
 from splaser_plugin.jobs.engine import engine_of
 from splaser_plugin.jobs.result import NO_PAIRS, LaserResult
 from splaser_plugin.jobs.stages import (
@@ -31,7 +31,7 @@ from splaser_plugin.jobs.stages import (
 )
 from splaser_plugin.progress import SILENT, Progress, default_progress
 from splaser_plugin.scanning.records import Scan
-from splaser_plugin.scoring.scorers import check_scorers
+from splaser_plugin.scoring.scorers import check_scorers, limits_of
 from splaser_plugin.scoring.semantic import References, SemanticScorer
 from splaser_plugin.search.journal import Journal, LaserJournal, RecordedScorer
 from splaser_plugin.search.search import SearchResult
@@ -39,8 +39,7 @@ from splaser_plugin.search.verdict import Verdicts
 from splaser_plugin.weights.adapted import weights_of
 from splaser_plugin.weights.devices import pick_device
 from splaser_plugin.weights.in_memory import Weights, check_generates, model_name
-from splaser_plugin.weights.loading import load_model, load_tokenizer
-from splaser_plugin.weights.model_source import find_model
+from splaser_plugin.weights.loading import context_length, find_model, load_model, load_tokenizer, stored_context
 from splaser_plugin.weights.rest import rest_of
 from splaser_plugin.weights.wrapped import unwrapped
 from splaser_plugin.weights.zero import check_engine, masters_following, whole_where_it_fits
@@ -61,28 +60,18 @@ def laser(
 ) -> LaserResult:
     """Reduce the noisiest matrices of a model wherever that makes its answers better.
 
-    Under several processes all have to call this. Whatever is raised once the search has begun leaves the kept changes
-    and no undecided one.
-
-    Args:
-        model: A folder, .gguf file or hub id, or a loaded causal language model, which is changed in place; DDP,
-            DataParallel, a compiler or PEFT may have wrapped it.
-        pairs: A file or data set name (see `load_pairs`), a PairSet, or rows in any format that `load_pairs` reads;
-            needed by every scorer but perplexity and lm-eval:TASK.
-        config: What is measured, and the search.
-        tokenizer: Needed only with a loaded model.
-        output: Folder to write, as `LaserResult.save` does, but without a model that would be a copy of the base, as it
-            is stored. What was found is kept in its journal.jsonl until then, so that after a crash the same call goes
-            on where it stopped.
-        overwrite: Replace the output of an earlier run, and throw away a journal of other settings.
-        write_unchanged: Write that copy of the base.
-        progress: What is told of the work: as bars in a notebook and not at all elsewhere, if not given.
-
-    Returns:
-        The lasered model with what was tried, kept and found on held-out pairs.
-
-    Raises:
-        SplaserError: Something can't be used; before any weight is changed.
+    model: a folder, .gguf file or hub id, or a loaded causal language model, which is changed in place; DDP,
+    DataParallel, a compiler or PEFT may have wrapped it. Under several processes all have to call this.
+    pairs: a file or data set name (see `load_pairs`), a PairSet, or rows in any format that `load_pairs` reads;
+    needed by every scorer but perplexity and lm-eval:TASK.
+    tokenizer: needed only with a loaded model.
+    output: folder to write, as `LaserResult.save` does, but without a model that would be a copy of the base, as it is
+    stored. What was found is kept in its journal.jsonl until then, so that after a crash the same call goes on
+    where it stopped. overwrite: replace the output of an earlier run, and throw away a journal of other settings.
+    write_unchanged: write that copy of the base.
+    progress: what is told of the work: as bars in a notebook and not at all elsewhere, if not given.
+    Raises a SplaserError before any weight is changed when something can't be used; whatever is raised later
+    leaves the kept changes and no undecided one.
     """
     meet("laser()")
     config = config or LaserConfig()
@@ -139,14 +128,14 @@ def _begin(
 ) -> tuple[Run, Measures]:
     """The run on a model that is loaded now, if it wasn't, once all that can be refused before was looked at."""
     if pairs is None or isinstance(pairs, (str, Path)):
-        read_pairs(pairs, config, None)  # what is wrong with a file is said before a model is downloaded
-    name, source = str(model), None
+        read_pairs(pairs, config)  # what is wrong with a file is said before a model is downloaded
+    name, source, context = str(model), None, None
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise ModelError("a loaded model was given without its tokenizer. Pass tokenizer=...")
         model = unwrapped(model)
         check_generates(model)
-        name = model_name(model)
+        name, context = model_name(model), context_length(model)
     else:
         source = find_model(model, allow_pickle=config.allow_pickle)
         pick_device(config.device)
@@ -154,8 +143,8 @@ def _begin(
     if config.scan:
         Scan.load(path_of(config.scan))
     if source is not None and pairs is not None:
-        tokenizer = load_tokenizer(source, config.adapter)
-    split = read_pairs(pairs, config, tokenizer)
+        tokenizer, context = load_tokenizer(source, config.adapter), stored_context(source)
+    split = read_pairs(pairs, config, tokenizer, context)
     if source is not None:
         stored = source.weight_bytes
         if output is not None and config.dtype == "auto":
@@ -175,9 +164,8 @@ def _begin(
         weights.rest = rest_of(source, model)
         if weights.rest is not None and weights.rest.note:
             progress.fact("kept as they are", weights.rest.note)
-    if output is not None:
-        in_main(lambda: check_space(output, weights.size))
     run = begin(weights, tokenizer, name=name, config=config, journal=journal, progress=progress)
+    check_room(run, output)
     return run, prepare_measures(run, split)
 
 
@@ -194,6 +182,7 @@ def laser_weights(
     """The job of `laser` on weights that are loaded already, wherever they live. name: how the model is called."""
     with masters_following(weights.model), whole_where_it_fits(weights.model):
         run = begin(weights, tokenizer, name=name, config=config, journal=journal, progress=progress)
+        check_room(run, None)
         return _laser(run, prepare_measures(run, split))
 
 
@@ -246,10 +235,13 @@ def _references(measures: Measures) -> References | None:
     return sum(seen[1:], seen[0]) if seen else None
 
 
-def read_pairs(pairs: PairSource | None, config: LaserConfig, tokenizer: Any) -> Split:
+def read_pairs(
+    pairs: PairSource | None, config: LaserConfig, tokenizer: Any = None, context: int | None = None
+) -> Split:
     """The pairs that a run with this configuration uses, from whatever form they come in: to search on and held out.
 
-    tokenizer: of the model, which says how long they are; None takes them at any length.
+    tokenizer: of the model, which says how long they are; None takes them at any length. context: the model's longest
+    input in tokens; None where it has no limit.
     Raises ConfigError when there are none and something needs them.
     """
     if pairs is None or pairs == "":
@@ -259,7 +251,11 @@ def read_pairs(pairs: PairSource | None, config: LaserConfig, tokenizer: Any) ->
                 "--rank-by gradient, a guard on pairs, or a --reduce that has no --text. Give --pairs FILE."
             )
         return Split(PairSet((), NO_PAIRS, {}, 0), (), (), "no pairs")
-    pair_set = read_pairs_from(pairs, config, tokenizer)
+    limits = None
+    if tokenizer is not None:
+        reads_prompts = config.reads_prompts or config.reducer != "svd"
+        limits = limits_of(config, [(tokenizer, context)], reads_prompts=reads_prompts)
+    pair_set = read_pairs_from(pairs, config, limits)
     if config.held_out:
-        return split_by_set(pair_set, read_pairs_from(config.held_out, config, tokenizer))
+        return split_by_set(pair_set, read_pairs_from(config.held_out, config, limits))
     return split_by_prompt(pair_set, config.held_out_fraction, config.seed)

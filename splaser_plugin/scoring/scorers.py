@@ -11,7 +11,8 @@ from splaser_plugin.config.guards import GUARDS
 from splaser_plugin.config.stages import SCORERS, CompareConfig, LaserConfig, MeasureConfig
 from splaser_plugin.config.tasks import LM_EVAL, task_of
 from splaser_plugin.config.template_kwargs import parse_template_kwargs
-from splaser_plugin.data.pairs import Pair
+from splaser_plugin.data.limits import TokenLimits
+from splaser_plugin.data.pairs import Message, Pair
 from splaser_plugin.data.windows import open_text, read_windows
 from splaser_plugin.distributed import input_device
 from splaser_plugin.generation.generator import Generator
@@ -45,11 +46,20 @@ class Material:
 class Scorers:
     """Makes scorers of one model; what they have in common is made once, when it is first needed.
 
-    weights: of the model, if it will be changed.
+    weights: of the model, if it will be changed. pairs: all that it may be asked to answer.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, config: MeasureConfig, weights: Weights | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: MeasureConfig,
+        weights: Weights | None = None,
+        *,
+        pairs: Sequence[Pair] = (),
+    ) -> None:
         self.model = model
+        self.pairs = pairs
         self.weights = weights
         self.tokenizer = tokenizer
         self.config = config
@@ -86,7 +96,7 @@ class Scorers:
 
     @cached_property
     def prompter(self) -> Prompter:
-        return Prompter(self.tokenizer, self.config.template, context_length(self.model), self._variables)
+        return prompter_of(self.config, self.tokenizer, context_length(self.model))
 
     @property
     def date(self) -> str:
@@ -105,7 +115,7 @@ class Scorers:
         if self.config.engine == "continuous":
             found.use_continuous()
         elif self.config.engine == "vllm":
-            found.use_vllm(self.config.max_prompt_tokens)
+            found.use_vllm(max((len(self.prompter.tokens(pair.messages)) for pair in self.pairs), default=0))
         return found
 
     @property
@@ -119,6 +129,25 @@ class Scorers:
             return SelfEmbedder(self.weights or Weights(self.model), self.tokenizer, self.batch_size)
         device = input_device(self.model)
         return SentenceEmbedder(self.config.embedder, device, allow_pickle=self.config.allow_pickle)
+
+
+def prompter_of(config: MeasureConfig, tokenizer: Any, context: int | None) -> Prompter:
+    """What writes prompts as the configuration wants them. context: see `Prompter`, which also says what is raised."""
+    return Prompter(tokenizer, config.template, context, parse_template_kwargs(config.template_kwargs))
+
+
+def limits_of(config: MeasureConfig, models: Sequence[tuple[Any, int | None]], *, reads_prompts: bool) -> TokenLimits:
+    """How long the pairs may be that models are measured on.
+
+    models: the tokenizer and the context of each; the first one's tokens count. reads_prompts: whether they are to read
+    prompts, which then have to leave room for an answer in each context.
+    """
+    prompters = [prompter_of(config, *model) for model in models] if reads_prompts else []
+
+    def fits(turns: Sequence[Message]) -> bool:
+        return all(prompter.fits(turns) for prompter in prompters)
+
+    return TokenLimits(models[0][0], config.max_prompt_tokens, config.max_answer_tokens, fits)
 
 
 def check_scorers(config: LaserConfig | CompareConfig, *, pairs: bool = True) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,9 @@ from splaser_plugin.weights.gauge import Gauge, gauge
 from splaser_plugin.weights.matrices import Matrix, Skipped, model_matrices, named_parameters
 from splaser_plugin.weights.offloaded import OffloadedParameters
 from splaser_plugin.weights.reducer import PlainReducer, Reducer
-from splaser_plugin.weights.rest import Rest
+
+if TYPE_CHECKING:
+    from splaser_plugin.weights.rest import Rest
 
 
 class Weights:

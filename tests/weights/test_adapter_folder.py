@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.errors import CheckpointError
@@ -90,6 +90,14 @@ def test_the_adapters_own_tokenizer_and_template_are_taken(folders, tokenizer):
     own.save_pretrained(adapter)
     (adapter / "chat_template.jinja").unlink(missing_ok=True)
     assert load_model(base, device="cpu", adapter=adapter)[1].chat_template == tokenizer.chat_template
+
+
+def test_a_run_loads_each_tokenizer_once(folders, tokenizer, pairs, monkeypatch):
+    base, adapter, _ = folders(own_tokenizer=tokenizer)
+    read, load = [], AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *given, **how: read.append(given[0]) or load(*given))
+    laser(base, pairs, config=LaserConfig(scorer="margin", candidates=1, adapter=str(adapter), device="cpu"))
+    assert read == [base, adapter]
 
 
 def test_added_tokens_without_their_embeddings_are_refused(folders, tokenizer):
