@@ -28,6 +28,8 @@ from splaser_plugin.files.text import first_line_of, printable
 if TYPE_CHECKING:
     from splaser_plugin.progress import Progress
 
+CLICK: Any = sys.modules[typer.BadParameter.__module__]
+"""click's exceptions, or those of the copy that newer versions of typer have of it."""
 STOPPED = 130
 """Exit code after Ctrl-C or SIGTERM."""
 RESUMED = ("scan", "laser")
@@ -381,7 +383,14 @@ def main() -> None:
     app.add_typer(emit, name="emit")
     with on_command_line():
         try:
-            app(prog_name="splaser")
+            sys.exit(app(prog_name="splaser", standalone_mode=False) or 0)
         except SplaserError as error:
             print(_fitted(f"{type(error).__name__}: {printable(str(error))}"), file=sys.stderr)
             sys.exit(2 if isinstance(error, ConfigError) else 1)
+        except CLICK.UsageError as error:
+            if not isinstance(error, getattr(CLICK, "NoArgsIsHelpError", ())):  # that has shown the help
+                command = error.ctx.command_path if error.ctx else "splaser"
+                said = printable(error.format_message())
+                said += "" if said.endswith((".", "?")) else "."
+                print(_fitted(f"ConfigError: {said} See {command} --help."), file=sys.stderr)
+            sys.exit(error.exit_code)

@@ -67,3 +67,31 @@ def test_no_error_is_wrapped_inside_a_word(columns):
     assert len(lines) > 2
     assert all(len(line) <= (columns or 80) for line in lines if path not in line)
     assert " ".join(lines) == f"ConfigError: --rl: got '{given}', expected dpo."
+
+
+LONG = "--a-" + "very-" * 20 + "long-option"
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["scan", "my-model", LONG], f"ConfigError: No such option: {LONG}. See splaser scan --help."),
+        (["scan"], "ConfigError: Missing argument 'model'. See splaser scan --help."),
+        (["scna"], "ConfigError: No such command 'scna'."),
+        (["scan", "my-model", "/long/path" * 12], f"({'/long/path' * 12}). See splaser scan --help."),
+    ],
+)
+def test_wrong_usage_is_one_sentence_that_is_not_wrapped_inside_a_word_either(columns, arguments, said):
+    code, printed = on_terminal(columns, *arguments)
+    assert code == 2
+    lines = printed.splitlines()
+    assert said.casefold() in " ".join(lines).casefold()  # older versions write MODEL
+    assert all(len(line) <= columns for line in lines if " " in line)
+
+
+def test_without_a_command_the_help_is_shown(splaser):
+    for arguments in ((), ("emit",)):
+        code, printed, stderr = splaser(*arguments)
+        assert code in (0, 2)  # by the version of click
+        assert "Usage:" in printed + stderr and "Error" not in printed + stderr
