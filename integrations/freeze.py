@@ -17,8 +17,12 @@ WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_
 class FreezeCallback(TrainerCallback):
     """Freezes all but the named matrices when the trainer is made, before its optimizer is.
 
-    names: of modules and stacks of experts, as `Selection.names` gives them.
-    Raises MatrixError when the model lacks one of them, ModelError when it has adapters.
+    Args:
+        names: Of modules and stacks of experts, as `Selection.names` gives them.
+
+    Raises:
+        MatrixError: The model lacks one of them.
+        ModelError: The model has adapters.
     """
 
     def __init__(self, names: Collection[str]) -> None:

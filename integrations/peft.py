@@ -24,14 +24,23 @@ def lora_config(
 ) -> LoraConfig:
     """A `peft.LoraConfig` whose targets are the full names of the chosen matrices, and of stacks of experts.
 
-    rank: of each adapter; see `selection.matched_rank` for one that keeps the number of parameters. alpha:
-    twice the rank by default. rank_pattern: give each matrix a rank in proportion to its rank above the
-    edge instead, see `rank_patterns`. options: other arguments of `LoraConfig`.
+    Args:
+        selection: The chosen matrices.
+        rank: Of each adapter; see `selection.matched_rank` for one that keeps the number of parameters.
+        alpha: Twice the rank by default.
+        dropout: Share of each adapter's inputs, 0 to 1, that is set to zero in training.
+        rank_pattern: Give each matrix a rank in proportion to its rank above the edge instead, see `rank_patterns`.
+        **options: Other arguments of `LoraConfig`.
 
-    Raises MatrixError when a chosen matrix can't have an adapter, or PEFT would adapt others than the chosen ones of
-    the scanned model (checked where that is on this machine; elsewhere names that PEFT may take for experts are
-    refused), RankError when a rank is out of range, and ConfigError
-    for dropout with experts.
+    Returns:
+        What `peft.get_peft_model` and trainers take.
+
+    Raises:
+        MatrixError: A chosen matrix can't have an adapter, or PEFT would adapt others than the chosen ones of the
+            scanned model (checked where that is on this machine; elsewhere names that PEFT may take for experts are
+            refused).
+        RankError: A rank is out of range.
+        ConfigError: There is dropout with experts.
     """
     from peft import LoraConfig
 

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -45,7 +45,8 @@ from splaser_plugin.weights.loading import context_length
 
 logger = logging.getLogger(__name__)
 
-WHEN = ("before", "init", "after")
+When: TypeAlias = Literal["before", "init", "after"]
+WHEN: tuple[When, ...] = get_args(When)
 LASERED, BASE = "lasered", "lasered_base"
 """Folders of the output: the model lasered after training, and the lasered base that an adapter was trained on."""
 NOT_AT_INIT = (
@@ -68,29 +69,35 @@ Pairs = str | Path | PairSet | Iterable[Mapping[str, Any]]
 class LaserCallback(TrainerCallback):
     """Lasers the trainer's model, freezes all but its matrices of highest SNR, or both.
 
-    when: `after` training (the last thing, also written to `<output_dir>/lasered`), `before` it (in place, on
-    the first run only), `init` (while the trainer is made, before optimizer and wrapping), or None.
-    pairs: see `splaser_plugin.laser`; without them the trainer's evaluation or training data are read.
-    config: options of the laser run; its device and dtype are the trainer's.
-    freeze_to: `top` trains only the `top` matrices, or the `fraction`, that are best by `by` of each module type; see
-    `SelectConfig`. `fisher` and `gradient` are measured on the configuration's text, `random` has its seed.
-    trainer: the trainer itself, for `trainer.add_callback(LaserCallback(trainer=trainer))`. Pairs are then read from
-    its evaluation data too, metrics go to each of its reporters, and what belongs to `init` is done at once. Without
-    it, as in `callbacks=[LaserCallback()]`, the callback has what an event hands over: the data that is trained on,
-    and the history of metrics.
-
     `result` is the last `LaserResult`, and `selection` what is trained under `freeze_to`.
-    Raises ConfigError here for options that don't fit together, ModelError at the start of training for what
-    can't be lasered in place.
+
+    Args:
+        when: `after` training (the last thing, also written to `<output_dir>/lasered`), `before` it (in place, on the
+            first run only), `init` (while the trainer is made, before optimizer and wrapping), or None.
+        pairs: See `splaser_plugin.laser`; without them the trainer's evaluation or training data are read.
+        config: Options of the laser run; its device and dtype are the trainer's. `fisher` and `gradient` are measured
+            on its text, and `random` has its seed.
+        freeze_to: `top` trains only the matrices that are best of each module type; see `SelectConfig`.
+        top: How many those are.
+        fraction: What share of each type they are, instead.
+        by: What they are best by.
+        trainer: The trainer itself, for `trainer.add_callback(LaserCallback(trainer=trainer))`. Pairs are then read
+            from its evaluation data too, metrics go to each of its reporters, and what belongs to `init` is done at
+            once. Without it, as in `callbacks=[LaserCallback()]`, the callback has what an event hands over: the data
+            that is trained on, and the history of metrics.
+
+    Raises:
+        ConfigError: Options don't fit together.
+        ModelError: The model can't be lasered in place; at the start of training.
     """
 
     def __init__(
         self,
         *,
-        when: str | None = "after",
+        when: When | None = "after",
         pairs: Pairs | None = None,
         config: LaserConfig | None = None,
-        freeze_to: str | None = None,
+        freeze_to: Literal["top"] | None = None,
         top: int | None = None,
         fraction: float | None = None,
         by: Measure = "snr_ratio",
@@ -178,7 +185,8 @@ class LaserCallback(TrainerCallback):
 
     def _move(self, *, first: bool) -> None:
         """Before the trainer's reporters, some of which close their run at the end of training; or after them, as a
-        run is opened where training begins. Without the trainer nothing moves."""
+        run is opened where training begins. Without the trainer nothing moves.
+        """
         if self.trainer is None:
             return
         handler = self.trainer.callback_handler

@@ -16,16 +16,21 @@ class SplaserError(Exception):
     """Base of all errors of this package. The command line prints it as one line and exits 1.
 
     Options stand in messages as flags. Who calls from Python reads the names of fields and arguments in their place,
-    `max_new_tokens` for `--max-new-tokens`, except inside a command in backquotes.
+    see `in_python`.
     """
 
     def __str__(self) -> str:
         text = super().__str__()
-        return text if _on_command_line.get() else _FLAG.sub(_as_name, text)
+        return text if _on_command_line.get() else in_python(text)
 
 
-def _as_name(found: re.Match[str]) -> str:
-    return found[1].replace("-", "_") if found[1] else found[0]
+def in_python(text: str) -> str:
+    """Options as Python callers write them: `max_new_tokens` for `--max-new-tokens`; commands in backquotes stay."""
+
+    def as_name(found: re.Match[str]) -> str:
+        return found[1].replace("-", "_") if found[1] else found[0]
+
+    return _FLAG.sub(as_name, text)
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Fixtures of all tests: tiny models, and the real ones that `make models` prepares."""
+"""Fixtures of all tests: tiny models, and the real ones that `make models` prepares.
+
+What takes seconds to import is imported by the fixtures: the process that hands tests to workers loads this file, too.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,25 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, and by the processes that tests start
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from splaser_plugin.cli.app import main
 from splaser_plugin.cli.demo import prepare_embedder, prepare_model
-from splaser_plugin.search.candidates import Candidate
-from splaser_plugin.weights.in_memory import Weights
-from tests.builders import PROSE, ROOT, save_rows, tiny_llama
 
-torch.set_num_threads(1)  # the tiny models here are slower on two
+if TYPE_CHECKING:
+    from splaser_plugin.search.candidates import Candidate
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # the tiny models are slower on two; the processes that tests start read it, too
+CACHE = Path(__file__).parents[1] / ".cache"
 
 
 @pytest.fixture
 def tiny_model():
     """A two-block Llama."""
+    from tests.builders import tiny_llama
+
     return tiny_llama()
 
 
@@ -44,7 +47,7 @@ def wandb_folder(tmp_path, monkeypatch) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of the real SmolLM2-135M-Instruct, float32."""
-    return prepare_model(ROOT / ".cache")
+    return prepare_model(CACHE)
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +67,8 @@ def tokenizer(smollm2):
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory, tokenizer) -> Path:
     """A two-block Llama with the SmolLM2 tokenizer, saved as users save theirs."""
+    from tests.builders import tiny_llama
+
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -88,12 +93,16 @@ def pairs() -> list[dict[str, str]]:
 @pytest.fixture
 def pairs_file(tmp_path, pairs) -> str:
     """A jsonl file of these pairs."""
+    from tests.builders import save_rows
+
     return str(save_rows(tmp_path / "pairs.jsonl", pairs))
 
 
 @pytest.fixture
 def text(tmp_path) -> str:
     """A file with a few hundred words of prose."""
+    from tests.builders import PROSE
+
     path = tmp_path / "prose.txt"
     path.write_text(PROSE, encoding="utf-8")
     return str(path)
@@ -102,12 +111,16 @@ def text(tmp_path) -> str:
 @pytest.fixture
 def candidates(tiny_model) -> list[Candidate]:
     """The first five matrices of the tiny model, each to be reduced to rank 4."""
+    from splaser_plugin.search.candidates import Candidate
+    from splaser_plugin.weights.in_memory import Weights
+
     return [Candidate(matrix, 4, "iqr", 1.0, 0.5) for matrix in Weights(tiny_model).matrices()[0][:5]]
 
 
 @pytest.fixture
 def splaser(monkeypatch, capsys):
     """Run the command in this process; gives its exit code, stdout and stderr."""
+    from splaser_plugin.cli.app import main
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["splaser", *map(str, arguments)])

@@ -86,6 +86,15 @@ def test_an_import_that_points_up_or_aside_is_refused_by_lint(rooms, importer, i
     assert re.search(rf"splaser_plugin\.{name} ->\s+splaser_plugin\.{imported}", result.stdout), result.stdout
 
 
+def test_a_circle_in_a_package_is_refused_by_lint(rooms):
+    path = rooms / "splaser_plugin" / "spectra" / "edges.py"
+    added = "\n\ndef _later() -> None:\n    import splaser_plugin.spectra.spectrum  # noqa: F401\n"
+    path.write_text(path.read_text(encoding="utf-8") + added, encoding="utf-8")
+    result = lint(rooms)
+    assert result.returncode == 1, result.stdout
+    assert "No package has a circle in it BROKEN" in result.stdout
+
+
 def test_every_adapter_has_its_place_in_the_contract():
     [contract, *_] = api.read_configuration(str(ROOT / "pyproject.toml"))["contracts_options"]
     named = {name.strip() for layer in contract["layers"] for name in re.split("[|:]", layer)}

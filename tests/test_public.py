@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import pydoc
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +14,7 @@ import pytest
 
 import splaser_plugin
 from splaser_plugin import LaserConfig, SelectConfig, choose, laser
-from splaser_plugin.errors import ConfigError
+from splaser_plugin.errors import ConfigError, in_python
 from tests.builders import QUICK, ROOT
 from tests.report_data import made_up_scan
 
@@ -105,10 +108,21 @@ def test_the_package_says_that_it_is_typed():
     assert (Path(splaser_plugin.__file__).parent / "py.typed").is_file()
 
 
-def test_every_option_is_explained_and_has_its_choices():
-    for config in (splaser_plugin.ScanConfig, LaserConfig, SelectConfig, splaser_plugin.ApplyConfig):
-        for name, field in config.fields().items():
-            assert field.description, (config, name)
+CONFIGS = [
+    splaser_plugin.ScanConfig,
+    LaserConfig,
+    SelectConfig,
+    splaser_plugin.ApplyConfig,
+    splaser_plugin.CompareConfig,
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_help_explains_every_option_and_names_its_default(config):
+    told = " ".join(pydoc.render_doc(config, renderer=pydoc.plaintext).replace("|", " ").split())
+    for name, field in config.fields().items():
+        assert field.description, name
+        assert f"{name} = {field.default!r}: {in_python(' '.join(field.description.split()))}" in told, name
 
 
 @pytest.mark.parametrize(
@@ -123,6 +137,40 @@ def test_every_option_is_explained_and_has_its_choices():
 def test_a_wrong_option_is_named_as_python_callers_write_it(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def documented():
+    """Each public function, class and method of a class, with whether it is a method."""
+    for name in sorted(set(splaser_plugin.__all__) - {"__version__"}):
+        public = getattr(splaser_plugin, name)
+        yield pytest.param(public, False, id=name)
+        for method, value in vars(public).items() if inspect.isclass(public) else ():
+            value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            is_event = method.startswith("on_")  # of transformers' callbacks, which document them
+            if inspect.isfunction(value) and not method.startswith("_") and not is_event:
+                yield pytest.param(value, True, id=f"{name}.{method}")
+
+
+@pytest.mark.parametrize(("public", "is_method"), documented())
+def test_a_public_name_has_a_docstring_in_googles_style(public, is_method):
+    text = inspect.getdoc(public) or ""
+    assert re.match(r"[^\n]+[.:?]|[^\n]+\n", text), "no docstring"
+    assert not re.search(r"Raises \w+(Error)? ", text), "an error outside of Raises:"
+    if inspect.isclass(public) and (hasattr(public, "__dataclass_fields__") or public.__init__ is object.__init__):
+        return  # its fields are documented
+    if inspect.isclass(public) and issubclass(public, Exception):
+        return
+    parameters = {
+        {inspect.Parameter.VAR_KEYWORD: "**", inspect.Parameter.VAR_POSITIONAL: "*"}.get(parameter.kind, "") + name
+        for name, parameter in inspect.signature(public).parameters.items()
+        if name != "self"
+    }
+    arguments = re.search(r"^Args:\n(.*?)(?:\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
+    explained = set(re.findall(r"^    ([*\w]+): ", arguments[1], re.MULTILINE)) if arguments else set()
+    if not is_method or explained:
+        assert explained == parameters
+    if inspect.isfunction(public) and not is_method:
+        assert "\nReturns:\n    " in text and "\nRaises:\n    " in text
 
 
 def test_results_are_short_in_words_and_tables_in_a_notebook():

@@ -81,12 +81,20 @@ class Recipe:
         return {"schema": SCHEMA, **plain(self), "settings": self.settings}
 
     def save(self, path: str | Path) -> None:
-        """Write recipe.json, whole or not at all. Raises OutputError when it can't be written."""
+        """Write recipe.json, whole or not at all.
+
+        Raises:
+            OutputError: It can't be written.
+        """
         write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a recipe.json. Raises RecipeError when it is missing, damaged or of another version."""
+        """Read a recipe.json.
+
+        Raises:
+            RecipeError: It is missing, damaged or of another version.
+        """
         stored = read_json(path, RecipeError)
         if not isinstance(stored, dict) or stored.pop("schema", None) != SCHEMA:
             raise RecipeError(f"{path}: not a recipe of schema '{SCHEMA}'. Give the recipe.json of a laser run.")

@@ -71,7 +71,8 @@ def track(names: Sequence[str], run: Results, config: LaserConfig, output: Path)
 
 def _unused(folder: Path, name: str) -> str:
     """The name, or with the first number from 2 on that nothing in the folder has: TensorBoard draws all event files of
-    one folder as one curve."""
+    one folder as one curve.
+    """
     names = chain([name], (f"{name}-{number}" for number in count(2)))
     return next(free for free in names if not (folder / free).exists())
 

@@ -14,7 +14,12 @@ import torch
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, read_groups
 from splaser_plugin.checkpoints.header import StoredTensor
-from splaser_plugin.checkpoints.quantised_weight import NEXT_STEP, QuantisedWeight, not_understood
+from splaser_plugin.checkpoints.quantised_weight import (
+    NEXT_STEP,
+    OF_ACTIVATIONS,
+    QuantisedWeight,
+    not_understood,
+)
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.files.text import first_line_of, shown
 
@@ -23,8 +28,6 @@ if TYPE_CHECKING:
 
 NVFP4 = "nvfp4-pack-quantized"
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", NVFP4)
-OF_ACTIVATIONS = re.compile(r"(input|output)_(scale|zero_point|global_scale)|[qkv]_(scale|zero_point)")
-"""Last segments of what a quantised layer has besides its weight."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,6 @@ class CompressedWeight(QuantisedWeight):
     tensors: Mapping[str, StoredTensor]
     """By their names in the layer, as `weight_scale`."""
     shape_of_weights: tuple[int, int]
-    beside: tuple[StoredTensor, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,12 +50,7 @@ class CompressedWeight(QuantisedWeight):
     def stored_as(self) -> str:
         return f"{self.format} ({self.scheme.weights.num_bits} bits)"
 
-    @property
-    def unused(self) -> tuple[StoredTensor, ...]:
-        return self.beside
-
     def parts(self, expert: int | None) -> list[StoredTensor]:
-        super().parts(expert)
         return list(self.tensors.values())
 
     def weights(self, *parts: Tensor) -> Tensor:
@@ -79,7 +76,7 @@ def compressed_weights(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> d
     quantised = {layer: mine for layer, mine in layers.items() if "weight_scale" in mine}
     shapes = _packed_shapes(checkpoint, [mine["weight_shape"] for mine in quantised.values() if "weight_shape" in mine])
     beside = {
-        layer: tuple(stored for name, stored in mine.items() if OF_ACTIVATIONS.fullmatch(name))
+        layer: tuple(stored for name, stored in mine.items() if name in OF_ACTIVATIONS)
         for layer, mine in layers.items()
     }
     found = {}
@@ -105,7 +102,7 @@ def compressed_weights(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> d
             {name: mine[name] for name in names},
             (rows, columns * 2 if layout == NVFP4 else columns),
             # an attention's scales of keys and values are unused with the first of its layers
-            beside.pop(layer) + beside.pop(layer.rpartition(".")[0], ()),
+            beside=beside.pop(layer) + beside.pop(layer.rpartition(".")[0], ()),
         )
     return found
 

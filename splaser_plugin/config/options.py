@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 from typing_extensions import dataclass_transform
 
-from splaser_plugin.errors import ConfigError, nearest
+from splaser_plugin.errors import ConfigError, in_python, nearest
 
 _Class = TypeVar("_Class")
 _Options = TypeVar("_Options", bound="Options")
@@ -26,6 +28,15 @@ CHECKS = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attrib
 """No value is turned into another type, except whole numbers into float."""
 RENAMED = {"max_prompt_chars": "max_prompt_tokens", "max_answer_chars": "max_answer_tokens"}
 """Options of earlier versions, which counted characters."""
+
+
+def _with_options(options: Any) -> str:
+    """A class's docstring with its options below, as `help` shows it."""
+    paragraphs = [inspect.cleandoc(options.__doc__)]
+    for name, field in options.__pydantic_fields__.items():
+        text = f"{name} = {field.default!r}: {in_python(' '.join((field.description or '').split()))}"
+        paragraphs.append(textwrap.fill(text, 100, subsequent_indent="    ", break_on_hyphens=False))
+    return "\n\n".join(paragraphs)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
@@ -38,6 +49,7 @@ def stage(options: type[_Class]) -> type[_Class]:
     for base in made.__mro__[1:-1]:  # pydantic reads the docstrings of a class's own fields only
         for name, field in getattr(base, "__pydantic_fields__", {}).items():
             made.__pydantic_fields__[name].description = made.__pydantic_fields__[name].description or field.description
+    made.__doc__ = _with_options(made)
     check: Callable[..., None] = made.__init__
 
     @functools.wraps(check)

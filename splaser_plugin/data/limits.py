@@ -18,7 +18,8 @@ CHARS_PER_TOKEN = 128
 class TokenLimits:
     """The longest prompt and the longest answer of a pair, in tokens of a model's own tokenizer.
 
-    Raises ConfigError for a limit below 1.
+    Raises:
+        ConfigError: A limit is below 1.
     """
 
     tokenizer: Any

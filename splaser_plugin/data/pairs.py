@@ -115,13 +115,20 @@ def load_pairs(
 ) -> PairSet:
     """The first `samples` usable pairs of a source, in its own order; None takes them all.
 
-    source: a .json (array, or object per line), .jsonl, .csv (text columns only) or .parquet file; a folder
-    of data files; `orca_dpo`, `ultrafeedback` or `openhermes`; or the id of a data set on the hub.
-    limits: how long prompts and answers may be; None takes them at any length.
-    split: of a data set; None is "train" ("train_prefs" for ultrafeedback).
     Everything but a json array is streamed, so memory grows with the pairs kept, not with the source.
-    Causes of a drop: see `pairs_from_rows`.
-    Raises PairsError when the source can't be read, a line is damaged, or no pair is usable.
+
+    Args:
+        source: A .json (array, or object per line), .jsonl, .csv (text columns only) or .parquet file; a folder of data
+            files; `orca_dpo`, `ultrafeedback` or `openhermes`; or the id of a data set on the hub.
+        samples: How many, at most.
+        limits: How long prompts and answers may be; None takes them at any length.
+        split: Of a data set; None is "train" ("train_prefs" for ultrafeedback).
+
+    Returns:
+        The pairs, and how many rows were dropped for which causes.
+
+    Raises:
+        PairsError: The source can't be read, a line is damaged, or no pair is usable.
     """
     try:
         name, rows = open_source(source, split)
@@ -172,7 +179,8 @@ def pairs_from_rows(
 
 def pairs_sha256(pairs: Iterable[Pair]) -> str:
     """Identity of pairs, in hex: the same prompts and answers in the same order give the same, whatever the
-    format they came in."""
+    format they came in.
+    """
     digest = hashlib.sha256()
     for pair in pairs:
         turns = [[turn["role"], turn["content"]] for turn in pair.messages]

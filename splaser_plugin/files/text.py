@@ -14,9 +14,9 @@ MESSAGE_CHARS = 4000
 
 
 def printable(text: str, max_chars: int = MESSAGE_CHARS) -> str:
-    """`text` as a terminal may get it, on one line: what isn't printable is spelled out, and the middle left out.
+    r"""`text` as a terminal may get it, on one line: what isn't printable is spelled out, and the middle left out.
 
-    Escapes, other control characters and changes of writing direction are spelled as in Python: `\\x1b`.
+    Escapes, other control characters and changes of writing direction are spelled as in Python: `\x1b`.
     """
     if len(text) > max_chars:
         text = f"{text[: max_chars // 2]} ... {text[-(max_chars // 2) :]}"
@@ -40,7 +40,8 @@ def shown(value: object) -> str:
 
 def visible(text: str) -> str:
     """Untrusted text as a page may show it: control characters, bidirectional overrides and lone surrogates
-    are spelled out; line breaks, tabs and every script's own characters stay."""
+    are spelled out; line breaks, tabs and every script's own characters stay.
+    """
     return "".join(repr(char)[1:-1] if _is_unsafe(char) else char for char in text)
 
 

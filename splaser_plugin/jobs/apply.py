@@ -18,7 +18,8 @@ from splaser_plugin.files.output import check_output, check_space, held, whole_f
 from splaser_plugin.progress import Progress, default_progress
 from splaser_plugin.weights.factored_folder import save_model
 from splaser_plugin.weights.in_memory import Weights
-from splaser_plugin.weights.loading import find_model, load_model
+from splaser_plugin.weights.loading import load_model
+from splaser_plugin.weights.model_source import find_model
 from splaser_plugin.weights.rest import rest_of
 from splaser_plugin.weights.wrapped import unwrapped
 
@@ -86,6 +87,9 @@ def apply(
         output: Folder to write, as `ApplyResult.save` does.
         overwrite: Replace the output of an earlier run.
         progress: What is told of the work: as bars in a notebook and not at all elsewhere, if not given.
+
+    Returns:
+        The lasered model.
 
     Raises:
         RecipeError: The recipe is damaged, or the model isn't the recipe's.

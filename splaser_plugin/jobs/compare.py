@@ -28,7 +28,8 @@ from splaser_plugin.scoring.tasks import Documents, Values, load_tasks
 from splaser_plugin.statistics import RISK, can_reach, paired_bootstrap
 from splaser_plugin.tables import Table
 from splaser_plugin.weights.devices import pick_device
-from splaser_plugin.weights.loading import ModelSource, find_model, load_model, load_tokenizer, stored_context
+from splaser_plugin.weights.loading import load_model, load_tokenizer, stored_context
+from splaser_plugin.weights.model_source import ModelSource, find_model
 
 SCHEMA = "splaser.comparison/1"
 OTHER_TOKENS = "its tokenizer cuts texts otherwise than the first model's, so figures a token can't be compared"
@@ -119,6 +120,7 @@ class Comparison(Table):
         return rows
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in the file."""
         return {
             "schema": SCHEMA,
             "pairs": {"source": self.pairs.source, "used": len(self.pairs), "dropped": dict(self.pairs.dropped)},
@@ -141,6 +143,11 @@ class Comparison(Table):
         }
 
     def save(self, path: str | Path) -> None:
+        """Write the comparison as JSON, whole or not at all.
+
+        Raises:
+            OutputError: It can't be written.
+        """
         write_json(path, self.to_dict())
 
     def _figures(self, model: Measured) -> dict[str, Figure]:
@@ -229,6 +236,9 @@ def compare(
         config: What is measured.
         output: JSON file to write, as `Comparison.save` does.
         progress: What is told of the work: as bars in a notebook and not at all elsewhere, if not given.
+
+    Returns:
+        What was measured of each model, item by item.
 
     Raises:
         SplaserError: Before the first model is loaded, when any of it isn't there; later when one can't be measured.

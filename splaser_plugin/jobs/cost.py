@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from splaser_plugin.errors import ScoreError
 from splaser_plugin.files.output import check_space, size
 from splaser_plugin.generation.kv_cache import roomy_cache
 from splaser_plugin.jobs.engine import WARM_UP_TOKENS, plain_scorer, second_time
+from splaser_plugin.jobs.run import Measures, Run
 from splaser_plugin.progress import SILENT, Progress, duration
 from splaser_plugin.reduction.measured_reducer import stored_bytes
 from splaser_plugin.scoring.own_scorer import CallableScorer
@@ -28,9 +29,6 @@ from splaser_plugin.search.budgets import shares
 from splaser_plugin.search.racing import Race
 from splaser_plugin.statistics import POWER, RISK, pairs_needed, smallest_difference
 from splaser_plugin.weights.factored import is_factorable
-
-if TYPE_CHECKING:
-    from splaser_plugin.jobs.stages import Measures, Run
 
 SMALL_CHANGE = 0.01
 """Of the mean score, for which the number of held-out items that would show it is said."""

@@ -5,18 +5,15 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from splaser_plugin.distributed import process_count
 from splaser_plugin.errors import ModelError
 from splaser_plugin.generation.engines import EXACT
 from splaser_plugin.generation.generator import Generator
+from splaser_plugin.jobs.run import Measures, Run
 from splaser_plugin.scoring.scores import Scorer
 from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.search.journal import RecordedScorer
-
-if TYPE_CHECKING:
-    from splaser_plugin.jobs.stages import Measures, Run
 
 WARM_UP_TOKENS = 16
 """Of each answer by which engines, and costs, are measured."""

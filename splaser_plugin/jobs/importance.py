@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from splaser_plugin.config.stages import SelectConfig
+from splaser_plugin.config.stages import Measure, SelectConfig
 from splaser_plugin.errors import ConfigError
 from splaser_plugin.progress import SILENT, Progress
 
@@ -19,7 +19,7 @@ WINDOWS = 48
 
 
 def importances(
-    model: nn.Module, tokenizer: Any, *, by: str, text: str, progress: Progress = SILENT
+    model: nn.Module, tokenizer: Any, *, by: Measure, text: str, progress: Progress = SILENT
 ) -> dict[str, float]:
     """What `choose` takes for `by="fisher"` and `by="gradient"`: a value for each matrix, by its name.
 
@@ -33,6 +33,9 @@ def importances(
         by: `fisher` or `gradient`.
         text: A UTF-8 file, or a hub data set, as for perplexity.
         progress: Told of each window.
+
+    Returns:
+        A number for each matrix's name.
 
     Raises:
         ConfigError: Another `by`, or no text.

@@ -39,7 +39,8 @@ from splaser_plugin.search.verdict import Verdicts
 from splaser_plugin.weights.adapted import weights_of
 from splaser_plugin.weights.devices import pick_device
 from splaser_plugin.weights.in_memory import Weights, check_generates, model_name
-from splaser_plugin.weights.loading import context_length, find_model, load_model, load_tokenizer, stored_context
+from splaser_plugin.weights.loading import context_length, load_model, load_tokenizer, stored_context
+from splaser_plugin.weights.model_source import find_model
 from splaser_plugin.weights.rest import rest_of
 from splaser_plugin.weights.wrapped import unwrapped
 from splaser_plugin.weights.zero import check_engine, masters_following, whole_where_it_fits
@@ -60,18 +61,28 @@ def laser(
 ) -> LaserResult:
     """Reduce the noisiest matrices of a model wherever that makes its answers better.
 
-    model: a folder, .gguf file or hub id, or a loaded causal language model, which is changed in place; DDP,
-    DataParallel, a compiler or PEFT may have wrapped it. Under several processes all have to call this.
-    pairs: a file or data set name (see `load_pairs`), a PairSet, or rows in any format that `load_pairs` reads;
-    needed by every scorer but perplexity and lm-eval:TASK.
-    tokenizer: needed only with a loaded model.
-    output: folder to write, as `LaserResult.save` does, but without a model that would be a copy of the base, as it is
-    stored. What was found is kept in its journal.jsonl until then, so that after a crash the same call goes on
-    where it stopped. overwrite: replace the output of an earlier run, and throw away a journal of other settings.
-    write_unchanged: write that copy of the base.
-    progress: what is told of the work: as bars in a notebook and not at all elsewhere, if not given.
-    Raises a SplaserError before any weight is changed when something can't be used; whatever is raised later
-    leaves the kept changes and no undecided one.
+    Under several processes all have to call this. Whatever is raised once the search has begun leaves the kept changes
+    and no undecided one.
+
+    Args:
+        model: A folder, .gguf file or hub id, or a loaded causal language model, which is changed in place; DDP,
+            DataParallel, a compiler or PEFT may have wrapped it.
+        pairs: A file or data set name (see `load_pairs`), a PairSet, or rows in any format that `load_pairs` reads;
+            needed by every scorer but perplexity and lm-eval:TASK.
+        config: What is measured, and the search.
+        tokenizer: Needed only with a loaded model.
+        output: Folder to write, as `LaserResult.save` does, but without a model that would be a copy of the base, as it
+            is stored. What was found is kept in its journal.jsonl until then, so that after a crash the same call goes
+            on where it stopped.
+        overwrite: Replace the output of an earlier run, and throw away a journal of other settings.
+        write_unchanged: Write that copy of the base.
+        progress: What is told of the work: as bars in a notebook and not at all elsewhere, if not given.
+
+    Returns:
+        The lasered model with what was tried, kept and found on held-out pairs.
+
+    Raises:
+        SplaserError: Something can't be used; before any weight is changed.
     """
     meet("laser()")
     config = config or LaserConfig()

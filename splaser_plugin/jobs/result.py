@@ -170,7 +170,9 @@ class LaserResult:
         """Write the model, its tokenizer and card, its scan, recipe, run.yaml and results, and the report, or nothing.
 
         Under several processes all have to call it, and the main one writes.
-        Raises OutputError when the folder exists and isn't empty, or can't be written.
+
+        Raises:
+            OutputError: The folder exists and isn't empty, or can't be written.
         """
         meet("LaserResult.save()")
         state = self.weights.state_dict()

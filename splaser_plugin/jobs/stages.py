@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from splaser_plugin.artifacts.rank_source import BudgetShare
@@ -21,6 +20,7 @@ from splaser_plugin.files.sources import path_of
 from splaser_plugin.jobs.cost import tell_smallest_effect
 from splaser_plugin.jobs.engine import settle_engine
 from splaser_plugin.jobs.materials import materials
+from splaser_plugin.jobs.run import Measures, Run
 from splaser_plugin.progress import SILENT, Progress, counting
 from splaser_plugin.reduction.calibration import Row, answer_rows, mixed, token_count, window_rows
 from splaser_plugin.reduction.measured_reducer import MeasuredReducer, measured_reducer
@@ -47,46 +47,6 @@ from splaser_plugin.weights.matrices import Matrix, overview
 
 GRADIENT_PAIRS = 32
 """Most pairs that a prediction is made from."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What every stage of one run works on and with."""
-
-    weights: Weights
-    tokenizer: Any
-    name: str
-    """How the model is called."""
-    config: LaserConfig
-    matrices: tuple[Matrix, ...]
-    """Of the model, in its order: those that the run may reduce."""
-    journal: Journal
-    progress: Progress
-    began: float = field(default_factory=time.monotonic)
-
-    @property
-    def dtype(self) -> str:
-        return self.weights.dtype
-
-
-@dataclass(frozen=True)
-class Measures:
-    """What a run measures with, and on what."""
-
-    split: Split
-    searched: Material
-    unseen: Material | None
-    """What is held out; None for nothing."""
-    scorer: Scorer
-    held_out: Scorer | None
-    guards: tuple[Guard, ...]
-    predictor: MarginScorer | None
-    """Of the margin whose gradient orders the candidates."""
-    text: Scorer | None
-    """Of the windows that have a say beside the scorer; None where there are none."""
-    held_out_text: Scorer | None
-    calibration: tuple[Row, ...]
-    """What a reduction is measured on; nothing for `svd`."""
 
 
 def begin(

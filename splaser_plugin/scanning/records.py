@@ -151,7 +151,11 @@ class Scan(Table):
         return self._content([matrix.to_dict() for matrix in self.matrices])
 
     def save(self, path: str | Path) -> None:
-        """Write scan.json, whole or not at all. Raises OutputError when it can't be written."""
+        """Write scan.json, whole or not at all.
+
+        Raises:
+            OutputError: It can't be written.
+        """
         write_json(path, self._content(self.matrices), default=MatrixScan.to_dict)
 
     def _content(self, matrices: Sequence[object]) -> dict[str, Any]:
@@ -169,7 +173,11 @@ class Scan(Table):
 
     @classmethod
     def from_dict(cls, stored: Any, source: str = "scan") -> Scan:
-        """Raises RecipeError when `stored` is no scan of this version."""
+        """The scan that plain values stand for.
+
+        Raises:
+            RecipeError: They are no scan of this version.
+        """
         if not isinstance(stored, dict) or stored.get("schema") != SCHEMA:
             got = stored.get("schema") if isinstance(stored, dict) else type(stored).__name__
             raise RecipeError(f"{source}: schema is {got!r:.80}, expected '{SCHEMA}'. Make it anew with splaser scan.")
@@ -180,7 +188,11 @@ class Scan(Table):
 
     @classmethod
     def load(cls, path: str | Path) -> Scan:
-        """Read a scan.json. Raises RecipeError when it is missing, damaged or of another version."""
+        """Read a scan.json.
+
+        Raises:
+            RecipeError: It is missing, damaged or of another version.
+        """
         return cls.from_dict(read_json(path, RecipeError, max_bytes=MAX_SCAN_BYTES, object_hook=_compact), str(path))
 
 

@@ -62,6 +62,7 @@ class Selection(Table):
 
     @property
     def by_type(self) -> dict[str, list[str]]:
+        """The names of each module type."""
         groups: dict[str, list[str]] = {}
         for matrix in self.matrices:
             groups.setdefault(matrix.type, []).append(matrix.name)

@@ -58,7 +58,14 @@ class PublishedScan:
 def load_scan(path: str | Path) -> Scan | PublishedScan:
     """Read a scan.json of this program, or a published one, plain or sorted.
 
-    Raises RecipeError when it is missing, damaged or of another kind.
+    Args:
+        path: The file.
+
+    Returns:
+        The scan; a published one has no more than each matrix's SNR.
+
+    Raises:
+        RecipeError: It is missing, damaged or of another kind.
     """
     stored = read_json(path, RecipeError, max_bytes=MAX_SCAN_BYTES)
     if isinstance(stored, dict) and "schema" not in stored:

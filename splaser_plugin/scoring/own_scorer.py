@@ -40,7 +40,8 @@ class CallableScorer:
 
     def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
         """Raises ScoreError when the function raises or gives a number that isn't finite, as a broken model can make
-        it, and ScorerError when it returns anything but one number a pair."""
+        it, and ScorerError when it returns anything but one number a pair.
+        """
         return Scores(tuple(items), tuple(share(items, self._values, self._model)))
 
     def _values(self, items: list[int]) -> list[float]:

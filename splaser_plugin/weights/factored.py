@@ -108,8 +108,9 @@ def factored_layers(model: nn.Module) -> dict[str, FactoredLinear]:
 
 def settle(model: Any) -> None:
     """After its layers were changed: make experts whole of which none is factored, and bring the configuration, which
-    `save_pretrained` writes, up to date."""
-    from splaser_plugin.weights.quantizer import FactoredConfig
+    `save_pretrained` writes, up to date.
+    """
+    from splaser_plugin.weights.factored_config import FactoredConfig
 
     for name, module in list(model.named_modules()):
         if isinstance(module, FactoredExperts) and module.is_plain:

@@ -41,7 +41,7 @@ def save_model(weights: Weights, folder: Path, state: Mapping[str, Tensor] | Non
 
     state: of `Weights.state_dict`.
     """
-    from splaser_plugin.weights.quantizer import FactoredConfig
+    from splaser_plugin.weights.factored_config import FactoredConfig
 
     model: Any = weights.model
     kept = unchanged_factors(weights)
@@ -73,7 +73,8 @@ def save_model(weights: Weights, folder: Path, state: Mapping[str, Tensor] | Non
 @contextmanager
 def _undistributed(model: Any) -> Iterator[None]:
     """Hide that transformers itself sharded the model: it would gather weights that are whole already, for which it
-    waits for all processes."""
+    waits for all processes.
+    """
     distributed = getattr(model.config, "distributed_config", None)
     if distributed is None:
         yield
@@ -136,7 +137,7 @@ def load(model: str | Path, **arguments: Any) -> Any:
 
     Args:
         model: A folder or hub id, factored or not.
-        arguments: Those of `from_pretrained` (dtype, device_map, ...).
+        **arguments: Those of `from_pretrained` (dtype, device_map, ...).
 
     Returns:
         The model, in evaluation mode.
@@ -155,7 +156,7 @@ def load_factored(checkpoint: Checkpoint, **arguments: Any) -> Any:
     layers = stored_layers(config, folder)
     if not layers:
         return answering_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, **arguments)
-    from splaser_plugin.weights.quantizer import FactoredConfig
+    from splaser_plugin.weights.factored_config import FactoredConfig
 
     if OLD_KEY in config:
         arguments["quantization_config"] = FactoredConfig(written(layers))
@@ -187,7 +188,6 @@ def _auto_class(folder: Path) -> Any:
 
 def _check_report(report: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless every tensor of the model was in the files, in its shape, and no other."""
-
     from splaser_plugin.weights.quantizer import wrong_shape
 
     def where(name: str) -> str:

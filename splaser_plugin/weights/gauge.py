@@ -40,7 +40,7 @@ class Gauge:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, columns)"""
+        """(rows, columns)."""
         rows, columns = self.skeleton.shape
         others = self.interpolation.shape[0 if self.by_rows else 1]
         return (rows + others, columns) if self.by_rows else (rows, columns + others)

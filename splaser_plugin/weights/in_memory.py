@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,7 @@ from splaser_plugin.weights.gauge import Gauge, gauge
 from splaser_plugin.weights.matrices import Matrix, Skipped, model_matrices, named_parameters
 from splaser_plugin.weights.offloaded import OffloadedParameters
 from splaser_plugin.weights.reducer import PlainReducer, Reducer
-
-if TYPE_CHECKING:
-    from splaser_plugin.weights.rest import Rest
+from splaser_plugin.weights.rest import Rest
 
 
 class Weights:

@@ -14,23 +14,14 @@ from typing import Any
 
 import torch
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.files.text import shown
 from splaser_plugin.weights.factored import factored_layers, install, settle
+from splaser_plugin.weights.factored_config import FactoredConfig
 from splaser_plugin.weights.factored_format import METHOD, OLD_KEY, stored_layers
 from splaser_plugin.weights.factored_layers import GaugeLinear
-
-
-class FactoredConfig(QuantizationConfigMixin):
-    """How the layers of a model are stored: `quantization_config` of its config.json."""
-
-    def __init__(self, layers: Any = None, quant_method: str = METHOD, **_: Any) -> None:
-        """layers: as in config.json, checked only when a model is loaded with them."""
-        self.quant_method: Any = quant_method
-        self.layers = layers
 
 
 class FactoredQuantizer(HfQuantizer):

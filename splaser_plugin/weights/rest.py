@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from splaser_plugin.checkpoints.folder import INDEX_NAME, SINGLE_NAME
+from splaser_plugin.checkpoints.modelopt import SETTINGS_FILE
 from splaser_plugin.checkpoints.quantised import read_weights, with_weights
 from splaser_plugin.checkpoints.quantised_weight import QuantisedWeight
 from splaser_plugin.checkpoints.skeleton import unplaced
-from splaser_plugin.weights.loading import ModelSource
+from splaser_plugin.weights.model_source import ModelSource
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".index.json")
 """How files end that hold weights, or say where they are."""
@@ -48,8 +49,9 @@ class Rest:
 
     def write(self, folder: Path) -> None:
         """Add the rest to a folder that `save_pretrained` has written the model to."""
+        left_out = OWN_FILES | ({SETTINGS_FILE} if self.quantised else set())
         for file in sorted(self.checkpoint.folder.iterdir()):
-            is_other = file.is_file() and not file.name.endswith(WEIGHTS) and file.name not in OWN_FILES
+            is_other = file.is_file() and not file.name.endswith(WEIGHTS) and file.name not in left_out
             if is_other and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
         if self.tensors:

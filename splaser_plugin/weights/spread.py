@@ -82,7 +82,8 @@ def arguments_of(device_map: str, max_memory: tuple[str, ...], folder: str) -> d
 @contextmanager
 def every_process_loads() -> Iterator[None]:
     """Inside, transformers loads the weights in every process: launched with FSDP it may leave them to the first,
-    from which accelerate would send them to the others as it prepares a training."""
+    from which accelerate would send them to the others as it prepares a training.
+    """
     before = os.environ.pop(ONLY_MAIN_LOADS, None)
     try:
         yield

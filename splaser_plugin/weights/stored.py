@@ -195,7 +195,8 @@ class StoredWeights:
         source = self._source(matrix)
         if source.conversion is None or self.skeleton is None:
             (weights,) = self._dequantised(source.stored, tensors)
-            return weights.view(matrix.shape)
+            is_whole = matrix.expert is not None and weights.numel() > matrix.shape[0] * matrix.shape[1]
+            return matrix.view(weights) if is_whole else weights.view(matrix.shape)
         names = self._taken(matrix, source)
         named = dict(zip(names, self._dequantised(names, tensors), strict=True))
         made = source.conversion.of(named, self.skeleton.model)[matrix.parameter]

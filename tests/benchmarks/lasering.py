@@ -1,11 +1,12 @@
 """Does lasering help? Ways to search a model, each judged on held-out pairs that none of them saw.
 
-    python tests/benchmarks/lasering.py --pairs FILE --output FOLDER [--model FOLDER] [--rows NAME ...]
-        [--searched 200] [--held-out 200] [--candidates 15] [--max-new-tokens 64] [--device cpu]
+    python tests/benchmarks/lasering.py --pairs FILE [FILE ...] --output FOLDER [--model FOLDER]
+        [--rows NAME ...] [--searched 200] [--held-out 200] [--candidates 15] [--max-new-tokens 64] [--device cpu]
 
-Every row starts from the same model, searches on the same pairs and is judged on the same held-out ones. FOLDER keeps
-each row's result, and what a stopped search has measured: run the command again to go on. Rows are named by what is
-measured (`margin`, `semantic`), and by how: `improve`, `confident`, or `compress` (a tenth of the parameters at most).
+Every row starts from the same model, searches on the same pairs and is judged on the same held-out ones; both come from
+the first pairs of all files together. FOLDER keeps each row's result, and what a stopped search has measured: run the
+command again to go on. Rows are named by what is measured (`margin`, `semantic`), and by how: `improve`, `confident`,
+or `compress` (a tenth of the parameters at most).
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from splaser_plugin.cli.demo import prepare_embedder, prepare_model
 from splaser_plugin.config.stages import LaserConfig
+from splaser_plugin.data.sources import open_source
 from splaser_plugin.jobs.laser import laser
 
 ROOT = Path(__file__).parents[2]
@@ -69,10 +72,11 @@ def measure(name: str, arguments: argparse.Namespace) -> Row:
     samples = arguments.searched + arguments.held_out
     config = LaserConfig(samples=samples, held_out_fraction=share, device=arguments.device, **options)
     model = arguments.model or str(prepare_model(ROOT / ".cache"))
-    result = laser(model, arguments.pairs, config=config, output=arguments.output / name.replace(" ", "-"))
+    rows = chain.from_iterable(open_source(file)[1] for file in arguments.pairs)
+    result = laser(model, rows, config=config, output=arguments.output / name.replace(" ", "-"))
     found, verdict = result.search, result.held_out
     if verdict is None:
-        raise SystemExit(f"{arguments.pairs}: too few pairs for a verdict. Give a larger file.")
+        raise SystemExit(f"{' '.join(arguments.pairs)}: too few pairs for a verdict. Give more of them.")
     return Row(
         name=name,
         tried=len(found.budgets or found.trials),
@@ -101,13 +105,14 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def settings_of(arguments: argparse.Namespace) -> str:
-    names = ("model", "pairs", "searched", "held_out", "candidates", "max_new_tokens", "embedder")
-    return ", ".join(f"--{name.replace('_', '-')} {getattr(arguments, name)}" for name in names)
+    names = ("model", "searched", "held_out", "candidates", "max_new_tokens", "embedder")
+    options = ", ".join(f"--{name.replace('_', '-')} {getattr(arguments, name)}" for name in names)
+    return f"--pairs {' '.join(arguments.pairs)}, {options}"
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ways to search a model, judged on held-out pairs.")
-    parser.add_argument("--pairs", required=True, help="preference pairs, in any format that splaser reads")
+    parser.add_argument("--pairs", nargs="+", required=True, help="preference pairs, in any format that splaser reads")
     parser.add_argument("--output", type=Path, required=True, help="folder that keeps the results")
     parser.add_argument("--model", default="", help="folder or hub id; else SmolLM2-135M-Instruct")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))

@@ -7,7 +7,8 @@ import pytest
 from splaser_plugin.checkpoints import checkpoint
 from splaser_plugin.checkpoints.folder import inspect
 from splaser_plugin.errors import CheckpointError
-from splaser_plugin.weights.loading import find_model, load_model
+from splaser_plugin.weights.loading import load_model
+from splaser_plugin.weights.model_source import find_model
 from splaser_plugin.weights.rest import rest_of
 
 

@@ -11,7 +11,7 @@ from splaser_plugin.data.windows import open_text
 from splaser_plugin.errors import CheckpointError, EmbedderError, PairsError, TextError
 from splaser_plugin.files.sources import is_hub_id, looks_like_path, path_of
 from splaser_plugin.scoring.embedding import SentenceEmbedder
-from splaser_plugin.weights.loading import find_model
+from splaser_plugin.weights.model_source import find_model
 
 PAIR = '{"prompt": "Hi", "chosen": "Hello.", "rejected": "Go away."}\n'
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.errors import CheckpointError
-from splaser_plugin.weights.loading import find_model
+from splaser_plugin.weights.model_source import find_model
 from tests.builders import FLAGS, QUICK, THREE_PAIRS, changed, save_rows, states
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,8 @@ from splaser_plugin.checkpoints.checkpoint import open_checkpoint
 from splaser_plugin.checkpoints.quantised import read_weights
 from splaser_plugin.errors import CheckpointError, ModelError
 from splaser_plugin.jobs.apply import apply
-from splaser_plugin.weights.loading import find_model, load_model
+from splaser_plugin.weights.loading import load_model
+from splaser_plugin.weights.model_source import find_model
 from tests.tiny_models import CAUSAL, CLIP, TEXT, build, change, configure, saved
 
 QUICK = LaserConfig(

@@ -19,7 +19,7 @@ from splaser_plugin.errors import CheckpointError
 from splaser_plugin.weights.stored import NOT_IN_MODEL, StoredWeights
 from tests.architectures.tiny import tiny_config
 from tests.builders import save_single
-from tests.tiny_models import TEXT, build, change, configure, saved
+from tests.tiny_models import CAUSAL, TEXT, build, change, configure, saved
 
 HAS_EXPONENTS = pytest.mark.skipif(torch.uint8 == EXPONENTS, reason="torch 2.7 has this dtype first")
 UE8M0 = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0"}
@@ -107,6 +107,32 @@ def test_a_stack_of_experts_has_its_own_scales_and_is_read_an_expert_at_a_time(t
     assert [matrix.name for matrix in matrices] == [f"{name}[{index}]" for index in range(3)]
     for (matrix, weight), meant in zip(stored.stream(matrices, matrices), whole, strict=True):
         assert torch.equal(weight, meant), matrix.name
+
+
+@pytest.mark.parametrize("block", [(4, 8), (5, 8), (96, 16), (1, 16)])
+def test_experts_in_one_2d_tensor_are_read_one_by_one(block, tmp_path):
+    """DBRX's, 24 rows each: whole blocks of rows, blocks across two experts, one for all, and one a row."""
+    stacks = {}
+
+    def quantise(tensors):
+        for name in [name for name in tensors if ".experts.mlp." in name]:
+            codes = codes_of(tuple(tensors[name].shape), len(stacks)).view(torch.float8_e4m3fn)
+            grid = [-(-size // of) for size, of in zip(codes.shape, block, strict=True)]
+            scales = torch.rand(grid, generator=torch.Generator().manual_seed(9)) + 0.5
+            tensors |= {name: codes, f"{name}_scale_inv": scales}
+            of_each = [[scales[i // block[0], j // block[1]] for j in range(16)] for i in range(len(codes))]
+            stacks[name] = codes.float() * torch.tensor(of_each)
+        return tensors
+
+    change(saved(build("dbrx", CAUSAL["dbrx"]), tmp_path), quantise)
+    configure(tmp_path, quantization_config={"quant_method": "fp8", "weight_block_size": list(block)})
+    stored = StoredWeights(open_checkpoint(tmp_path))
+    assert stored.note == ""
+    matrices = [matrix for matrix in stored.matrices()[0] if matrix.expert is not None]
+    assert len(matrices) == 2 * 3 * 4
+    for matrix, weight in stored.stream(matrices, matrices):
+        rows = slice(24 * matrix.expert, 24 * (matrix.expert + 1))
+        assert torch.equal(weight, stacks[matrix.parameter][rows]), matrix.name
 
 
 def test_deepseek_v4_is_read_by_its_own_names(tmp_path):
