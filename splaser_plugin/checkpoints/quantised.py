@@ -61,7 +61,7 @@ def quantised_weights(checkpoint: Checkpoint) -> Mapping[str, QuantisedWeight]:
         found = modelopt_weights(checkpoint)
     if method and not found:
         raise CheckpointError(
-            f"{checkpoint.folder}: its weights are quantised, as its configuration says ({method}), in a way that "
+            f"{checkpoint.folder}: its weights are quantised ({method}), as its configuration says, in a way that "
             f"can't be read. {NEXT_STEP}"
         )
     _check_holds_weights(with_weights(checkpoint, found))

@@ -15,8 +15,9 @@ from splaser_plugin.errors import CheckpointError
 from splaser_plugin.jobs.apply import apply
 from splaser_plugin.scanning.records import Scan
 from splaser_plugin.weights.adapted import weights_of
-from splaser_plugin.weights.loading import load_model
-from splaser_plugin.weights.stored import StoredWeights
+from splaser_plugin.weights.loading import find_model, load_model
+from splaser_plugin.weights.rest import rest_of
+from splaser_plugin.weights.stored import OF_ACTIVATIONS, StoredWeights
 from tests.planted import Facts
 from tests.tiny_models import CAUSAL, TEXT, build, change, configure, saved
 
@@ -295,3 +296,13 @@ def test_half_of_mxfp4_is_refused(last, message, tmp_path):
     change(tmp_path, without(f"model.layers.0.mlp.experts.down_proj_{last}"))
     with pytest.raises(CheckpointError, match=message):
         scan(tmp_path)
+
+
+def test_scales_of_activations_are_left_out_with_a_reason_and_are_not_written(tmp_path):
+    """As `activation_scheme: static` stores them."""
+    quantised(tmp_path, "tensors, inv", build("llama", TEXT))
+    name = Q_PROJ.replace("weight", "activation_scale")
+    change(tmp_path, lambda tensors: tensors | {name: torch.ones(1)})
+    stored = StoredWeights(open_checkpoint(tmp_path))
+    assert {left.name: left.reason for left in stored.matrices()[1]}[name] == OF_ACTIVATIONS
+    assert rest_of(find_model(tmp_path), build("llama", TEXT)).tensors == ()
