@@ -76,6 +76,7 @@ rooms:
 
 bench: models
 	$(BIN)/python tests/benchmarks/spectra.py
+	$(BIN)/python tests/benchmarks/scan_command.py
 	$(BIN)/python tests/benchmarks/scan_memory.py
 	$(BIN)/python tests/benchmarks/search.py
 	$(BIN)/python tests/benchmarks/factored.py
