@@ -1,13 +1,16 @@
 """Ways to reduce SmolLM2 at several budgets: loss on unseen text, margin on unseen pairs, size, speed, seconds, memory.
 
     python tests/benchmarks/reduction.py --text FILE --measured FILE.jsonl [--methods NAME ...] [--budgets SHARE ...]
-        [--pairs FILE] [--speed] [--singles N] [--calibration-tokens N] [--judged-tokens N] [--threads N]
+        [--pairs FILE] [--speed] [--singles N] [--calibration-tokens N] [--samples N] [--judged-tokens N]
+        [--against FILE.jsonl] [--threads N]
 
 The text's first half is what the reductions are calibrated on, its second half what they are judged on. Each row is
 one model, measured once and kept in the file of measurements: run the command again to go on where it was stopped.
-The statistics are kept beside it, in FILE.pt, and the options that all of them share in FILE.settings. `--singles`
+The statistics are kept beside it, in FILE.pt, what the base scores in FILE.base.json, and the options that all of them
+share in FILE.settings. `--singles`
 truncates one matrix at a time, to ranks whose predicted costs span a hundredfold, and sets them beside the divergence
-(KL) that is measured on one window of the judging half; those are kept in FILE.singles.jsonl.
+(KL) that is measured on one window of the judging half; those are kept in FILE.singles.jsonl. `--against` takes
+measurements with other options on as many judged tokens, and compares them window by window.
 Ranks are `uniform` (each matrix loses the same share) or `allocated` over all matrices at once: by predicted nats for
 `fisher`, by the share of the lost output or weight energy of the matrix for the others. `gauge` stores r (n + m - r)
 numbers for a rank, the rest r (n + m). Bytes are those of the blocks' matrices in the model's dtype.
@@ -50,7 +53,7 @@ from splaser_plugin.weights.gauge import gauge
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import context_length, load_model
 from splaser_plugin.weights.matrices import Matrix
-from tests.benchmarks.reduction_rows import Row, hold_to, predictions, read, table
+from tests.benchmarks.reduction_rows import Row, compared, hold_to, predictions, read, table
 
 ROOT = Path(__file__).parents[2]
 WINDOW = 512
@@ -84,10 +87,18 @@ class Study:
     """SmolLM2, its statistics, and the text to judge on."""
 
     def __init__(
-        self, text: str, pairs: str, statistics: Path, calibration_tokens: int, judged_tokens: int, takes_time: bool
+        self,
+        text: str,
+        pairs: str,
+        measured: Path,
+        calibration_tokens: int,
+        samples: int,
+        judged_tokens: int,
+        takes_time: bool,
     ) -> None:
         self.takes_time = takes_time
-        self.statistics = statistics
+        self.statistics = measured.with_suffix(".pt")
+        self.samples = samples
         self.model, tokenizer = load_model(prepare_model(ROOT / ".cache"), device="cpu", dtype="float32")
         self.weights = Weights(self.model)
         self.matrices = self.weights.matrices()[0]
@@ -101,8 +112,7 @@ class Study:
         found = load_pairs(pairs).pairs if pairs else ()
         self.pairs = MarginScorer(self.model, prompter, found, batch_size=16) if pairs else None
         self.seconds: dict[str, float] = {}
-        with self.timed("judging the base"):
-            self.base, self.base_margins = self.losses(), self.margins()
+        self.base, self.base_margins = self._base_scores(measured.with_suffix(".base.json"))
         self._base_logs: Tensor | None = None
         self._moments: dict[Matrix, Moments] = {}
         self._decomposed: tuple[str, dict[Matrix, Decomposition]] = ("", {})
@@ -122,6 +132,16 @@ class Study:
         """Of each pair, in nats a token."""
         return np.array(self.pairs.score(range(self.pairs.size)).values) if self.pairs else None
 
+    def _base_scores(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Losses of the judged windows and margins of the pairs, none without pairs."""
+        if not path.exists():
+            with self.timed("judging the base"):
+                margins = self.margins()
+                found = self.losses().tolist(), [] if margins is None else margins.tolist()
+            path.write_text(json.dumps(found))
+        losses, margins = json.loads(path.read_text())
+        return np.array(losses), np.array(margins)
+
     def decompositions(self, reduce: str) -> dict[Matrix, Decomposition]:
         if reduce != "svd" and not self._moments:
             if not self.statistics.exists():
@@ -135,7 +155,7 @@ class Study:
 
     def _measure_moments(self) -> None:
         with self.timed("statistics"):
-            found = dict(measure(self.weights, self.matrices, window_rows(self.calibration)))
+            found = dict(measure(self.weights, self.matrices, window_rows(self.calibration), samples=self.samples))
         torch.save((found, self.seconds["statistics"]), self.statistics)
 
     def _decompose(self, matrix: Matrix, reduce: str) -> Decomposition:
@@ -174,6 +194,7 @@ class Study:
             float(moved.mean()) if moved is not None else None,
             standard_error(moved) if moved is not None else None,
             speed,
+            change.tolist(),
         )
 
     @torch.no_grad()
@@ -267,7 +288,7 @@ def uniform_rank(matrix: Matrix, storage: Storage, budget: float) -> int:
 
 def settings_of(arguments: argparse.Namespace) -> str:
     """What a measurement depends on, apart from its place in the table."""
-    names = ("text", "pairs", "speed", "calibration_tokens", "judged_tokens")
+    names = ("text", "pairs", "speed", "calibration_tokens", "samples", "judged_tokens")
     return ", ".join(f"--{name.replace('_', '-')} {getattr(arguments, name)}" for name in names)
 
 
@@ -297,7 +318,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--speed", action="store_true", help="also take the time of forward passes in factored layers")
     parser.add_argument("--singles", type=int, default=0, help="single truncations to compare with their predictions")
     parser.add_argument("--calibration-tokens", type=int, default=12_288)
+    parser.add_argument("--samples", type=int, default=1, help="labels drawn for each calibration token")
     parser.add_argument("--judged-tokens", type=int, default=8_192)
+    parser.add_argument("--against", type=Path, help="measurements to compare these with")
     parser.add_argument("--threads", type=int, help="threads of torch")
     arguments = parser.parse_args(words)
     hold_to(settings_of(arguments), arguments.measured)
@@ -308,8 +331,8 @@ def main(words: Sequence[str] | None = None) -> None:
 
     @cache
     def study() -> Study:
-        tokens = arguments.calibration_tokens, arguments.judged_tokens
-        return Study(arguments.text, arguments.pairs, path.with_suffix(".pt"), *tokens, arguments.speed)
+        tokens = arguments.calibration_tokens, arguments.samples, arguments.judged_tokens
+        return Study(arguments.text, arguments.pairs, path, *tokens, arguments.speed)
 
     for name, budget in itertools.product(arguments.methods, arguments.budgets):
         if (name, budget) in measured:
@@ -319,6 +342,8 @@ def main(words: Sequence[str] | None = None) -> None:
             file.write(json.dumps(asdict(row)) + "\n")
     print(table(measured, list(METHODS)))
     print(predictions(measured))
+    if arguments.against:
+        print(compared(measured, read(arguments.against)))
     if arguments.singles:
         print(measured_singles(path.with_suffix(".singles.jsonl"), study, arguments.singles))
 

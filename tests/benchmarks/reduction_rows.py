@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy.stats import spearmanr
+import numpy as np
+from scipy.stats import spearmanr, t
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Row:
     speed: float | None = None
     """Tokens a second of a forward pass through the factored layers, over those of the dense model; None where it
     wasn't asked for."""
+    windows: Sequence[float] = ()
+    """What `loss` is the mean of."""
 
 
 CELLS: dict[str, Callable[[Row], str]] = {
@@ -92,3 +95,16 @@ def predictions(rows: dict[tuple[str, float], Row]) -> str:
     correlation = spearmanr(predicted, measured).statistic
     lines = [f"{row.method}, {row.budget:.0%}: {row.predicted:.4f} predicted, {row.loss:.4f} measured" for row in found]
     return "\n".join([*lines, f"rank correlation over {len(found)} rows: {correlation:.2f}"])
+
+
+def compared(rows: dict[tuple[str, float], Row], others: dict[tuple[str, float], Row]) -> str:
+    """The losses of rows that both have, less those of the others, over the same windows, with a 95 % t interval."""
+    lines = []
+    for (name, budget), row in rows.items():
+        other = others.get((name, budget))
+        if other is not None and len(row.windows) == len(other.windows) > 1:
+            change = np.subtract(row.windows, other.windows)
+            half = t.ppf(0.975, len(change) - 1) * change.std(ddof=1) / len(change) ** 0.5
+            mean = change.mean()
+            lines.append(f"{name}, {budget:.0%}: {mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})")
+    return "\n".join(["less the other measurements, nats a token (95 % interval over windows):", *lines])
