@@ -211,7 +211,7 @@ class LaserConfig(ScanConfig, MeasureConfig):
     compress."""
     budget: float = Field(default=0.2, gt=0, lt=1)
     """Largest share of the blocks' parameters that --objective compress removes, in steps of 2 %."""
-    calibration_tokens: int = Field(default=12_000, ge=1)
+    calibration_tokens: int = Field(default=24_000, ge=1)
     """Tokens that whitened and fisher are measured on: of the pairs and of --text, never of what is held out."""
     tolerance: float = Field(default=0.02, ge=0)
     """Loss of the mean score that --accept harmless takes for none, in the score's unit."""

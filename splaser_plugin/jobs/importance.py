@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 WINDOW = 256
 WINDOWS = 48
-"""Some 12,000 tokens, as many as a reduction is calibrated on by default."""
+"""Some 12,000 tokens."""
 
 
 def importances(
