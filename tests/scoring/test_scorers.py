@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from splaser_plugin import LaserConfig, laser
+from splaser_plugin import CompareConfig, LaserConfig, compare, laser
 from splaser_plugin.config.stages import MeasureConfig
 from splaser_plugin.data.pairs import pairs_from_rows
 from splaser_plugin.data.split import LEAST, split_windows
 from splaser_plugin.data.windows import BLOCK_CHARS, open_text, read_windows
-from splaser_plugin.errors import ConfigError, ScorerError, TextError
+from splaser_plugin.errors import ConfigError, ModelError, ScorerError, TextError
+from splaser_plugin.generation.generator import Generator
 from splaser_plugin.scoring.own_scorer import CallableScorer, load_function
 from splaser_plugin.scoring.perplexity import PerplexityScorer, perplexity
 from splaser_plugin.scoring.scorers import Material, Scorers
@@ -312,3 +313,25 @@ def test_auto_scorers_and_reducers_follow_the_objective():
     given = LaserConfig(objective="compress", scorer="semantic", reduce="whitened")
     assert (given.scored_by, given.reducer) == ("semantic", "whitened")
     assert compress.tries_budgets and not LaserConfig(objective="compress", ranks="0.5").tries_budgets
+
+
+@pytest.mark.parametrize("compared", [False, True])
+def test_an_engine_is_started_for_the_longest_prompt_with_what_the_template_writes(
+    compared, tiny_folder, minilm, monkeypatch
+):
+    rows = [{"prompt": "apples " * count, "chosen": "Yes.", "rejected": "No."} for count in (*range(1, 14), 40)]
+    options = {"engine": "vllm", "max_prompt_tokens": 41, "embedder": str(minilm), "device": "cpu"}
+    asked = []
+
+    def use(generator, longest):
+        asked.append((generator.prompter, longest))
+        raise ModelError("that is enough")
+
+    monkeypatch.setattr(Generator, "use_vllm", use)
+    with pytest.raises(ModelError, match="enough"):
+        if compared:
+            compare([tiny_folder], rows, config=CompareConfig(**options))
+        laser(tiny_folder, rows, config=LaserConfig(**options))
+    [(prompter, longest)] = asked
+    tokens = prompter.tokens([{"role": "user", "content": rows[-1]["prompt"]}])
+    assert longest == len(tokens) > options["max_prompt_tokens"]
