@@ -8,7 +8,6 @@ import os
 import shlex
 import signal
 import sys
-import textwrap
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from splaser_plugin import __version__
+from splaser_plugin.cli.lines import fitted
 from splaser_plugin.cli.options import options
 from splaser_plugin.cli.summaries import show_comparison, show_laser, show_scan
 from splaser_plugin.cli.threads import fit_threads
@@ -361,19 +361,7 @@ def _stopped(sentence: str, command: Sequence[str]) -> str:
     if not sys.stderr.isatty():
         return f"{sentence} {' '.join(words)}"
     unbroken = " ".join(word.replace(" ", "\0") for word in words)
-    return f"{_fitted(sentence)}\n" + _fitted(unbroken, mark=" \\").replace("\0", " ")
-
-
-def _fitted(line: str, mark: str = "") -> str:
-    """In lines that a terminal doesn't break inside a word; elsewhere as it is. Paths stay whole, to be copied.
-
-    mark: ends every line but the last.
-    """
-    if not sys.stderr.isatty():
-        return line
-    columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    lines = textwrap.wrap(line, columns - len(mark), break_long_words=False, break_on_hyphens=False)
-    return f"{mark}\n".join(lines)
+    return f"{fitted(sentence)}\n" + fitted(unbroken, mark=" \\").replace("\0", " ")
 
 
 def main() -> None:
@@ -385,12 +373,12 @@ def main() -> None:
         try:
             sys.exit(app(prog_name="splaser", standalone_mode=False) or 0)
         except SplaserError as error:
-            print(_fitted(f"{type(error).__name__}: {printable(str(error))}"), file=sys.stderr)
+            print(fitted(f"{type(error).__name__}: {printable(str(error))}"), file=sys.stderr)
             sys.exit(2 if isinstance(error, ConfigError) else 1)
         except CLICK.UsageError as error:
             if not isinstance(error, getattr(CLICK, "NoArgsIsHelpError", ())):  # that has shown the help
                 command = error.ctx.command_path if error.ctx else "splaser"
                 said = printable(error.format_message())
                 said += "" if said.endswith((".", "?")) else "."
-                print(_fitted(f"ConfigError: {said} See {command} --help."), file=sys.stderr)
+                print(fitted(f"ConfigError: {said} See {command} --help."), file=sys.stderr)
             sys.exit(error.exit_code)

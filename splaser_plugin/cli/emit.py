@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from splaser_plugin.cli.lines import fitted
 from splaser_plugin.cli.options import options
 from splaser_plugin.config.stages import RankConfig, SelectConfig, TrainingConfig
 from splaser_plugin.errors import ConfigError, OutputError
@@ -54,7 +55,7 @@ def _chosen(scan: Path, select: SelectConfig, model: str) -> Selection:
     importances = importances_of_folder(model or found.model, select, progress=progress)
     selection = choose(found, select, source=str(scan), importances=importances)
     for sentence in in_words(agreements(found, selection)):
-        print(printable(sentence), file=sys.stderr)
+        print(fitted(printable(sentence)), file=sys.stderr)
     return selection
 
 
@@ -231,7 +232,9 @@ def _tell(selection: Selection, output: Path, run: str, *, is_checked: bool, lac
         print(f"{printable(kind)}: {len(names)}", file=sys.stderr)
     print(f"written: {printable(str(output))}", file=sys.stderr)
     if not is_checked:
-        print("targets: not checked on the model's class, since that or PEFT isn't on this machine", file=sys.stderr)
+        line = "targets: not checked on the model's class, since that or PEFT isn't on this machine"
+        print(fitted(line), file=sys.stderr)
     if lacks:
-        print(f"NO DATA SET: nothing trains before you add {lacks} to it, or pass --dataset FILE", file=sys.stderr)
+        line = f"NO DATA SET: nothing trains before you add {lacks} to it, or pass --dataset FILE"
+        print(fitted(line), file=sys.stderr)
     print(f"next: {printable(run)}", file=sys.stderr)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from splaser_plugin.cli.lines import fitted
+from splaser_plugin.files.text import printable
 
 if TYPE_CHECKING:
     from splaser_plugin.jobs.compare import Comparison
@@ -41,14 +45,14 @@ def _called(matrix: MatrixScan) -> str:
 def show_comparison(found: Comparison, output: Path) -> None:
     from rich.console import Console
 
-    from splaser_plugin.cli.terminal import comparison_tables, escape
+    from splaser_plugin.cli.terminal import comparison_tables
 
     console = Console(stderr=True)
     names = [Path(model.model).name or model.model for model in found.models]
     for table in comparison_tables(names, found.figures()):
         console.print(table)
     note = f"Changes and their 95 % intervals are against {names[0]}. Written to {output}."
-    console.print(escape(note), soft_wrap=True)
+    print(fitted(printable(note)), file=sys.stderr)
 
 
 def show_laser(result: LaserResult, output: Path, progress: Progress, *, has_model: bool, mend: str = "") -> None:

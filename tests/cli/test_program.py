@@ -11,6 +11,7 @@ import sys
 import pytest
 
 import splaser_plugin
+from tests.builders import ROOT
 
 SPLASER = [sys.executable, "-m", "splaser_plugin"]
 
@@ -95,3 +96,15 @@ def test_without_a_command_the_help_is_shown(splaser):
         code, printed, stderr = splaser(*arguments)
         assert code in (0, 2)  # by the version of click
         assert "Usage:" in printed + stderr and "Error" not in printed + stderr
+
+
+@pytest.mark.slow
+def test_what_emit_tells_is_not_wrapped_inside_a_word(tmp_path):
+    scan = str(ROOT / "tests" / "data" / "smollm2_scan.json")
+    target = str(tmp_path / "adapter_config.json")
+    code, printed = on_terminal(60, "emit", "peft", scan, "--fraction", "0.5", "--model", "nobody/here", "-o", target)
+    assert code == 0
+    said = [line for line in printed.splitlines() if not line.startswith(("written: ", "next: "))]  # to be copied
+    assert max(map(len, said)) <= 60
+    told = " ".join(said)
+    assert "more is shared than by chance" in told and "not checked on the model's class" in told
