@@ -55,6 +55,9 @@ def run(kind: str) -> dict[str, str]:
             model.save_pretrained(folder)
         except Exception as error:
             return {"built": f"no: can't be saved: {type(error).__name__}: {str(error)[:100]}"}
+        _, told = loader(model.config).from_pretrained(folder, output_loading_info=True)
+        if lost := sorted(told["missing_keys"]):
+            return {"built": f"no: transformers finds {len(lost)} of its weights no more in what it saved: {lost[0]}"}
         for column, check in zip(COLUMNS, (_scan, _lora, _unfrozen, _reduce, _laser, _factored), strict=True):
             try:
                 found[column] = check(folder)
