@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -184,8 +185,17 @@ def choose_matrices(
             other = candidate.tied_to
             skipped.append(Skipped(name, reason, module_name(other) if other else None))
     if not matrices:
-        raise MatrixError(f"no weight matrix is left of {len(names)} parameters. Loosen --include and --exclude.")
+        raise MatrixError(f"no weight matrix is left of {len(names)} parameters{_told_of(skipped, patterns)}")
     return matrices, skipped
+
+
+def _told_of(skipped: Sequence[Skipped], patterns: Collection[str]) -> str:
+    """Why nothing is left: by the options, or by what the model is."""
+    if patterns:
+        return ". Loosen --include and --exclude."
+    reasons = Counter("shares its weight with another" if one.tied_to else one.reason for one in skipped)
+    told = "; ".join(f"{reason}: {count}" for reason, count in reasons.most_common(3))
+    return f" ({told}). Give another model, or --towers for the parts beside its language model."
 
 
 def _asked(role: Role, patterns: Sequence[str], towers: bool) -> bool:

@@ -156,3 +156,8 @@ def test_a_pattern_that_matches_nothing_names_the_nearest():
         model_matrices(model, exclude=["mlp..down"])
     with pytest.raises(MatrixError, match="no weight matrix is left"):
         model_matrices(model, exclude=["layers"])
+
+
+def test_a_model_without_a_matrix_says_why():
+    with pytest.raises(MatrixError, match=r"left of 2 parameters \(an embedding: 1; a vector .*: 1\)"):
+        model_matrices(torch.nn.Sequential(torch.nn.Embedding(4, 4), torch.nn.LayerNorm(4, bias=False)))
