@@ -12,6 +12,7 @@ from splaser_plugin.errors import (
     CheckpointError,
     ConfigError,
     EmbedderError,
+    ModelError,
     OutputError,
     PairsError,
     RecipeError,
@@ -42,6 +43,7 @@ def unreached(monkeypatch):
         ({"held_out": "absent.jsonl"}, PairsError, "absent.jsonl"),
         ({"adapter": "./nothing"}, CheckpointError, "there is no adapter_config.json"),
         ({"device": "cuda:77"}, ConfigError, "not usable here"),
+        ({"template_kwargs": ("no_such_name=1",)}, ModelError, "the chat template has no 'no_such_name'"),
     ],
 )
 def test_laser_refuses_before_the_model_loads(options, error, message, tiny_folder, pairs, tmp_path, monkeypatch):
