@@ -12,6 +12,10 @@ from torch.nn import functional
 from splaser_plugin.weights.factored_format import TWO_FACTORS
 from splaser_plugin.weights.gauge import Gauge, gauge, others_of
 
+LOW_RANK = 32
+"""A rank is low for a layer where its square is below that many times the outputs, or inputs, to be put in order: then
+moving a token's numbers takes longer than the products it saves, on a processor (tests/benchmarks/factored.py)."""
+
 
 class FactoredLinear(nn.Linear):
     """A linear layer of low rank that doesn't hold its whole weight.
@@ -148,7 +152,7 @@ class GaugeLinear(FactoredLinear):
         return self.gauge.factors()
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.numel() > self.rank * self.in_features:
+        if input.numel() > self.rank * self.in_features and self.rank**2 < LOW_RANK * len(self.order):
             left, right = self._ordered()
             return functional.linear(functional.linear(input, right), left, self.bias)
         flat = input.reshape(-1, self.in_features)  # torch selects columns of a 2-D tensor ten times as fast
@@ -164,7 +168,7 @@ class GaugeLinear(FactoredLinear):
         return outputs.reshape(*input.shape[:-1], self.out_features)
 
     def _ordered(self) -> tuple[Tensor, Tensor]:
-        """Two plain factors for this one call: with more tokens than ranks it is less to order them than the tokens."""
+        """Two plain factors for this one call: at a low rank it is less to order them than many tokens."""
         identity = torch.eye(self.rank, device=self.weight.device, dtype=self.weight.dtype)
         if self.by_rows:
             return torch.cat([identity, self.interpolation]).index_select(0, self.order), self.weight

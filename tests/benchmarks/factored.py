@@ -1,10 +1,11 @@
 """What storing reduced matrices as factors saves on SmolLM2: parameters, bytes and time, as a table.
 
-    python tests/benchmarks/factored.py [--threads N] [--json FILE]
+    python tests/benchmarks/factored.py [--threads N] [--json FILE] [--layers]
 
 Each case reduces some matrices of the base model to a part of their components, saves the same model dense and
 factored, and loads both. The two take turns, and the best of the rounds counts, so that what else the machine does
-touches both alike. How good the answers still are is not measured here.
+touches both alike. How good the answers still are is not measured here. --layers measures single layers instead: a
+forward pass by pivot rows and columns against one through two plain factors, r (n + m) numbers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 
 from splaser_plugin.cli.demo import prepare_model
 from splaser_plugin.weights.factored_folder import load, save_model
+from splaser_plugin.weights.factored_layers import GaugeLinear, TwoFactorLinear
+from splaser_plugin.weights.gauge import gauge
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import load_model
 
@@ -35,6 +38,12 @@ FORWARD = (4, 256)
 """Sequences and tokens of the forward pass."""
 GENERATED = (8, 24)
 """Prompts and new tokens of each; a prompt has 32 tokens."""
+SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536))
+"""Outputs and inputs of SmolLM2's matrices."""
+SHARES = (0.25, 0.5, 0.75)
+"""Ranks of single layers, as shares of the full one."""
+TOKENS = (1, 8, 64, 512)
+LAYER_ROUNDS = 30
 
 
 @dataclass(frozen=True)
@@ -119,12 +128,54 @@ def _row(name: str, dense: float, factored: float, form: str) -> str:
     return f"| {name} | {form.format(dense)} | {form.format(factored)} | {factored / dense:.2f} |"
 
 
+@torch.no_grad()
+def layer_times(outputs: int, inputs: int, rank: int) -> list[tuple[float, float]]:
+    """Processor seconds of a call of the layer with fewer numbers, and of two plain factors, for each of TOKENS."""
+    random = torch.Generator().manual_seed(0)
+    left, right = torch.randn(outputs, rank, generator=random), torch.randn(rank, inputs, generator=random)
+    two = TwoFactorLinear(inputs, outputs, rank, bias=False)
+    two.weight.data, two.right_factor.data = left, right
+    layers = [GaugeLinear.of(gauge(left, right, torch.float32)), two]
+    found = []
+    for tokens in TOKENS:
+        read = torch.randn(1, tokens, inputs, generator=random)
+        repeats = max(1, 64 // tokens)
+        rounds = []
+        for _ in range(LAYER_ROUNDS):
+            rounds.append([])
+            for layer in layers:
+                started = time.process_time()
+                for _ in range(repeats):
+                    layer(read)
+                rounds[-1].append((time.process_time() - started) / repeats)
+        own, plain = (min(times) for times in zip(*rounds, strict=True))
+        found.append((own, plain))
+    return found
+
+
+def layers_table() -> str:
+    lines = [
+        "| outputs, inputs, rank | " + " | ".join(f"{tokens} tokens" for tokens in TOKENS) + " |",
+        "| --- |" + " ---: |" * len(TOKENS),
+    ]
+    for outputs, inputs in SHAPES:
+        for share in SHARES:
+            rank = round(share * min(outputs, inputs))
+            cells = [f"{own / plain:.2f}" for own, plain in layer_times(outputs, inputs, rank)]
+            lines.append(f"| {outputs}, {inputs}, {rank} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Dense against factored models on SmolLM2.")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--layers", action="store_true", help="single layers against two plain factors")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.layers:
+        print("time of a call, over that of two plain factors:", layers_table(), sep="\n")
+        return
     results = {}
     for title, (names, fraction) in CASES.items():
         count, dense, factored = measure(names, fraction)

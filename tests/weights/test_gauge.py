@@ -99,6 +99,15 @@ def test_the_layer_computes_with_the_matrix(transposed, with_bias):
     assert "rank=7" in repr(layer)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_many_tokens_are_computed_at_a_high_rank_as_at_a_low_one(transposed):
+    found = gauge(*factors_of(40, 38, 37), torch.float64)
+    if transposed:
+        found = type(found)(found.pivots, found.skeleton.mT, found.interpolation.mT, not found.by_rows)
+    x = torch.randn(50, found.shape[1], dtype=torch.float64)
+    assert torch.allclose(GaugeLinear.of(found)(x), x @ found.product().mT, atol=1e-10)
+
+
 def test_the_layer_is_filled_from_a_state_dict_and_trains():
     left, right = factors_of(12, 10, 4)
     layer = GaugeLinear.of(gauge(left, right, torch.float32))
