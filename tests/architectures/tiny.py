@@ -42,7 +42,9 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts", "num_expert_group"), 1),
     **dict.fromkeys(("n_groups", "mamba_ngroups", "mamba_n_groups", "indexer_compress_ratio", "indexer_kv_heads"), 1),
     **dict.fromkeys(("state_size", "mamba_d_state", "time_step_rank", "ssm_state_size", "laurel_rank"), 8),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_words", "num_embeddings"), 128),
+    **dict.fromkeys(
+        ("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input", "n_words", "num_embeddings"), 128
+    ),
     **dict.fromkeys(("encoder_hash_byte_group_vocab", "ngram_vocab_size_base"), 128),
     "codebook_size": 16,
     "vision_feature_layer": 1,
