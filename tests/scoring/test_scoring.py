@@ -18,6 +18,7 @@ from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.scoring.semantic import References, SemanticScorer
 from splaser_plugin.weights.in_memory import Weights
 from tests.builders import hub_snapshot, save_rows
+from tests.tiny_models import CAUSAL, build
 
 CPU = torch.device("cpu")
 
@@ -65,6 +66,25 @@ def test_self_embedding_is_the_mean_of_the_last_hidden_states(tiny_model, tokeni
         with torch.no_grad():
             mean = tiny_model.model(torch.tensor([ids])).last_hidden_state[0].mean(0)
         torch.testing.assert_close(vector, mean / mean.norm(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_of_several_streams_says_why_it_does_not_embed_itself(tokenizer):
+    """Gemma 3n's hidden states are (streams, texts, tokens, width)."""
+    vocabulary = dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 49152)
+    model = build("gemma3n_text", CAUSAL["gemma3n_text"] | vocabulary)
+    with pytest.raises(EmbedderError, match=r"'self': Gemma3nForCausalLM has several streams .* Give embedder a sent"):
+        SelfEmbedder(Weights(model), tokenizer, batch_size=2).embed(["Hello"])
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, AttributeError, AssertionError])
+def test_what_a_models_code_raises_as_it_embeds_is_one_line(error, tiny_model, tokenizer, monkeypatch):
+    def fails(*_, **__):
+        raise error("shapes\ndiffer")
+
+    monkeypatch.setattr(tiny_model, "forward", fails)
+    with pytest.raises(EmbedderError, match=r"fails at its hidden states \(shapes.* Give embedder") as refusal:
+        SelfEmbedder(Weights(tiny_model), tokenizer, batch_size=2).embed(["Hello"])
+    assert "\n" not in str(refusal.value)
 
 
 def test_the_self_embedder_does_not_change_with_the_model(tiny_model, tokenizer):
