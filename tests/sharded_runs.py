@@ -1,9 +1,9 @@
-"""One search under every way to spread a model over two processes: `torchrun ... tests/sharded_runs.py FOLDER MODEL`.
+"""One search under every way to spread a model over two: `torchrun ... tests/sharded_runs.py FOLDER MODEL WAY...`.
 
 Alone (`python tests/sharded_runs.py FOLDER MODEL`) it is done in one process, without and with LoRA. Each way writes
 FOLDER/WAY.json: the recipe of a search after training and an evaluation, that of a search before training, for
 DeepSpeed that of one while the trainer is made too, and the logits of what was saved; or FOLDER/WAY.txt: what it was
-refused with. The ways of ZERO are run where they are named (`... FOLDER MODEL zero2`) and DeepSpeed is installed.
+refused with. The ways of ZERO need DeepSpeed.
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import splaser_plugin.distributed
 import splaser_plugin.weights.zero as zero
-from splaser_plugin import LaserCallback, LaserConfig, laser
+from splaser_plugin import LaserCallback, LaserConfig, apply, laser
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.distributed import is_main
 from splaser_plugin.errors import SplaserError
 
 LAYER = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+NO_WRAP = {"version": 2, "auto_wrap_policy": "NO_WRAP"}
+SIZE = {"version": 2, "auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 1_000_000}
+"""Wraps the embeddings, the head and the model between them. Of a size that lists of blocks have accelerate wraps
+those, which torch refuses, with and without a callback."""
 FSDP: dict[str, dict[str, Any]] = {
     "layers": {"fsdp": "full_shard auto_wrap", "fsdp_config": LAYER},
     "layers-kept": {"fsdp": "shard_grad_op auto_wrap", "fsdp_config": {**LAYER, "reshard_after_forward": False}},
@@ -40,7 +44,10 @@ FSDP: dict[str, dict[str, Any]] = {
         "fsdp": "full_shard",
         "fsdp_config": {"version": 1, "sync_module_states": False, "cpu_ram_efficient_loading": False},
     },
-    "no-wrap": {"fsdp": "full_shard", "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}},
+    "no-wrap": {"fsdp": "full_shard", "fsdp_config": NO_WRAP},
+    "no-wrap-kept": {"fsdp": "shard_grad_op", "fsdp_config": {**NO_WRAP, "reshard_after_forward": False}},
+    "size": {"fsdp": "full_shard auto_wrap", "fsdp_config": SIZE},
+    "size-kept": {"fsdp": "shard_grad_op auto_wrap", "fsdp_config": {**SIZE, "reshard_after_forward": False}},
 }
 FSDP2 = [way for way in FSDP if way != "fsdp1"]
 ZERO: dict[str, dict[str, Any]] = {
@@ -57,8 +64,17 @@ OWN_ZERO = ("own-zero2", "own-zero3")
 """In a loop of one's own, without a trainer."""
 RESUMED = ("lora-one", "lora-zero1", "lora-zero2", "lora-zero3")
 OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
-ZERO_REFUSED = {"zero3-no-room": ZERO["zero3"], "zero2-offload": OFFLOADED, "own-zero2-offload": OFFLOADED}
-WAYS = ("ddp", *FSDP2, "lora-ddp", *(f"lora-{way}" for way in FSDP2), "tp", "own-fsdp", "loaded-fsdp")
+ZERO_REFUSED = {
+    "zero3-no-room": ZERO["zero3"],
+    "zero2-offload": OFFLOADED,
+    "own-zero2-offload": OFFLOADED,
+    "own-zero2-offload-module": OFFLOADED,
+    "own-zero3-offload-module": OFFLOADED | {"stage": 3},
+}
+"""In the last ones `laser` is given what is inside the engine."""
+SPREAD = ("tp", "tp-plan", "own-fsdp", "loaded-fsdp")
+"""By torch or by transformers itself, without a trainer."""
+WAYS = ("ddp", *FSDP2, "lora-ddp", *(f"lora-{way}" for way in FSDP2), *SPREAD)
 REFUSED = ("fsdp1", "main-alone")
 AFTER = LaserConfig(
     embedder="self", max_new_tokens=6, candidates=6, edge="mp", batch_size=2, include=("lm_head", "down_proj", "q_proj")
@@ -79,6 +95,7 @@ class Way:
         self.folder = folder
         self.source = source
         self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self._engine: Any = None
 
     @property
     def sharding(self) -> dict[str, Any]:
@@ -149,9 +166,10 @@ class Way:
             import deepspeed
 
             model, settings = self.model(), self.sharding["deepspeed"] | {"train_micro_batch_size_per_gpu": 1}
-            return deepspeed.initialize(
+            self._engine = deepspeed.initialize(
                 model=model, optimizer=torch.optim.AdamW(model.parameters()), config=settings
             )[0]  # fmt: skip
+            return self._engine.module if self.name.endswith("module") else self._engine
         if self.name == "own-fsdp":
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -162,26 +180,30 @@ class Way:
             fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
             register_fsdp_forward_method(model, "generate")
             return model
+        if self.name == "tp-plan":
+            return self.model(tp_plan="auto")
         from transformers.distributed import DistributedConfig
 
         size = {"tp": {"tp_size": 2}, "loaded-fsdp": {"fsdp_size": 2}}[self.name]
         return self.model(distributed_config=DistributedConfig(**size))
 
     def refused(self) -> str:
-        """What is said to what can't be done, or to a `laser` that only the main process calls."""
+        """What is said to what can't be done, or to a `laser` that only the main process calls; a line for each."""
         if self.name.startswith("own-"):
-            work = partial(self.own, self.spread(), AFTER)
+            model = self.spread()
+            works = [partial(self.own, model, AFTER), partial(apply, "no-recipe.json", model)]
         elif self.name != "main-alone":
-            work = partial(self.trained, "init" if self.name == "zero3-no-room" else "after", AFTER)
+            works = [partial(self.trained, "init" if self.name == "zero3-no-room" else "after", AFTER)]
         else:
             splaser_plugin.distributed.PATIENCE_S = 2.0
-            work = partial(self.own, self.model(), AFTER)
-        try:
-            if self.name != "main-alone" or is_main():
+            works = [partial(self.own, self.model(), AFTER)] if is_main() else []
+        said = []
+        for work in works:
+            try:
                 work()
-        except SplaserError as error:
-            return f"{type(error).__name__}: {error}"
-        return ""
+            except SplaserError as error:
+                said.append(f"{type(error).__name__}: {error}")
+        return "\n".join(said)
 
     def run(self) -> None:
         if self.name in (*REFUSED, *ZERO_REFUSED):
@@ -190,13 +212,13 @@ class Way:
             if is_main():
                 (self.folder / f"{self.name}.txt").write_text(said)
             return
-        if self.name in ("tp", "own-fsdp", "loaded-fsdp", *OWN_ZERO):
+        if self.name in (*SPREAD, *OWN_ZERO):
             found = {"after": self.own(self.spread(), AFTER), "before": self.own(self.spread(), BEFORE)}
         else:
             found = {"after": self.trained("after", AFTER), "before": self.trained("before", BEFORE)}
             if self.name in ("one", "zero1", "zero2", "zero3"):
                 found["init"] = self.trained("init", BEFORE, freeze_to="top", top=1)
-            if self.name in ("lora-one", "lora-zero2", "lora-zero3"):
+            if self.name in RESUMED:
                 found["init"] = self.trained("init", BEFORE)
         if dist.is_initialized():
             dist.barrier()
@@ -260,12 +282,12 @@ def deepspeed_on_cpus() -> None:
 def main() -> None:
     torch.set_num_threads(1)
     folder, source = Path(sys.argv[1]), sys.argv[2]
-    ways = sys.argv[3:] or ((*WAYS, *REFUSED) if "RANK" in os.environ else ("one", "lora-one"))
+    ways = sys.argv[3:] if "RANK" in os.environ else ("one", "lora-one")
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    if any("zero" in way for way in ways):
-        deepspeed_on_cpus()
     for name in ways:
+        if "zero" in name:
+            deepspeed_on_cpus()
         zero.MOST_OF_MEMORY = 0.0 if name.endswith(("zero3-layers", "no-room")) else 0.8
         for state in (AcceleratorState, PartialState, GradientState):
             state._reset_state()

@@ -22,6 +22,7 @@ from splaser_plugin.weights.loading import load_model
 from splaser_plugin.weights.model_source import find_model
 from splaser_plugin.weights.rest import rest_of
 from splaser_plugin.weights.wrapped import unwrapped
+from splaser_plugin.weights.zero import check_engine
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def apply(
 
     Raises:
         RecipeError: The recipe is damaged, or the model isn't the recipe's.
+        ModelError: DeepSpeed keeps the loaded model's weights in other places than ZeRO-1, 2 or 3 does.
         OutputError: The output can't be written.
     """
     config, progress = config or ApplyConfig(), progress or default_progress()
@@ -109,6 +111,7 @@ def apply(
 def _apply(
     recipe: Recipe | str | Path, model: str | Path | nn.Module, config: ApplyConfig, progress: Progress
 ) -> ApplyResult:
+    check_engine(model)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     tokenizer = None
     loaded: Any = model

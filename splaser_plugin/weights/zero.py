@@ -25,10 +25,22 @@ NO_PLAIN_ZERO = (
 
 
 def check_engine(model: Any) -> None:
-    """Raise ModelError for a model in an engine of DeepSpeed that isn't plain ZeRO-1, 2 or 3."""
+    """Raise ModelError for a model in an engine of DeepSpeed that isn't plain ZeRO-1, 2 or 3.
+
+    Of what is inside an engine only the parameters know: by their optimizer under ZeRO-3, else by the mapping to it.
+    """
     deepspeed = sys.modules.get("deepspeed")
-    if deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine):
+    if deepspeed is None or not isinstance(model, nn.Module):
+        return
+    if isinstance(model, deepspeed.DeepSpeedEngine):
         check_deepspeed(model._config._param_dict)
+        return
+    for parameter in model.parameters():
+        optimizer, mapping = getattr(parameter, "_z3_optimizer", None), getattr(parameter, "_hp_mapping", None)
+        settings = {key: getattr(optimizer, key, None) for key in NO_PLAIN_ZERO}
+        if mapping is not None:
+            settings["offload_optimizer"] = mapping.use_offload
+        _refuse_moved(settings)
 
 
 def check_deepspeed(config: Mapping[str, Any]) -> None:
@@ -41,7 +53,12 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
         raise ModelError(
             f"DeepSpeed without ZeRO can't be lasered in. Set zero_optimization.stage to 1, 2 or 3. {OFFLINE}"
         )
-    used = [key for key in NO_PLAIN_ZERO if _is_on(zero.get(key))]
+    _refuse_moved(zero)
+
+
+def _refuse_moved(settings: Mapping[str, Any]) -> None:
+    """Raise ModelError for settings of `zero_optimization` that keep weights in other places."""
+    used = [key for key in NO_PLAIN_ZERO if _is_on(settings.get(key))]
     if used:
         raise ModelError(
             f"DeepSpeed's {used[0]} was never tried with the laser. Leave it out of zero_optimization. {OFFLINE}"

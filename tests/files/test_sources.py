@@ -18,7 +18,8 @@ PAIR = '{"prompt": "Hi", "chosen": "Hello.", "rejected": "Go away."}\n'
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("HOME", "USERPROFILE"):  # Windows' is the second
+        monkeypatch.setenv(variable, str(tmp_path))
     return tmp_path
 
 

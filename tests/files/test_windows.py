@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -12,6 +13,9 @@ import pytest
 from splaser_plugin import LaserConfig, laser, scan
 from tests.builders import ROOT, TO_RESUME
 
+RULES = [sys.executable, "-X", "warn_default_encoding", "-m", "tests.files.windows_rules"]
+PACKAGES = ("splaser_plugin", "integrations")
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="its rules are made up of Linux's")
@@ -21,7 +25,7 @@ def test_a_scan_and_two_runs_end_under_windows_rules_as_they_do_here(tiny_folder
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     theirs.mkdir(), ours.mkdir()
-    command = [sys.executable, "-m", "tests.files.windows_rules", str(tiny_folder), str(pairs), str(theirs)]
+    command = [*RULES, str(tiny_folder), str(pairs), str(theirs)]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -37,3 +41,32 @@ def test_a_scan_and_two_runs_end_under_windows_rules_as_they_do_here(tiny_folder
     assert sorted(path.name for path in (theirs / "out").iterdir()) == names
     for name in ("out/recipe.json", "out/model.safetensors"):
         assert (theirs / name).read_bytes() == (ours / name).read_bytes()
+
+
+def names_no_encoding(call: ast.Call) -> bool:
+    """Whether the call reads or writes text in the system's encoding, which on Windows isn't UTF-8."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    modes = {argument.value for argument in call.args if isinstance(argument, ast.Constant)}
+    is_text = name in ("read_text", "write_text") or (name in ("open", "fdopen") and bool(modes & {"r", "w", "a", "x"}))
+    return is_text and "encoding" not in {keyword.arg for keyword in call.keywords}
+
+
+@pytest.mark.parametrize(
+    ("code", "is_found"),
+    [
+        ("self.path.read_text()", True),
+        ("(path / name).open('w')", True),
+        ("os.fdopen(descriptor, 'w')", True),
+        ("self.path.open('rb')", False),
+        ("self.path.read_text(encoding='utf-8')", False),
+    ],
+)
+def test_text_in_the_systems_encoding_is_found(code, is_found):
+    assert names_no_encoding(ast.parse(code, mode="eval").body) is is_found
+
+
+def test_no_text_is_read_or_written_in_the_systems_encoding():
+    paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    calls = ((path, node) for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    found = [f"{path}:{call.lineno}" for path, call in calls if isinstance(call, ast.Call) and names_no_encoding(call)]
+    assert paths and not found

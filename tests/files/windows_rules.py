@@ -1,10 +1,11 @@
 """Scan and laser the tiny model under those rules of Windows by which other systems differ for splaser.
 
-    python -m tests.files.windows_rules MODEL PAIRS FOLDER
+    python -X warn_default_encoding -m tests.files.windows_rules MODEL PAIRS FOLDER
 
 No module that only other systems have can be imported by splaser; no folder can be opened, and no file synced that is
 open for reading only; no file that is open or mapped can be removed or replaced, and nothing renamed that has one in
-it or takes another's name; a file that isn't opened for bytes has its line ends changed, which is refused here.
+it or takes another's name; a file that isn't opened for bytes has its line ends changed, which is refused here; and
+text is in another encoding than UTF-8 where none is named, which is an error here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,7 @@ def main(model: str, pairs: str, folder: str) -> None:
     import transformers  # noqa: F401
 
     set_rules()
+    warnings.filterwarnings("error", category=EncodingWarning, module="splaser_plugin")
     sys.platform = "win32"
     importlib.import_module("splaser_plugin.files.locked")  # reads it
     sys.platform = "linux"

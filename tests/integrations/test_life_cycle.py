@@ -182,6 +182,20 @@ def test_two_callbacks_that_were_made_before_either_was_added_are_refused_before
     assert not changed(states(tiny_llama()), states(model))
 
 
+@pytest.mark.parametrize(("when", "has_changed"), [("after", False), ("before", True)])
+def test_of_two_callbacks_added_later_the_second_is_refused_as_training_begins(when, has_changed, trainer_of, pairs):
+    model, first_step = tiny_llama(), AtFirstStep()
+    trainer = trainer_of(model, first_step)
+    first, second = (LaserCallback(when=when, pairs=pairs, config=CONFIG) for _ in range(2))
+    for callback in (first, second):
+        trainer.add_callback(callback)
+    said = "The first has changed the model: load it anew" if has_changed else "Leave one out"
+    with pytest.raises(ConfigError, match=rf"two LaserCallbacks would laser this model {when} training\..*{said}\.$"):
+        trainer.train()
+    assert second.result is None and not hasattr(first_step, "weights")
+    assert bool(changed(states(tiny_llama()), states(model))) is has_changed
+
+
 def test_a_laser_at_each_end_of_training_is_two_lasers(trainer_of, pairs):
     both = [LaserCallback(when=when, pairs=pairs, config=CONFIG) for when in ("before", "after")]
     trainer_of(tiny_llama(), *both).train()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,21 @@ import pytest
 from tests.builders import ROOT
 
 SCRIPT = str(ROOT / "tests" / "sharded_runs.py")
+BUILT = Path(os.environ.get("SPLASER_INTEGRATIONS", "")) / "deepspeed" / "bin" / "python"
+HAS_DEEPSPEED = BUILT.is_file() or find_spec("deepspeed") is not None
+PYTHON = str(BUILT) if BUILT.is_file() else sys.executable
+"""That of DeepSpeed's environment, where `make test-integrations` has built it: there every way can be run."""
+needs_deepspeed = pytest.mark.skipif(
+    not HAS_DEEPSPEED, reason="DeepSpeed isn't installed here: `make test-integrations` builds it and runs this"
+)
 
 
-def run_ways(python: str | Path, folder: Path, model: Path, *ways: str, script: str = SCRIPT) -> None:
-    """Run the script alone, and in two processes with these ways, by default those that need no other tool."""
+def run_ways(folder: Path, model: Path, *ways: str, script: str = SCRIPT) -> None:
+    """Run the script alone, and in two processes with these ways."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     two = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     for launcher, names in (((), ()), (two, ways)):
-        command = [str(python), *launcher, script, str(folder), str(model), *names]
+        command = [PYTHON, *launcher, script, str(folder), str(model), *names]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
 

@@ -7,4 +7,4 @@ $(TOOLS)/%/.installed: tests/tools/%.txt tests/tools/build.sh pyproject.toml
 	PYTHON=$(PYTHON) tests/tools/build.sh $* $(@D)
 
 test-integrations: models $(foreach tool,llamafactory axolotl deepspeed vllm,$(TOOLS)/$(tool)/.installed)
-	SPLASER_INTEGRATIONS=$(CURDIR)/$(TOOLS) $(BIN)/python -m pytest tests/tools
+	SPLASER_INTEGRATIONS=$(CURDIR)/$(TOOLS) $(BIN)/python -m pytest tests/tools tests/integrations/test_sharded.py
