@@ -29,6 +29,8 @@ QUICK = {"embedder": "self", "max_new_tokens": 6, "candidates": 6, "device": "cp
 """Options of a laser run of the tiny model that ends in a second and keeps something."""
 TO_RESUME = {**QUICK, "edge": "iqr", "seed": 1, "held_out_fraction": 0.5, "guard": "margin:5.0"}
 """Options of a laser run with every kind of measurement, whose journal is cut by the tests."""
+TO_COMPRESS = {"objective": "compress", "budget": 0.04, "tolerance": 5.0, "calibration_tokens": 200, "save": "factored"}
+"""Options of a laser run that measures what a reduction goes by."""
 FLAGS = ["--embedder", "self", "--max-new-tokens", "6", "--candidates", "4", "--device", "cpu", "--edge", "mp"]
 """`QUICK` with fewer candidates, on the command line."""
 THREE_PAIRS = [

@@ -35,8 +35,7 @@ from splaser_plugin.errors import SplaserError
 LAYER = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 NO_WRAP = {"version": 2, "auto_wrap_policy": "NO_WRAP"}
 SIZE = {"version": 2, "auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 1_000_000}
-"""Wraps the embeddings, the head and the model between them. Of a size that lists of blocks have accelerate wraps
-those, which torch refuses, with and without a callback."""
+"""accelerate 1.15 wraps the head by its size, and then again with the last norm, which torch refuses."""
 FSDP: dict[str, dict[str, Any]] = {
     "layers": {"fsdp": "full_shard auto_wrap", "fsdp_config": LAYER},
     "layers-kept": {"fsdp": "shard_grad_op auto_wrap", "fsdp_config": {**LAYER, "reshard_after_forward": False}},
@@ -47,9 +46,8 @@ FSDP: dict[str, dict[str, Any]] = {
     "no-wrap": {"fsdp": "full_shard", "fsdp_config": NO_WRAP},
     "no-wrap-kept": {"fsdp": "shard_grad_op", "fsdp_config": {**NO_WRAP, "reshard_after_forward": False}},
     "size": {"fsdp": "full_shard auto_wrap", "fsdp_config": SIZE},
-    "size-kept": {"fsdp": "shard_grad_op auto_wrap", "fsdp_config": {**SIZE, "reshard_after_forward": False}},
 }
-FSDP2 = [way for way in FSDP if way != "fsdp1"]
+FSDP2 = [way for way in FSDP if way not in ("fsdp1", "size")]
 ZERO: dict[str, dict[str, Any]] = {
     "zero1": {"stage": 1},
     "zero2": {"stage": 2},
@@ -75,7 +73,7 @@ ZERO_REFUSED = {
 SPREAD = ("tp", "tp-plan", "own-fsdp", "loaded-fsdp")
 """By torch or by transformers itself, without a trainer."""
 WAYS = ("ddp", *FSDP2, "lora-ddp", *(f"lora-{way}" for way in FSDP2), *SPREAD)
-REFUSED = ("fsdp1", "main-alone")
+REFUSED = ("fsdp1", "size", "main-alone")
 AFTER = LaserConfig(
     embedder="self", max_new_tokens=6, candidates=6, edge="mp", batch_size=2, include=("lm_head", "down_proj", "q_proj")
 )
@@ -117,7 +115,7 @@ class Way:
         )  # fmt: skip
         return get_peft_model(model, lora)
 
-    def trainer(self, callback: LaserCallback, out: Path, **changes: Any) -> Trainer:
+    def trainer(self, callback: LaserCallback | None, out: Path, **changes: Any) -> Trainer:
         """A real one: of one step, too small to change a weight, with an evaluation."""
         ids = self.tokenizer("The cat sat on the mat and looked out.")["input_ids"]
         rows = Dataset.from_list([{"input_ids": ids, "labels": ids}] * 4)
@@ -129,7 +127,7 @@ class Way:
         arguments = TrainingArguments(**{**settings, **self.sharding, **changes})  # first: ZeRO-3 loads in parts
         return Trainer(
             self.model(), arguments, train_dataset=rows, eval_dataset=rows, processing_class=self.tokenizer,
-            callbacks=[callback],
+            callbacks=[callback] if callback else [],
         )  # fmt: skip
 
     def trained(self, when: str, config: LaserConfig, **freezing: Any) -> tuple[Recipe, Path]:
@@ -192,6 +190,8 @@ class Way:
         if self.name.startswith("own-"):
             model = self.spread()
             works = [partial(self.own, model, AFTER), partial(apply, "no-recipe.json", model)]
+        elif self.name == "size":
+            works = [self.trainer(None, self.folder / self.name).train, partial(self.trained, "after", AFTER)]
         elif self.name != "main-alone":
             works = [partial(self.trained, "init" if self.name == "zero3-no-room" else "after", AFTER)]
         else:
@@ -201,7 +201,7 @@ class Way:
         for work in works:
             try:
                 work()
-            except SplaserError as error:
+            except (SplaserError, TypeError) as error:
                 said.append(f"{type(error).__name__}: {error}")
         return "\n".join(said)
 

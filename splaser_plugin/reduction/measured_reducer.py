@@ -97,7 +97,8 @@ class MeasuredReducer:
     def _left(self, matrix: Matrix) -> tuple[np.ndarray, bool] | Skipped | None:
         try:
             with safe_open(self._path(matrix), "pt") as file:
-                about, costs = file.metadata() or {}, file.get_tensor("costs").numpy()
+                # a copy: the file stays mapped where it isn't, and on Windows no such file can be moved or removed
+                about, costs = file.metadata() or {}, file.get_tensor("costs").numpy().copy()
         except (OSError, SafetensorError):
             return None
         if about.get("matrix") != matrix.name:

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from splaser_plugin import LaserConfig, laser, scan
-from tests.builders import ROOT, TO_RESUME
+from tests.builders import ROOT, TO_COMPRESS, TO_RESUME
 
 RULES = [sys.executable, "-X", "warn_default_encoding", "-m", "tests.files.windows_rules"]
 PACKAGES = ("splaser_plugin", "integrations")
@@ -29,18 +29,21 @@ def test_a_scan_and_two_runs_end_under_windows_rules_as_they_do_here(tiny_folder
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    refused, in_use, unchanged, files = done.stdout.splitlines()
+    refused, in_use, unchanged, files, stopped = done.stdout.splitlines()
     assert "another run is at work there. Wait for its end" in refused
     assert "out: can't be written ([Errno 13] Permission denied" in in_use
     assert unchanged == "True"
     assert files == "[1, 2, 2, 2]", "the one of before is read while the matrix is reduced, and goes with the next"
+    assert stopped == "['.splaser-statistics', 'journal.jsonl']"
     scan(tiny_folder, output=ours / "scan.json")
     laser(str(tiny_folder), str(pairs), config=LaserConfig(**TO_RESUME), output=ours / "out")
+    laser(str(tiny_folder), str(pairs), config=LaserConfig(**TO_COMPRESS), output=ours / "reduced")
     assert sorted(path.name for path in theirs.iterdir()) == sorted(path.name for path in ours.iterdir())
-    names = sorted(path.name for path in (ours / "out").iterdir())
-    assert sorted(path.name for path in (theirs / "out").iterdir()) == names
-    for name in ("out/recipe.json", "out/model.safetensors"):
-        assert (theirs / name).read_bytes() == (ours / name).read_bytes()
+    for out in ("out", "reduced"):
+        names = sorted(path.name for path in (ours / out).iterdir())
+        assert sorted(path.name for path in (theirs / out).iterdir()) == names
+        for name in ("recipe.json", "model.safetensors"):
+            assert (theirs / out / name).read_bytes() == (ours / out / name).read_bytes()
 
 
 def names_no_encoding(call: ast.Call) -> bool:

@@ -11,6 +11,7 @@ text is in another encoding than UTF-8 where none is named, which is an error he
 from __future__ import annotations
 
 import builtins
+import contextlib
 import errno
 import fcntl
 import importlib
@@ -22,6 +23,8 @@ import types
 import warnings
 from pathlib import Path
 from typing import Any
+
+from splaser_plugin.progress import Advance, Progress
 
 ABSENT = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "termios", "tty"}
 O_BINARY = 1 << 30
@@ -136,6 +139,29 @@ def main(model: str, pairs: str, folder: str) -> None:
         print(error)
     print({file.name: file.read_bytes() for file in out.iterdir()} == before)
     print(change_offloaded(model))
+    print(reduce_by_statistics(model, pairs, Path(folder) / "reduced"))
+
+
+def reduce_by_statistics(model: str, pairs: str, out: Path) -> list[str]:
+    """What a run that is stopped before its search leaves; then it goes on with the statistics that it measured."""
+    from splaser_plugin import LaserConfig, laser
+    from tests.builders import TO_COMPRESS
+
+    config = LaserConfig(**TO_COMPRESS)
+    with contextlib.suppress(KeyboardInterrupt):
+        laser(model, pairs, config=config, output=out, progress=StoppedAtSearch())
+    left = sorted(path.name for path in out.iterdir())
+    laser(model, pairs, config=config, output=out)
+    return left
+
+
+class StoppedAtSearch(Progress):
+    """Ctrl-C when all has been measured that a search goes by."""
+
+    def phase(self, name: str, total: int) -> contextlib.AbstractContextManager[Advance]:
+        if name == "search":
+            raise KeyboardInterrupt
+        return super().phase(name, total)
 
 
 def change_offloaded(model: str) -> list[int]:

@@ -36,13 +36,17 @@ class Closing(TrainerCallback):
         self.is_open = False
 
 
-def test_without_the_trainer_metrics_reach_the_log_history_and_trainer_state(trainer_of, pairs, tmp_path, caplog):
-    trainer = trainer_of(tiny_llama(), LaserCallback(when="after", pairs=pairs, config=CONFIG), report_to=["none"])
+@pytest.mark.parametrize("report_to", ["none", "tensorboard"])
+def test_without_the_trainer_metrics_reach_the_history_and_trainer_state_and_what_trackers_need_is_said(
+    report_to, trainer_of, pairs, tmp_path, caplog
+):
+    trainer = trainer_of(tiny_llama(), LaserCallback(when="after", pairs=pairs, config=CONFIG), report_to=[report_to])
     trainer.train()
     assert "laser/score_after" in trainer.state.log_history[-1]
     stored = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     assert stored["log_history"] == trainer.state.log_history
-    assert "LaserCallback(trainer=trainer, ...)" not in caplog.text
+    said = "log_history; trainer.add_callback(LaserCallback(trainer=trainer, ...)) sends them to tensorboard too."
+    assert (said in caplog.text) is (report_to == "tensorboard")
 
 
 @pytest.mark.parametrize("when", ["before", "init", "after"])
@@ -161,7 +165,7 @@ def test_in_every_order_of_callbacks_each_tracker_has_one_run_with_all_metrics(
     [run] = mlflow.search_runs(search_all_experiments=True, output_format="list")
     assert run.info.status == "FINISHED" and "loss" in run.data.metrics
     assert run.data.metrics["laser/score_after"] == score
-    wandb.finish()
+    wandb.teardown()  # waits until all is written
     [stored] = wandb_folder.glob("wandb/offline-run-*/*.wandb")
     records = whole_records(stored)
     assert all(json.dumps(history[key]).encode() in records for key in ("laser/score_after", "loss"))

@@ -38,6 +38,11 @@ def test_fsdp_version_1_is_refused_with_the_key_of_each_tool(found):
         assert key in said
 
 
+def test_wrapping_by_size_fails_in_accelerate_alike_without_a_callback(found):
+    without, with_callback = (found / "size.txt").read_text().splitlines()
+    assert without == with_callback == "TypeError: Invariant encountered: value was None when it should not be"
+
+
 def test_laser_in_the_main_process_alone_is_told_so(found):
     said = (found / "main-alone.txt").read_text()
     assert said.startswith("ConfigError: 1 of 2 processes called laser() within 2 s, and all have to")
