@@ -99,7 +99,7 @@ class Way:
     def sharding(self) -> dict[str, Any]:
         """The trainer's arguments for it."""
         plain = self.name.removeprefix("lora-").removeprefix("own-")
-        zero_optimization = {**ZERO, **ZERO_REFUSED}.get(plain)
+        zero_optimization = ZERO_REFUSED.get(self.name) or ZERO.get(plain)
         return FSDP.get(plain, {}) if zero_optimization is None else zero_arguments(zero_optimization)
 
     def model(self, **arguments: Any) -> Any:
