@@ -109,9 +109,7 @@ def _flag(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
         text += f" One of: {', '.join(texts)}."
     spelled = f"{flag(name)}/{flag('no_' + name)}" if kind is bool else flag(name)
     annotation: Any = list[str] if kind is list else kind if default is not None else typing.Optional[kind]  # noqa: UP045
+    option = typer.Option(spelled, help=text, rich_help_panel=panel, autocompletion=(lambda: texts) if texts else None)
     return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=Annotated[annotation, typer.Option(spelled, help=text, rich_help_panel=panel)],
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
     )

@@ -35,9 +35,10 @@ def test_python_m_is_the_command_and_both_say_their_version(splaser):
         ("splaser la", ["laser"]),
         ("splaser emit ", ["axolotl", "llamafactory", "peft", "spectrum"]),
         ("splaser laser --held", ["--held-out", "--held-out-fraction"]),
+        ("splaser laser --objective ", ["compress", "quality"]),
     ],
 )
-def test_a_shell_completes_commands_and_options(words, expected):
+def test_a_shell_completes_commands_options_and_choices(words, expected):
     position = str(len(words.split(" ")) - 1)
     completed = output(_SPLASER_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=position)
     assert sorted(completed.split()) == expected
