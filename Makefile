@@ -58,7 +58,7 @@ lint: setup imports
 	$(BIN)/ruff format --check .
 
 imports: setup rooms
-	cd $(ROOMS) && $(CURDIR)/$(BIN)/lint-imports --no-cache --no-logo
+	cd $(ROOMS) && $(CURDIR)/$(BIN)/lint-imports --no-cache
 
 types: setup
 	$(BIN)/mypy

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from splaser_plugin.errors import MatrixError, ModelError, nearest
+from splaser_plugin.weights.adapted import has_adapters
 from splaser_plugin.weights.matrices import module_name
 
 WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer"})
@@ -55,7 +56,7 @@ def freeze_all_but(model: nn.Module, names: Collection[str]) -> None:
 
 def check_without_adapters(model: nn.Module) -> None:
     """Raise ModelError for a model with adapters, of which freezing would train the base."""
-    if hasattr(model, "peft_config"):
+    if has_adapters(model):
         raise ModelError(
             "freezing is for full fine-tuning, and this model has adapters. Give PEFT the LoraConfig of "
             "splaser_plugin.integrations.peft.lora_config instead."

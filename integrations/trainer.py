@@ -39,7 +39,7 @@ from splaser_plugin.scanning.selection import choose
 from splaser_plugin.scoring.embedding import SentenceEmbedder
 from splaser_plugin.scoring.scorers import Scorers, check_scorers
 from splaser_plugin.search.prediction import check_predictable
-from splaser_plugin.weights.adapted import BaseWeights, restore_base, weights_of
+from splaser_plugin.weights.adapted import BaseWeights, has_adapters, restore_base, weights_of
 from splaser_plugin.weights.in_memory import Weights, check_generates, model_name
 from splaser_plugin.weights.loading import context_length
 
@@ -162,7 +162,7 @@ class LaserCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         self._move(first=False)
         training = self._training(args, state, event)
-        is_adapted = hasattr(training.model, "peft_config")
+        is_adapted = has_adapters(training.model)
         if self.when == "before":
             self._prepared = None
         if self.when in ("before", "init") and is_adapted:
@@ -275,7 +275,7 @@ class LaserCallback(TrainerCallback):
     def _laser(self, training: Training) -> LaserResult:
         """Laser the model, and save the base that its adapters are to be trained on."""
         started = time.monotonic()
-        keeps_base = self.when != "after" and hasattr(training.model, "peft_config")
+        keeps_base = self.when != "after" and has_adapters(training.model)
         if keeps_base:
             check_saves(training.model)
             check_output(training.folder(BASE), overwrite=True, inputs=(model_name(training.model),))
@@ -297,7 +297,7 @@ class LaserCallback(TrainerCallback):
     def _resume(self, training: Training) -> None:
         """The checkpoint has what was trained: under full fine-tuning the lasered weights, else adapters alone."""
         logger.warning("resumed at step %d: the laser before training is not repeated.", training.state.global_step)
-        if hasattr(training.model, "peft_config"):
+        if has_adapters(training.model):
             with undisturbed():
                 restore_base(training.model, training.folder(BASE))
             training.progress.result("base of the adapter", f"restored from {training.folder(BASE)}")

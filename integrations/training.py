@@ -31,6 +31,7 @@ from splaser_plugin.distributed import best_device, is_main
 from splaser_plugin.errors import ModelError, PairsError
 from splaser_plugin.files.text import first_line_of
 from splaser_plugin.progress import Advance, Bars, Progress, ignore
+from splaser_plugin.weights.adapted import has_adapters
 from splaser_plugin.weights.wrapped import unwrapped
 from splaser_plugin.weights.zero import OFFLINE, check_deepspeed
 
@@ -241,5 +242,5 @@ def check_saves(model: Any) -> None:
 def warn_of_reference(training: Training) -> None:
     """Say that a reference which is computed with this model is lasered too."""
     precomputed = getattr(training.args, "precompute_ref_log_probs", None)
-    if precomputed or (precomputed is not None and hasattr(training.model, "peft_config")):
+    if precomputed or (precomputed is not None and has_adapters(training.model)):
         logger.warning("the reference of this training is the lasered model, as it is computed with the same weights.")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from splaser_plugin.checkpoints.folder import INDEX_NAME
+from splaser_plugin.checkpoints.header import DTYPES
 from splaser_plugin.scanning.scan import MatrixScan, Scan
 from splaser_plugin.spectra.edges import EdgeFit
 from splaser_plugin.weights.matrices import Skipped
@@ -43,6 +44,17 @@ PROSE = 6 * "\n".join(
     f"{number}. A text about the {thing} of the {place}, which nobody has read to its end."
     for number, (thing, place) in enumerate([(t, p) for t in ("roofs", "rivers", "songs") for p in ("north", "isles")])
 )
+
+
+def _is_written(dtype: torch.dtype) -> bool:
+    try:
+        return bool(safetensors.torch.save({"": torch.zeros(1, dtype=dtype)}))
+    except KeyError:
+        return False
+
+
+WRITTEN = {name: dtype for name, dtype in DTYPES.items() if _is_written(dtype)}
+"""What the safetensors library can write; its first versions lack some."""
 
 
 # --- models

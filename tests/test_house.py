@@ -54,7 +54,7 @@ def rooms(tmp_path):
 
 
 def lint(rooms: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", LINT, "--no-cache", "--no-logo"]
+    command = [sys.executable, "-c", LINT, "--no-cache"]
     return subprocess.run(command, cwd=rooms, capture_output=True, text=True, check=False)
 
 

@@ -18,9 +18,19 @@ from splaser_plugin.weights.in_memory import Weights, gathered
 from splaser_plugin.weights.matrices import Matrix
 
 
+def has_adapters(model: Any) -> bool:
+    """Whether PEFT wraps the model or layers of it. PEFT 0.18 leaves its configuration on a model that it unloaded."""
+    if not hasattr(model, "peft_config"):
+        return False
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
 def weights_of(model: Any) -> Weights:
     """The weights of a model as it computes with them, adapted or not. Raises ModelError as the two kinds do."""
-    return MergedWeights(model) if hasattr(model, "peft_config") else Weights(model)
+    return MergedWeights(model) if has_adapters(model) else Weights(model)
 
 
 class MergedWeights(Weights):

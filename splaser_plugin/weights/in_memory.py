@@ -129,7 +129,10 @@ class Weights:
 
         def sampled(name: str) -> tuple[str, tuple[int, ...], Tensor]:
             whole = self.effective(name)
-            return name, tuple(whole.shape), whole.flatten()[sampled_places(whole.numel()).to(whole.device)]
+            values, places = whole.flatten(), sampled_places(whole.numel()).to(whole.device)
+            if whole.element_size() == 1:  # torch 2.6 can't index 8-bit floats
+                return name, tuple(whole.shape), values.view(torch.uint8)[places].view(whole.dtype)
+            return name, tuple(whole.shape), values[places]
 
         return identity_of(map(sampled, self.parameters))
 

@@ -22,9 +22,8 @@ from hypothesis import strategies as st
 from splaser_plugin.checkpoints import checkpoint as checkpoint_module
 from splaser_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_groups
 from splaser_plugin.checkpoints.folder import INDEX_NAME
-from splaser_plugin.checkpoints.header import DTYPES
 from splaser_plugin.errors import CheckpointError
-from tests.builders import save_sharded, save_single
+from tests.builders import WRITTEN, save_sharded, save_single
 
 opened_files: list[str] = []
 
@@ -61,7 +60,7 @@ LAYERS = {f"layers.{number}.weight": random_tensor((8, 5), torch.bfloat16, numbe
 SHARDS = [dict(list(LAYERS.items())[:4]), dict(list(LAYERS.items())[4:])]
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("dtype", WRITTEN.values(), ids=WRITTEN.keys())
 def test_tensors_of_every_dtype_are_those_of_the_safetensors_library_bit_by_bit(tmp_path, dtype):
     shapes = {"matrix": (7, 3), "vector": (5,), "scalar": (), "empty": (0, 4), "fused": (2, 3, 4)}
     save_single(tmp_path, {name: random_tensor(shape, dtype) for name, shape in shapes.items()})

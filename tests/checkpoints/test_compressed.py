@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -105,6 +107,12 @@ def compressed(folder, layout, model, **settings):
     return meant
 
 
+needs_the_library = pytest.mark.skipif(
+    importlib.util.find_spec("compressed_tensors") is None, reason="the extra compressed-tensors isn't installed"
+)
+
+
+@needs_the_library
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_layout_is_read_as_the_weights_it_stands_for(layout, tmp_path):
     meant = compressed(tmp_path, layout, build("llama", WIDE))
@@ -119,6 +127,7 @@ def test_each_layout_is_read_as_the_weights_it_stands_for(layout, tmp_path):
         torch.testing.assert_close(weight, meant[matrix.parameter], rtol=1e-6, atol=0)
 
 
+@needs_the_library
 def test_the_experts_of_a_mixture_are_put_together_and_loaded(tokenizer, tmp_path):
     model = build("mixtral", CAUSAL["mixtral"] | {"vocab_size": 49152})
     meant = compressed(tmp_path, "pack-quantized", model)
@@ -133,6 +142,7 @@ def without(last):
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.endswith(last)}
 
 
+@needs_the_library
 @pytest.mark.parametrize(
     ("changed", "settings", "message"),
     [

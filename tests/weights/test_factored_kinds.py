@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import torch
@@ -16,10 +17,11 @@ from tests.tiny_models import CAUSAL, TEXT, build
 
 
 def test_only_layers_that_the_model_calls_and_saves_as_they_are_can_be_factored(tmp_path):
-    """Mamba's mixer reads the weight of dt_proj; transformers joins Sarvam's q, k and v when it saves them."""
+    """Mamba's mixer may read the weight of dt_proj; transformers joins Sarvam's q, k and v when it saves them."""
     mamba = build("mamba", CAUSAL["mamba"])
+    calls = "self.dt_proj(" in inspect.getsource(type(mamba.get_submodule("backbone.layers.0.mixer")))
     found = {matrix.type: is_factorable(mamba, matrix) for matrix in Weights(mamba).matrices()[0]}
-    assert found == {"mixer.in_proj": True, "mixer.x_proj": True, "mixer.dt_proj": False, "mixer.out_proj": True}
+    assert found == {"mixer.in_proj": True, "mixer.x_proj": True, "mixer.dt_proj": calls, "mixer.out_proj": True}
     sarvam = build("sarvam_moe", TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12})
     found = {matrix.type: is_factorable(sarvam, matrix) for matrix in Weights(sarvam).matrices()[0]}
     assert not any(is_there for kind, is_there in found.items() if kind.endswith(("q_proj", "k_proj", "v_proj")))

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from splaser_plugin import scan
 from splaser_plugin.checkpoints.checkpoint import open_checkpoint
@@ -19,6 +18,7 @@ from splaser_plugin.errors import CheckpointError
 from splaser_plugin.weights.stored import NOT_IN_MODEL, StoredWeights
 from tests.architectures.tiny import tiny_config
 from tests.builders import save_single
+from tests.reference import as_transformers
 from tests.tiny_models import CAUSAL, TEXT, build, change, configure, saved
 
 HAS_EXPONENTS = pytest.mark.skipif(torch.uint8 == EXPONENTS, reason="torch 2.7 has this dtype first")
@@ -59,10 +59,6 @@ def read(folder, tensors, settings, name):
     checkpoint = open_checkpoint(folder)
     (found,) = read_weights(checkpoint, quantised_weights(checkpoint), [name], torch.float32)
     return found[1]
-
-
-def as_transformers(codes, scales):
-    return Fp8Dequantize(None)._dequantize_one(codes, scales, torch.float32)
 
 
 @pytest.mark.parametrize("last", ["weight_scale_inv", "scale"])

@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from splaser_plugin import LaserConfig, laser, scan
 from splaser_plugin.checkpoints.checkpoint import open_checkpoint
@@ -19,6 +18,7 @@ from splaser_plugin.weights.loading import find_model, load_model
 from splaser_plugin.weights.rest import rest_of
 from splaser_plugin.weights.stored import OF_ACTIVATIONS, StoredWeights
 from tests.planted import Facts
+from tests.reference import as_transformers
 from tests.tiny_models import CAUSAL, TEXT, build, change, configure, saved
 
 BLOCK = (8, 16)
@@ -107,7 +107,7 @@ def test_blocks_are_dequantised_as_by_transformers(tmp_path):
     matrices, _ = stored.matrices()
     for matrix, weight in stored.stream(matrices, matrices):
         codes, scales = (tensors[name] for name in matrix.stored)
-        assert torch.equal(weight, Fp8Dequantize(None)._dequantize_one(codes, scales, torch.float32))
+        assert torch.equal(weight, as_transformers(codes, scales))
 
 
 def test_a_scan_is_that_of_the_weights_and_says_how_they_are_stored(tmp_path):
