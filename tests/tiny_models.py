@@ -69,7 +69,7 @@ CAUSAL = {
         "d_model": 16,
         "n_heads": 2,
         "n_layers": 2,
-        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+        "ffn_config": {"hidden_size": 16, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 1, "rope_theta": 1e4},
     },
 }
