@@ -8,7 +8,7 @@ import pytest
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from splaser_plugin import scan
+from splaser_plugin import ScanConfig, scan
 from splaser_plugin.checkpoints import skeleton
 from splaser_plugin.config.stages import SelectConfig
 from splaser_plugin.errors import MatrixError
@@ -37,6 +37,19 @@ def test_the_chosen_matrices_of_a_scan_from_disk_are_those_that_are_adapted(kind
     auto = AutoModelForImageTextToText if kind == "llava" else AutoModelForCausalLM
     model = get_peft_model(auto.from_pretrained(folder), lora_config(selection, rank=2))
     assert set(adapted_modules(model)) == set(selection.names)
+
+
+def test_a_tower_is_chosen_from_only_where_the_scan_was_asked_for_it(tmp_path):
+    folder = saved(llava(), tmp_path)
+    assert all("language_model" in name for name in choose(scan(folder), SelectConfig(top=1)).names)
+    everything = scan(folder, config=ScanConfig(towers=True))
+    kinds = sorted({matrix.type for matrix in everything.matrices if matrix.type.startswith("vision_tower")})
+    selection = choose(everything, SelectConfig(top=1, types=tuple(kinds)))
+    assert len(selection.names) == len(kinds) > 0
+    check(selection, folder)
+    model = get_peft_model(AutoModelForImageTextToText.from_pretrained(folder), lora_config(selection, rank=2))
+    assert set(adapted_modules(model)) == set(selection.names)
+    assert all("vision_tower" in name for name in selection.names)
 
 
 @pytest.mark.slow
