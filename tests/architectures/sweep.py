@@ -85,7 +85,7 @@ def _built(kind: str) -> tuple[Any, str]:
                 raise ValueError("its default sizes have other names than the usual")
             model = loader(config).from_config(config).eval()
         except Exception as error:
-            reasons.append(_reason(error))
+            reasons.append(_reason(error.__cause__ or error))
             continue
         failure = _fails(model)
         if not failure:
@@ -103,7 +103,7 @@ def loader(config: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _fails(model: Any) -> str:
