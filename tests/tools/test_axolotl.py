@@ -81,6 +81,10 @@ def test_the_plugin_lasers_the_model_after_training(mode, rl, folder, run_in, sm
     section["laser"] |= SHORT_LASER
     run = train(run_in, axolotl_on_cpu("c.yml", splaser=section))
     assert run.code == 0, last_lines(run)
+    shown = [line for line in run.output.replace("\r", "\n").splitlines() if "laser: " in line]
+    assert any("laser: search:" in line and "%|" in line for line in shown), "a bar"
+    assert sum("  rank " in line for line in shown) == SHORT_LASER["candidates"]
+    assert any("laser: lasered model: " in line for line in shown)
     reduced = check_lasered(folder / "out")
     assert reduced
     if mode == "unfrozen":
