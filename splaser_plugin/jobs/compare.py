@@ -28,6 +28,7 @@ from splaser_plugin.scoring.tasks import Documents, Values, load_tasks
 from splaser_plugin.statistics import RISK, can_reach, paired_bootstrap
 from splaser_plugin.tables import Table
 from splaser_plugin.weights.devices import pick_device
+from splaser_plugin.weights.in_memory import check_generates
 from splaser_plugin.weights.loading import load_model, load_tokenizer, stored_context
 from splaser_plugin.weights.model_source import ModelSource, find_model
 
@@ -297,6 +298,7 @@ def _measure(
         scorers = Scorers(model, tokenizer, config, pairs=pairs.pairs)
         windows = scorers.windows() if config.text else []
         if pairs.pairs:
+            check_generates(model)
             margins = MarginScorer(model, scorers.prompter, pairs.pairs, batch_size=scorers.batch_size)
             scorer = SemanticScorer(scorers.generator, scorers.embedder, pairs.pairs)
             scorer.answers([0])  # what is slow only the first time isn't timed

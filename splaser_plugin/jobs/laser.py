@@ -168,6 +168,7 @@ def _begin(
                 adapter=config.adapter,
                 allow_pickle=config.allow_pickle,
             )
+            check_generates(model)
     weights = weights_of(model)
     if source is not None:
         if source.quantised:

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, LlavaForConditionalGeneration
 
-from splaser_plugin import LaserConfig, laser
+from splaser_plugin import CompareConfig, LaserConfig, compare, laser
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.checkpoints.checkpoint import open_checkpoint
 from splaser_plugin.checkpoints.quantised import read_weights
@@ -17,6 +17,8 @@ from splaser_plugin.errors import CheckpointError, ModelError
 from splaser_plugin.jobs.apply import apply
 from splaser_plugin.weights.loading import load_model
 from splaser_plugin.weights.model_source import find_model
+from tests.architectures.sweep import loader
+from tests.architectures.tiny import tiny_config
 from tests.tiny_models import CAUSAL, CLIP, TEXT, build, change, configure, saved
 
 QUICK = LaserConfig(
@@ -117,3 +119,15 @@ def test_a_damaged_tokenizer_is_one_line(tokenizer, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"its tokenizer can't be loaded .*Exception: .*out of vocabulary"):
         load_model(folder, device="cpu")
+
+
+def test_a_model_that_writes_no_text_is_refused_once_it_is_loaded(tokenizer, pairs, minilm, tmp_path):
+    """PI0 makes a robot's actions of images and text."""
+    if "pi0" not in CONFIG_MAPPING:
+        pytest.skip("this version of transformers doesn't know it")
+    config = tiny_config("pi0")
+    folder = spoken(loader(config).from_config(config), tokenizer, tmp_path / "pi0")
+    with pytest.raises(ModelError, match="PI0ForConditionalGeneration writes no text, and only causal"):
+        laser(folder, pairs, config=QUICK)
+    with pytest.raises(ModelError, match="PI0ForConditionalGeneration writes no text, and only causal"):
+        compare([folder], pairs, config=CompareConfig(embedder=str(minilm), device="cpu"))
