@@ -56,6 +56,7 @@ def prompts(tokenizer):
     return [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
+@pytest.mark.slow
 @needs_continuous
 def test_continuous_batching_answers_as_the_loop_does_before_and_after_a_weight_changes(tiny_model, tokenizer, prompts):
     # long enough for whole pages, which a manager keeps for later prompts that begin alike
@@ -75,6 +76,7 @@ def test_continuous_batching_answers_as_the_loop_does_before_and_after_a_weight_
     assert tiny_model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.slow
 @needs_continuous
 def test_end_tokens_context_and_training_mode_are_those_of_the_loop(tiny_model, tokenizer, prompts):
     tiny_model.train()
@@ -194,6 +196,7 @@ def test_an_older_transformers_is_refused(tiny_model, monkeypatch):
         continuous.ContinuousBatching(tiny_model, [2], pad=2, batch_size=2)
 
 
+@pytest.mark.slow
 @needs_continuous
 def test_auto_measures_engines_and_leaves_the_generator_as_it_is(tiny_model, tokenizer, prompts, monkeypatch):
     generator = Generator(tiny_model, Prompter(tokenizer), max_new_tokens=4, batch_size=2)

@@ -76,6 +76,7 @@ def test_the_report_and_the_card_have_the_table_and_both_verdicts(compressed):
     assert "splaser laser --config run.yaml -o again" in card and "splaser apply" not in card
 
 
+@pytest.mark.slow
 def test_only_the_recipes_matrices_differ_from_the_base_and_have_its_rank(compressed, tiny_folder):
     result, _, _ = compressed
     base, reduced = states(AutoModelForCausalLM.from_pretrained(tiny_folder)), states(result.model)
