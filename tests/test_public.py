@@ -151,7 +151,7 @@ def documented():
                 yield pytest.param(value, True, id=f"{name}.{method}")
 
 
-@pytest.mark.parametrize(("public", "is_method"), documented())
+@pytest.mark.parametrize(("public", "is_method"), list(documented()))
 def test_a_public_name_has_a_docstring_in_googles_style(public, is_method):
     text = inspect.getdoc(public) or ""
     assert re.match(r"[^\n]+[.:?]|[^\n]+\n", text), "no docstring"

@@ -208,7 +208,7 @@ def test_an_answer_never_outgrows_the_context(tokenizer, prompts):
 
 def test_a_prompt_longer_than_the_context_is_refused(tokenizer):
     prompter = Prompter(tokenizer, context=20)
-    message = r"a prompt of \d+ tokens \('Once upon.*context of 20\. Lower max_prompt_tokens"
+    message = r"a prompt of \d+ tokens \('Once upon.*context of 20\. Leave it out, or take a model of a longer context"
     with pytest.raises(PairsError, match=message):
         prompter.tokens([{"role": "user", "content": "Once upon a time " * 20}])
 
