@@ -195,7 +195,6 @@ class Way:
         elif self.name != "main-alone":
             works = [partial(self.trained, "init" if self.name == "zero3-no-room" else "after", AFTER)]
         else:
-            splaser_plugin.distributed.PATIENCE_S = 2.0
             works = [partial(self.own, self.model(), AFTER)] if is_main() else []
         said = []
         for work in works:
@@ -288,6 +287,7 @@ def main() -> None:
     for name in ways:
         if "zero" in name:
             deepspeed_on_cpus()
+        splaser_plugin.distributed.PATIENCE_S = 2.0 if name == "main-alone" else 300.0
         zero.MOST_OF_MEMORY = 0.0 if name.endswith(("zero3-layers", "no-room")) else 0.8
         for state in (AcceleratorState, PartialState, GradientState):
             state._reset_state()
