@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splaser_plugin.artifacts.recipe import Recipe
-from splaser_plugin.errors import RecipeError, SplaserError
+from splaser_plugin.errors import PairsError, RecipeError, SplaserError
 from splaser_plugin.files.json import read_json
 from splaser_plugin.files.text import printable
+from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scanning.selection import choose
 from splaser_plugin.scanning.spectrum_format import load_scan
 from tests.builders import FLAGS, SPLASER
@@ -111,15 +112,12 @@ def test_hostile_pairs_are_scored_or_dropped_without_reaching_the_terminal(splas
     assert HOSTILE[:4] in json.loads((tmp_path / "out" / "results.json").read_text())["texts"]["search"][0]["prompt"]
 
 
-def test_a_prompt_in_a_message_is_escaped(splaser, tiny_folder, tmp_path):
-    file = tmp_path / "pairs.jsonl"
-    file.write_text(json.dumps({"prompt": "\x1b[2J\u202e" + "word " * 600, "chosen": "yes", "rejected": "no"}))
-    arguments = ["laser", tiny_folder, "--pairs", file, "-o", tmp_path / "out", *FLAGS, "--max-prompt-tokens", 9999]
-    code, _, stderr = splaser(*arguments)
-    assert code == 1
-    assert is_clean(stderr)
-    assert r"PairsError: a prompt of" in stderr
-    assert r"\x1b[2J\u202eword" in stderr
+def test_a_prompt_in_a_message_is_escaped(tokenizer):
+    prompt = "\x1b[2J\u202e" + "word " * 600
+    with pytest.raises(PairsError, match="a prompt of") as refusal:
+        Prompter(tokenizer, context=512).tokens([{"role": "user", "content": prompt}])
+    assert is_clean(str(refusal.value))
+    assert r"\x1b[2J\u202eword" in str(refusal.value)
 
 
 @pytest.mark.parametrize(
