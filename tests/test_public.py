@@ -125,6 +125,12 @@ def test_help_explains_every_option_and_names_its_default(config):
         assert f"{name} = {field.default!r}: {in_python(' '.join(field.description.split()))}" in told, name
 
 
+def test_options_are_there_without_docstrings_too():
+    script = "from splaser_plugin import LaserConfig; print(LaserConfig(candidates=3).candidates)"
+    run = subprocess.run([sys.executable, "-OO", "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert run.stdout == "3\n", run.stderr
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

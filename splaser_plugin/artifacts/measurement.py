@@ -65,7 +65,7 @@ def _limits(run: Results, settings: Mapping[str, Any]) -> str:
     parts = []
     for unit in ("tokens", "chars"):
         of_prompt, of_answer = (settings.get(f"max_{part}_{unit}") for part in ("prompt", "answer"))
-        if of_prompt is not None and of_answer is not None:
+        if isinstance(of_prompt, int) and isinstance(of_answer, int):  # those of another version are unchecked
             name = "characters" if unit == "chars" else unit
             parts.append(f"prompts of up to {of_prompt:,} {name}, answers of up to {of_answer:,}")
     longest = settings.get("max_new_tokens")

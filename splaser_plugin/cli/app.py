@@ -364,6 +364,20 @@ def _stopped(sentence: str, command: Sequence[str]) -> str:
     return f"{fitted(sentence)}\n" + fitted(unbroken, mark=" \\").replace("\0", " ")
 
 
+def _command_of(error: Any) -> str:
+    """Which command was used wrongly; click doesn't say it of an option without its value, or with one too many."""
+    if error.ctx:
+        return str(error.ctx.command_path)
+    command: Any = typer.main.get_command(app)
+    path = ["splaser"]
+    for word in sys.argv[1:]:
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            break
+        path.append(word)
+    return " ".join(path)
+
+
 def main() -> None:
     """Entry point: one line for each error on purpose, exit 2 for wrong usage and 1 for the rest."""
     from splaser_plugin.cli.emit import app as emit
@@ -377,8 +391,7 @@ def main() -> None:
             sys.exit(2 if isinstance(error, ConfigError) else 1)
         except CLICK.UsageError as error:
             if not isinstance(error, getattr(CLICK, "NoArgsIsHelpError", ())):  # that has shown the help
-                command = error.ctx.command_path if error.ctx else "splaser"
                 said = printable(error.format_message())
                 said += "" if said.endswith((".", "?")) else "."
-                print(fitted(f"ConfigError: {said} See {command} --help."), file=sys.stderr)
+                print(fitted(f"ConfigError: {said} See {_command_of(error)} --help."), file=sys.stderr)
             sys.exit(error.exit_code)

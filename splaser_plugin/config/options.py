@@ -32,7 +32,7 @@ RENAMED = {"max_prompt_chars": "max_prompt_tokens", "max_answer_chars": "max_ans
 
 def _with_options(options: Any) -> str:
     """A class's docstring with its options below, as `help` shows it."""
-    paragraphs = [inspect.cleandoc(options.__doc__)]
+    paragraphs = [inspect.cleandoc(options.__doc__ or "")]  # `python -OO` has no docstrings
     for name, field in options.__pydantic_fields__.items():
         text = f"{name} = {field.default!r}: {in_python(' '.join((field.description or '').split()))}"
         paragraphs.append(textwrap.fill(text, 100, subsequent_indent="    ", break_on_hyphens=False))

@@ -248,7 +248,7 @@ def _no_usable_pair(source: str, rows_read: int, dropped: Mapping[str, int], lim
         next_step = (
             f"Raise --max-prompt-tokens (now {limits.prompt}) or --max-answer-tokens "
             f"(now {limits.answer}), or give shorter pairs."
-        )
+        ) + f" {FITTING}" * (BEYOND in dropped)
     return f"{source}: no usable pair in {rows_read:,} rows: {_describe_counts(dropped)}. {next_step}"
 
 

@@ -51,8 +51,9 @@ def test_a_report_made_anew_of_an_older_run_names_that_runs_limits_or_none():
     assert facts["limits"] == (
         "prompts of up to 512 characters, answers of up to 2,048; the model's own answers end after 64 tokens"
     )
-    facts = dict(measurement(run, {}))
-    assert "limits" not in facts
+    for unknown in ({}, {"max_prompt_chars": "512", "max_answer_chars": [2048]}):
+        facts = dict(measurement(run, unknown))
+        assert "limits" not in facts
     assert "embedded by" not in facts["score"]
 
 

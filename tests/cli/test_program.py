@@ -81,6 +81,8 @@ LONG = "--a-" + "very-" * 20 + "long-option"
         (["scan", "my-model", LONG], f"ConfigError: No such option: {LONG}. See splaser scan --help."),
         (["scan"], "ConfigError: Missing argument 'model'. See splaser scan --help."),
         (["scna"], "ConfigError: No such command 'scna'."),
+        (["emit", "axolotl", "scan.json", "-o"], "requires an argument. See splaser emit axolotl --help."),
+        (["scan", "my-model", "--json=3"], "does not take a value. See splaser scan --help."),
         (["scan", "my-model", "/long/path" * 12], f"({'/long/path' * 12}). See splaser scan --help."),
     ],
 )

@@ -124,6 +124,9 @@ def test_no_usable_pair_is_refused_with_counts_and_the_next_step(tokenizer: Any)
         "mine.jsonl: no usable pair in 3 rows: over-long answer 2, chosen equals rejected 1. "
         "Raise max_prompt_tokens (now 2048) or max_answer_tokens (now 1024), or give shorter pairs."
     )
+    limits = TokenLimits(tokenizer, fits=lambda turns: False)
+    with pytest.raises(PairsError, match=r"or give shorter pairs\. Give shorter prompts, or a model of a longer"):
+        pairs_from_rows([GOOD, long], limits=limits)
     with pytest.raises(PairsError, match=r"equals rejected 1\. Each row needs a prompt that ends with a user"):
         pairs_from_rows([equal])
     with pytest.raises(PairsError, match=r"rows: no rows\. Give at least one pair"):
