@@ -1,13 +1,13 @@
 """Weights that NVIDIA's ModelOpt has quantised, as its unified export for transformers writes them.
 
-Read are NVFP4 (4-bit floats with a scale for each 16 along the inputs, and one for the tensor), MXFP8, and 8-bit floats
-with a scale for the tensor, each row or each block of 128 x 128, of linear layers and of stacks of experts; all else is
-refused. See https://nvidia.github.io/Model-Optimizer (Unified HuggingFace Checkpoint).
+Read are, of linear layers, NVFP4 (4-bit floats with a scale for each 16 along the inputs, and one for the tensor),
+MXFP8, and 8-bit floats with a scale for the tensor, each row or each block of 128 x 128; of stacks of experts, NVFP4
+and 8-bit floats with a scale for the tensor. All else is refused. See https://nvidia.github.io/Model-Optimizer
+(Unified HuggingFace Checkpoint).
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,8 @@ from splaser_plugin.checkpoints.quantised_weight import (
     not_understood,
     of_activations,
 )
+from splaser_plugin.errors import CheckpointError
+from splaser_plugin.files.json import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +37,11 @@ SETTINGS_FILE = "hf_quant_config.json"
 """What ModelOpt writes beside config.json; before its version 0.37 nothing stood in config.json itself."""
 GROUP = 16
 BLOCK = (128, 128)
+NOT_ALONE = {
+    "pre_quant_scale": "scaled by its layer's inputs (pre_quant_scale, as of AWQ)",
+    "svdquant_lora_a": "a part of its layer (beside svdquant_lora_a, as of SVDQuant)",
+}
+"""What a layer may have besides, so that its codes and scales aren't all of its weight."""
 EXPECTED = "ModelOpt's NVFP4, MXFP8 or FP8"
 
 
@@ -76,11 +83,12 @@ class Nvfp4(QuantisedWeight):
 
 
 def is_modelopt(folder: Path) -> bool:
-    """Whether ModelOpt's own file says that it has quantised what is in the folder."""
-    try:
-        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    """Whether ModelOpt's own file says that it has quantised what is in the folder.
+
+    Raises CheckpointError where there is such a file and it can't be read.
+    """
+    file = folder / SETTINGS_FILE
+    settings = read_json(file, CheckpointError) if file.exists() else None
     return isinstance(settings, dict) and isinstance(settings.get("quantization"), dict)
 
 
@@ -95,8 +103,9 @@ def modelopt_weights(checkpoint: Checkpoint) -> dict[str, QuantisedWeight]:
         if scales is None:
             continue
         start = stem.removesuffix("weight")
-        if f"{start}pre_quant_scale" in tensors:
-            raise not_understood(codes, "scaled by its layer's inputs (pre_quant_scale, as of AWQ)", EXPECTED)
+        for other, what in NOT_ALONE.items():
+            if f"{start}{other}" in tensors:
+                raise not_understood(codes, what, EXPECTED)
         beside = of_activations(tensors, start)
         weight = _weight(codes, scales, tensors.get(f"{stem}_scale_2"), beside)
         if weight is None:
@@ -125,15 +134,16 @@ def _weight(
     if codes.dtype != FP8 or overall is not None:
         return None
     rows, columns = shape[-2:]
+    down, across = grid_of((rows, columns), BLOCK)
     block: tuple[int, int] | None = None
     if scales.dtype.is_floating_point and scales.dtype.itemsize > 1:
         if _is_number(scales):
             block = (rows, columns)
         elif scales.shape in ((rows,), (rows, 1)) and len(shape) == 2:
             block = (1, columns)
-        elif scales.shape == grid_of((rows, columns), BLOCK) and len(shape) == 2:
+        elif len(shape) == 2 and scales.shape in ((down, across), (down, 1, across, 1)):
             block = BLOCK
-    elif scales.dtype == torch.uint8 and scales.shape == (rows, columns // 32) and columns % 32 == 0:
+    elif scales.dtype == torch.uint8 and len(shape) == 2 and scales.shape == (rows, columns / 32):
         block = (1, 32)
     return None if block is None else ScaledBlocks(codes, scales, block, beside=beside)
 

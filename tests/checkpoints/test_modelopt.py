@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -60,6 +61,18 @@ def fp8_rows(weight):
     return {"": codes, "_scale": scales}, torch.stack([row.float() * s for row, s in zip(codes, scales, strict=True)])
 
 
+def fp8_blocks(weight):
+    """The scales as they are exported, (down, 1, across, 1)."""
+    down, across = (math.ceil(size / 128) for size in weight.shape)
+    codes, scales = weight.to(E4M3), torch.rand(down, 1, across, 1) + 0.5
+    meant = torch.empty(weight.shape)
+    for row in range(weight.shape[0]):
+        for start in range(0, weight.shape[1], 128):
+            part = slice(start, start + 128)
+            meant[row, part] = codes[row, part].float() * scales[row // 128, 0, start // 128, 0]
+    return {"": codes, "_scale": scales}, meant
+
+
 LAYOUTS = {"NVFP4": nvfp4, "MXFP8": mxfp8, "FP8": fp8, "FP8_PER_CHANNEL_PER_TOKEN": fp8_rows}
 
 
@@ -100,6 +113,20 @@ def test_each_layout_is_read_as_the_weights_it_stands_for(layout, tmp_path):
     assert {left.reason for left in skipped if left.name in beside} == {OF_ACTIVATIONS}
     for matrix, weight in stored.stream(matrices, matrices):
         assert torch.equal(weight, meant[matrix.parameter]), matrix.name
+
+
+@pytest.mark.parametrize("has_ones", [True, False])
+def test_blocks_of_128_are_cut_off_at_the_end(has_ones, tmp_path):
+    torch.manual_seed(0)
+    parts, meant = fp8_blocks(torch.randn(200, 300))
+    saved(build("llama", WIDE), tmp_path)
+    name = "model.layers.0.mlp.down_proj.weight"
+    parts["_scale"] = parts["_scale"] if has_ones else parts["_scale"][:, 0, :, 0].contiguous()
+    change(tmp_path, lambda _: {f"{name}{last}": part for last, part in parts.items()})
+    configure(tmp_path, quantization_config=SETTINGS)
+    checkpoint = open_checkpoint(tmp_path)
+    ((_, found),) = read_weights(checkpoint, quantised_weights(checkpoint), [name], torch.float32)
+    assert torch.equal(found, meant)
 
 
 def test_nvfp4_is_dequantised_as_by_modelopt(tmp_path):
@@ -182,6 +209,15 @@ def test_a_model_that_only_modelopts_own_file_tells_of_is_lasered_as_a_plain_one
     ("changed", "message"),
     [
         ({f"{Q_PROJ}.pre_quant_scale": torch.ones(32)}, r"scaled by its layer's inputs \(pre_quant_scale"),
+        ({f"{Q_PROJ}.svdquant_lora_a": torch.ones(2, 32)}, r"a part of its layer \(beside svdquant_lora_a"),
+        (
+            {
+                f"{Q_PROJ}.weight": torch.ones(2, 32, 32).to(E4M3),
+                f"{Q_PROJ}.weight_scale_2": None,
+                f"{Q_PROJ}.weight_scale": torch.ones(32, 1).byte(),
+            },
+            r"\(2, 32, 32\) with scales of shape \(32, 1\) in uint8",
+        ),
         ({f"{Q_PROJ}.weight_scale_2": None}, r"uint8\) is of shape \(32, 16\) with scales of shape \(32, 2\)"),
         ({f"{Q_PROJ}.weight_scale": torch.ones(32, 1)}, r"scales of shape \(32, 1\) in float32"),
         ({f"{Q_PROJ}.weight_scale": torch.ones(32, 1).to(E4M3)}, r"\(32, 1\) in float8_e4m3fn, expected ModelOpt's"),
@@ -208,3 +244,19 @@ def test_int4_awq_is_refused_by_its_format(tmp_path):
     )
     with pytest.raises(CheckpointError, match=r"expected ModelOpt's NVFP4, MXFP8 or FP8.*Give the model in bfloat16"):
         scan(tmp_path)
+
+
+@pytest.mark.parametrize("stored", [b"[" * 100_000, b'{"quantization": ', b"\xff"])
+def test_a_damaged_file_of_modelopt_is_refused_in_one_line(stored, tmp_path):
+    saved(build("llama", WIDE), tmp_path)
+    (tmp_path / "hf_quant_config.json").write_bytes(stored)
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: not JSON .*ake it anew\.$") as refusal:
+        scan(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("stored", [b"[]", b"3", b'{"quantization": []}', b'{"quantization": null}'])
+def test_a_file_of_that_name_with_something_else_in_it_is_none_of_modelopts(stored, tmp_path):
+    saved(build("llama", WIDE), tmp_path)
+    (tmp_path / "hf_quant_config.json").write_bytes(stored)
+    assert not quantised_weights(open_checkpoint(tmp_path))
