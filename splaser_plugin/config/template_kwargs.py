@@ -42,6 +42,6 @@ def _value(text: str) -> Value:
         return WORDS[text.lower()]
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, (int, float)) else text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.func import functional_call
 from splaser_plugin.checkpoints.roles import plain_name
 from splaser_plugin.distributed import is_main, reshard, whole
 from splaser_plugin.errors import ModelError
+from splaser_plugin.files.json import read_json
 from splaser_plugin.weights.in_memory import Weights, gathered
 from splaser_plugin.weights.matrices import Matrix
 
@@ -137,14 +137,18 @@ class BaseWeights(Weights):
 def restore_base(model: Any, folder: Path) -> None:
     """Give the base model under adapters the matrices of a lasered base that `BaseWeights` was saved as.
 
-    Raises ModelError when it isn't there.
+    Raises ModelError when it isn't there, or its recipe is damaged.
     """
-    if not (folder / "recipe.json").is_file():
+    file = folder / "recipe.json"
+    if not file.is_file():
         raise ModelError(
             f"the adapter was trained on a lasered base, and {folder} isn't there any more. Put it back, or begin anew."
         )
-    recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
-    settings, steps = recipe["settings"], {step["name"] for step in recipe["steps"]}
+    recipe = read_json(file, ModelError)
+    try:
+        settings, steps = dict(recipe["settings"]), {step["name"] for step in recipe["steps"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{file}: no recipe. Put the folder back as it was, or begin anew.") from error
     weights = BaseWeights(model)
     kind: Any = next(base for base in type(weights.model).__mro__ if not issubclass(base, FSDPModule))
     stored = kind.from_pretrained(folder, dtype=next(iter(weights.parameters.values())).dtype)

@@ -31,6 +31,10 @@ def test_values_are_truth_values_numbers_or_text():
     }  # fmt: skip
 
 
+def test_a_value_that_is_nested_too_deeply_is_text():
+    assert parse_template_kwargs(["a=" + "[" * 100_000]) == {"a": "[" * 100_000}
+
+
 @pytest.mark.parametrize("config", [LaserConfig, CompareConfig])
 @pytest.mark.parametrize(
     ("texts", "message"),

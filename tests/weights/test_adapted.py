@@ -15,6 +15,7 @@ from splaser_plugin import LaserCallback, LaserConfig, laser
 from splaser_plugin.errors import ModelError
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scoring.margin import MarginScorer
+from splaser_plugin.weights.adapted import restore_base
 from tests.builders import tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -172,3 +173,12 @@ def test_an_adapter_of_transformers_own_is_refused_with_what_makes_it_whole(toke
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ModelError, match=r"got its adapter by add_adapter.*peft\.get_peft_model"):
         laser(model, pairs, config=CONFIG, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    "stored", ["[" * 100_000, "{", "3", "{}", '{"settings": 1, "steps": []}', '{"settings": {}, "steps": [1]}']
+)
+def test_a_damaged_recipe_of_the_lasered_base_is_told_in_one_line(stored, tmp_path):
+    (tmp_path / "recipe.json").write_text(stored)
+    with pytest.raises(ModelError, match=r"recipe\.json: n.*(make it anew|Make it anew|begin anew)\.$"):
+        restore_base(None, tmp_path)
