@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import numpy as np
 
 from splaser_plugin.config.stages import CompareConfig
 from splaser_plugin.config.tasks import LM_EVAL, parse_tasks
-from splaser_plugin.data.pairs import PairSet, PairSource, read_pairs_from
+from splaser_plugin.data.limits import TokenLimits
+from splaser_plugin.data.pairs import Message, PairSet, PairSource, read_pairs_from
 from splaser_plugin.data.split import LEAST
-from splaser_plugin.errors import ConfigError, PairsError, TaskError
+from splaser_plugin.errors import ConfigError, ModelError, PairsError, TaskError
 from splaser_plugin.files.json import write_json
 from splaser_plugin.files.output import check_file
 from splaser_plugin.progress import Progress, counting, default_progress
@@ -275,11 +277,36 @@ def _read_pairs(pairs: PairSource | None, config: CompareConfig, sources: Sequen
         if not config.text and not parse_tasks(config.tasks):
             raise ConfigError("nothing to measure the models with. Give --pairs FILE, --text FILE or --tasks NAME.")
         return NO_PAIRS
-    models = [(load_tokenizer(source), stored_context(source)) for source in sources]
-    pair_set = read_pairs_from(pairs, config, limits_of(config, models, reads_prompts=True))
+    pair_set = read_pairs_from(pairs, config, _limits(config, sources))
     if len(pair_set) < 2:
         raise PairsError(f"{pair_set.source}: 1 pair, expected at least 2 for an interval. Give --pairs more of them.")
     return pair_set
+
+
+def _limits(config: CompareConfig, sources: Sequence[ModelSource]) -> TokenLimits:
+    """How long the pairs may be: in the first model's tokens, and as every model's context has room for them."""
+    limits = []
+    for source in sources:
+        with _named(source):
+            limits.append(limits_of(config, load_tokenizer(source), stored_context(source), reads_prompts=True))
+
+    def fits(turns: Sequence[Message]) -> bool:
+        for source, its_limits in zip(sources, limits, strict=True):
+            with _named(source):
+                if its_limits.is_beyond_context(turns):
+                    return False
+        return True
+
+    return replace(limits[0], fits=fits)
+
+
+@contextmanager
+def _named(source: ModelSource) -> Iterator[None]:
+    """Inside, what is wrong with a chat template is told with the model whose it is."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{source.name}: {error}") from error
 
 
 def _measure(

@@ -266,7 +266,7 @@ def read_pairs(
     limits = None
     if tokenizer is not None:
         reads_prompts = config.reads_prompts or config.reducer != "svd"
-        limits = limits_of(config, [(tokenizer, context)], reads_prompts=reads_prompts)
+        limits = limits_of(config, tokenizer, context, reads_prompts=reads_prompts)
     pair_set = read_pairs_from(pairs, config, limits)
     if config.held_out:
         return split_by_set(pair_set, read_pairs_from(config.held_out, config, limits))

@@ -12,7 +12,7 @@ from splaser_plugin.config.stages import SCORERS, CompareConfig, LaserConfig, Me
 from splaser_plugin.config.tasks import LM_EVAL, task_of
 from splaser_plugin.config.template_kwargs import parse_template_kwargs
 from splaser_plugin.data.limits import TokenLimits
-from splaser_plugin.data.pairs import Message, Pair
+from splaser_plugin.data.pairs import Pair
 from splaser_plugin.data.windows import open_text, read_windows
 from splaser_plugin.distributed import input_device
 from splaser_plugin.generation.generator import Generator
@@ -136,18 +136,13 @@ def prompter_of(config: MeasureConfig, tokenizer: Any, context: int | None) -> P
     return Prompter(tokenizer, config.template, context, parse_template_kwargs(config.template_kwargs))
 
 
-def limits_of(config: MeasureConfig, models: Sequence[tuple[Any, int | None]], *, reads_prompts: bool) -> TokenLimits:
-    """How long the pairs may be that models are measured on.
+def limits_of(config: MeasureConfig, tokenizer: Any, context: int | None, *, reads_prompts: bool) -> TokenLimits:
+    """How long the pairs may be that a model of this tokenizer and context is measured on.
 
-    models: the tokenizer and the context of each; the first one's tokens count. reads_prompts: whether they are to read
-    prompts, which then have to leave room for an answer in each context.
+    reads_prompts: whether it is to read prompts, which then have to leave room for an answer in the context.
     """
-    prompters = [prompter_of(config, *model) for model in models] if reads_prompts else []
-
-    def fits(turns: Sequence[Message]) -> bool:
-        return all(prompter.fits(turns) for prompter in prompters)
-
-    return TokenLimits(models[0][0], config.max_prompt_tokens, config.max_answer_tokens, fits)
+    fits = prompter_of(config, tokenizer, context).fits if reads_prompts else None
+    return TokenLimits(tokenizer, config.max_prompt_tokens, config.max_answer_tokens, fits)
 
 
 def check_scorers(config: LaserConfig | CompareConfig, *, pairs: bool = True) -> None:

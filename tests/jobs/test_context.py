@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import transformers
+from transformers import AutoTokenizer
 
 from splaser_plugin import CompareConfig, LaserConfig, compare, laser
 from splaser_plugin.data.pairs import BEYOND
-from splaser_plugin.errors import PairsError
+from splaser_plugin.errors import ModelError, PairsError
 from tests.builders import QUICK, tiny_llama
 
 WORDS = "apples " * 80
@@ -52,6 +55,19 @@ def test_none_left_is_refused_before_the_model_loads(small, monkeypatch):
 def test_pairs_are_compared_that_every_model_has_room_for(tiny_folder, small, minilm):
     found = compare([tiny_folder, small], BOTH, config=CompareConfig(embedder=str(minilm), max_new_tokens=4))
     assert found.pairs.dropped == {BEYOND: 4}
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [("", "the tokenizer has no chat template"), ("{{ raise_exception('no') }}", "the chat temp")],
+)
+def test_a_comparison_names_the_model_whose_chat_template_cannot_be_used(tiny_folder, small, minilm, template, said):
+    (small / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(small)
+    with pytest.raises(ModelError, match=f"^{re.escape(str(small))}: {said}"):
+        compare([tiny_folder, small], SHORT, config=CompareConfig(embedder=str(minilm), max_new_tokens=4))
 
 
 def test_what_reads_no_prompt_drops_none(small, text):
