@@ -199,7 +199,7 @@ class Study:
 
     @torch.no_grad()
     def _speed(self, found: dict[Matrix, Decomposition], ranks: dict[Matrix, int], storage: Storage) -> float:
-        """The model with factored layers and the dense one take turns; the best of the rounds counts."""
+        """By processor time: the model with factored layers and the dense one take turns; the best round counts."""
         reduced = {matrix: rank for matrix, rank in ranks.items() if rank < min(matrix.shape)}
         dense = {matrix.name: self.model.get_submodule(matrix.name) for matrix in reduced}
         factored = {
@@ -213,9 +213,9 @@ class Study:
                 for place, module in layers.items():
                     parent, _, child = place.rpartition(".")
                     setattr(self.model.get_submodule(parent), child, module)
-                started = time.perf_counter()
+                started = time.process_time()
                 self.model(ids)
-                best[name] = min(best[name], time.perf_counter() - started)
+                best[name] = min(best[name], time.process_time() - started)
         return best["dense"] / best["factored"]
 
     def singles(self, count: int) -> Iterator[tuple[Matrix, int, float]]:

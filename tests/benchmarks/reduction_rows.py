@@ -35,8 +35,8 @@ class Row:
     margin_error: float | None = None
     """Standard error of `margin`, over pairs."""
     speed: float | None = None
-    """Tokens a second of a forward pass through the factored layers, over those of the dense model; None where it
-    wasn't asked for."""
+    """Tokens a second of processor time of a forward pass through the factored layers, over those of the dense model;
+    None where it wasn't asked for."""
     windows: Sequence[float] = ()
     """What `loss` is the mean of."""
 
