@@ -168,4 +168,4 @@ def test_the_lowest_versions_that_are_tried_are_those_that_are_allowed():
     lists = re.findall(r"^(?:dependencies|gguf|trl|eval|emit) = \[(.*?)\]", project, re.MULTILINE | re.DOTALL)
     allowed = {name for list in lists for name in re.findall(r'"(.*?)"', list) if "python_version" not in name}
     lines = (ROOT / ".ci" / "lowest.txt").read_text(encoding="utf-8").splitlines()
-    assert {line.replace("==", ">=") for line in lines if not line.startswith("#")} == allowed
+    assert {line.replace("==", ">=") for line in lines if "==" in line} == allowed
