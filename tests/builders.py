@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -55,13 +56,28 @@ def _is_written(dtype: torch.dtype) -> bool:
 
 WRITTEN = {name: dtype for name, dtype in DTYPES.items() if _is_written(dtype)}
 """What the safetensors library can write; its first versions lack some."""
+VOCABULARY = 2048
+"""Tokens of the tiny models: SmolLM2's first, which are those merged first."""
 
 
 # --- models
 
 
-def tiny_llama(seed: int = 0, vocabulary: int = 49152, **changes: Any):
-    """A two-block Llama that speaks SmolLM2's vocabulary."""
+def cut_tokenizer(source: Path, folder: Path, size: int) -> Path:
+    """Save a tokenizer's first `size` tokens, and the merges that make them."""
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(source / name, folder)
+    stored = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    kept = {token: number for token, number in stored["model"]["vocab"].items() if number < size}
+    merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in stored["model"]["merges"]]
+    stored["model"]["merges"] = [merge for merge in merges if {*merge, "".join(merge)} <= kept.keys()]
+    stored["model"]["vocab"] = kept
+    (folder / "tokenizer.json").write_text(json.dumps(stored), encoding="utf-8")
+    return folder
+
+
+def tiny_llama(seed: int = 0, vocabulary: int = VOCABULARY, **changes: Any):
+    """A two-block Llama that speaks the vocabulary of the tests' tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = {

@@ -12,6 +12,7 @@ from splaser_plugin.checkpoints.checkpoint import open_checkpoint
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.weights.loading import load_model
 from splaser_plugin.weights.stored import OF_ACTIVATIONS, StoredWeights
+from tests.builders import VOCABULARY
 from tests.tiny_models import CAUSAL, TEXT, build, change, configure, saved
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -129,7 +130,7 @@ def test_each_layout_is_read_as_the_weights_it_stands_for(layout, tmp_path):
 
 @needs_the_library
 def test_the_experts_of_a_mixture_are_put_together_and_loaded(tokenizer, tmp_path):
-    model = build("mixtral", CAUSAL["mixtral"] | {"vocab_size": 49152})
+    model = build("mixtral", CAUSAL["mixtral"] | {"vocab_size": VOCABULARY})
     meant = compressed(tmp_path, "pack-quantized", model)
     tokenizer.save_pretrained(tmp_path)
     loaded, _ = load_model(tmp_path, device="cpu")

@@ -15,6 +15,7 @@ from splaser_plugin.checkpoints.quantised import quantised_weights, read_weights
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.weights.loading import load_model
 from splaser_plugin.weights.stored import OF_ACTIVATIONS, StoredWeights
+from tests.builders import VOCABULARY
 from tests.tiny_models import CAUSAL, TEXT, build, change, configure, saved
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -192,7 +193,7 @@ def test_experts_of_a_mixture_are_put_together(tmp_path):
 @pytest.mark.slow
 def test_a_model_that_only_modelopts_own_file_tells_of_is_lasered_as_a_plain_one(tokenizer, pairs, tmp_path):
     """As its exports before 0.37. The file isn't in what is written, which is no longer quantised."""
-    meant = quantised(tmp_path / "in", "NVFP4", build("llama", WIDE | {"vocab_size": 49152}), settings=None)
+    meant = quantised(tmp_path / "in", "NVFP4", build("llama", WIDE | {"vocab_size": VOCABULARY}), settings=None)
     tokenizer.save_pretrained(tmp_path / "in")
     config = LaserConfig(
         embedder="self", max_new_tokens=4, candidates=1, device="cpu", ranks="0.5", accept="harmless", tolerance=5,

@@ -15,7 +15,7 @@ from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.loop import CACHE, BatchSize
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scoring.margin import MarginScorer
-from tests.builders import tiny_llama
+from tests.builders import VOCABULARY, tiny_llama
 from tests.tiny_models import build
 
 
@@ -159,7 +159,7 @@ def test_models_with_states_beside_keys_and_values_answer_alike_in_batches(token
     torch.manual_seed(1)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     state = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
-    config = FalconH1Config(vocab_size=49152, num_key_value_heads=2, initializer_range=0.3, **sizes, **state)
+    config = FalconH1Config(vocab_size=VOCABULARY, num_key_value_heads=2, initializer_range=0.3, **sizes, **state)
     model = FalconH1ForCausalLM(config).eval()
     free = generator(model, tokenizer, batch_size=1).answer(prompts)
     model.generation_config.eos_token_id = [answer.tokens[2] for answer in free[:3]]
@@ -288,7 +288,7 @@ def test_models_of_every_kind_answer_a_batch_as_each_prompt_alone(kind, tokenize
         "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512},
         "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
     }[kind]
-    model = build(kind, {"vocab_size": 49152, "eos_token_id": 2, "bos_token_id": 1, **settings})
+    model = build(kind, {"vocab_size": VOCABULARY, "eos_token_id": 2, "bos_token_id": 1, **settings})
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

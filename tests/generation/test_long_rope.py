@@ -12,7 +12,7 @@ from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.generation.teacher_forcing import forced_means, mean_log_probabilities
 from splaser_plugin.scoring.embedding import SelfEmbedder
 from splaser_plugin.weights.in_memory import Weights
-from tests.builders import tiny_llama
+from tests.builders import VOCABULARY, tiny_llama
 
 TURN = 64
 
@@ -22,7 +22,7 @@ def model():
     """Beyond 64 tokens its positions are others."""
     torch.manual_seed(0)
     sizes = {
-        "vocab_size": 49152, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 2,
         "eos_token_id": 2, "bos_token_id": 1, "max_position_embeddings": 512,
         "original_max_position_embeddings": TURN,
@@ -35,7 +35,7 @@ def model():
 def prompts():
     """Before the turning point, beyond it, and on both sides while the answer grows."""
     torch.manual_seed(1)
-    return [torch.randint(5, 40_000, (length,)).tolist() for length in (8, 100, 12, 60, 90, 20, 62)]
+    return [torch.randint(5, VOCABULARY, (length,)).tolist() for length in (8, 100, 12, 60, 90, 20, 62)]
 
 
 def test_the_turning_point_is_read_from_the_configuration(model):

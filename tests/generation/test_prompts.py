@@ -15,7 +15,7 @@ from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scoring.scorers import Material, Scorers
 from splaser_plugin.weights.loading import context_length
-from tests.builders import tiny_llama
+from tests.builders import VOCABULARY, tiny_llama
 from tests.planted import Facts
 
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -127,7 +127,7 @@ def test_the_context_of_a_composite_model_is_that_of_its_language_model(tokenize
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     text = {
-        "vocab_size": 49152, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64,
     }  # fmt: skip
     vision = {

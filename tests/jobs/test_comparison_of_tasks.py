@@ -163,7 +163,7 @@ def test_something_has_to_be_measured(splaser, tiny_folder, tmp_path):
 
 
 @pytest.mark.real
-def test_smollm2_knows_what_it_can_choose(smollm2, tokenizer, tmp_path):
+def test_smollm2_knows_what_it_can_choose(smollm2, whole_tokenizer, tmp_path):
     facts = [("Paris", "France", "Peru"), ("Rome", "Italy", "Chad"), ("Tokyo", "Japan", "Cuba")]
     rows = [
         {"question": f"In which country lies {city}?", "choices": [right, wrong], "label": 0}
@@ -172,7 +172,7 @@ def test_smollm2_knows_what_it_can_choose(smollm2, tokenizer, tmp_path):
     save_choices(tmp_path, rows=rows)
     config = CompareConfig(tasks="colours", tasks_path=str(tmp_path), device="cpu")
     found = compare([smollm2], config=config).figures()[0]
-    acc, acc_norm = right_choices(AutoModelForCausalLM.from_pretrained(smollm2).eval(), tokenizer, rows)
+    acc, acc_norm = right_choices(AutoModelForCausalLM.from_pretrained(smollm2).eval(), whole_tokenizer, rows)
     assert (found["lm-eval:colours:acc"].value, found["lm-eval:colours:acc_norm"].value) == (
         np.mean(acc),
         np.mean(acc_norm),

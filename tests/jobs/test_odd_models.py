@@ -15,7 +15,7 @@ from splaser_plugin.errors import ScoreError, SplaserError
 from splaser_plugin.scanning.scan import scan as run_scan
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.weights.in_memory import Weights
-from tests.builders import FLAGS, tiny_llama
+from tests.builders import FLAGS, VOCABULARY, tiny_llama
 
 GENERATOR = torch.Generator().manual_seed(0)
 NOISE = torch.randn(16, 24, generator=GENERATOR)
@@ -101,7 +101,7 @@ def always(token):
     model = tiny_llama()
     with torch.no_grad():
         model.model.norm.weight.zero_()
-        model.lm_head = torch.nn.Linear(32, 49152, bias=True)
+        model.lm_head = torch.nn.Linear(32, VOCABULARY, bias=True)
         model.lm_head.weight.zero_()
         model.lm_head.bias.zero_()
         model.lm_head.bias[token] = 1

@@ -93,7 +93,7 @@ def test_a_perplexity_that_is_too_large_for_a_number_is_none():
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        (b"short", {}, r"text .*: 1 tokens make 0 windows of 16, expected at least 2.*smaller window"),
+        (b"short", {}, r"text .*: 2 tokens make 0 windows of 16, expected at least 2.*smaller window"),
         (b"caf\xe9 " * 50, {}, r"not UTF-8 \(at byte 3\)"),
         (b"word " * 500, {"context": 8}, r"window 16: longer than the model's context of 8 tokens"),
     ],

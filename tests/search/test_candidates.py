@@ -191,11 +191,11 @@ def test_a_matrix_that_was_reduced_twice_is_rebuilt_bit_for_bit(tmp_path):
         assert torch.equal(mine, theirs)
 
 
-def test_a_planted_harmful_component_is_predicted_best(tokenizer, pairs):
+def test_a_planted_harmful_component_is_predicted_best(whole_tokenizer, pairs):
     """One matrix of low rank gets one more, small component, along which the margin falls most steeply."""
-    model = tiny_llama()
+    model = tiny_llama(vocabulary=len(whole_tokenizer))
     weights = Weights(model)
-    scorer = MarginScorer(model, Prompter(tokenizer, "chatml", 512), pairs_from_rows(pairs).pairs, batch_size=4)
+    scorer = MarginScorer(model, Prompter(whole_tokenizer, "chatml", 512), pairs_from_rows(pairs).pairs, batch_size=4)
     matrix = next(matrix for matrix in weights.matrices()[0] if matrix.name == "model.layers.1.mlp.up_proj")
     weights.reduce(matrix, 16)
     left, values, right = torch.linalg.svd(weights.read(matrix), full_matrices=False)

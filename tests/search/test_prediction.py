@@ -17,7 +17,7 @@ from splaser_plugin.search import prediction
 from splaser_plugin.search.prediction import Sensitivity, sensitivities
 from splaser_plugin.spectra.spectrum import components
 from splaser_plugin.weights.in_memory import Weights
-from tests.builders import tiny_llama
+from tests.builders import VOCABULARY, tiny_llama
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def tiny_gpt2():
 
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=49152, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.3,
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.3,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
@@ -47,7 +47,7 @@ def tiny_mixtral():
 
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=49152, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, head_dim=8, initializer_range=0.3,
     )  # fmt: skip
     return MixtralForCausalLM(config).eval()

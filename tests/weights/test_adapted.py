@@ -16,7 +16,7 @@ from splaser_plugin.errors import ModelError
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.weights.adapted import restore_base
-from tests.builders import tiny_llama
+from tests.builders import VOCABULARY, tiny_llama
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 def mixtral():
     """Its experts are two parameters a block."""
     sizes = {
-        "vocab_size": 49152, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 512,
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "initializer_range": 0.3,
     }  # fmt: skip

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.weights.loading import load_model
-from tests.builders import tiny_llama
+from tests.builders import VOCABULARY, tiny_llama
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def folders(tmp_path, tokenizer):
         base.save_pretrained(tmp_path / "base")
         tokenizer.save_pretrained(tmp_path / "base")
         if added:
-            base.resize_token_embeddings(49152 + added, mean_resizing=False)
+            base.resize_token_embeddings(VOCABULARY + added, mean_resizing=False)
         model = get_peft_model(base, LoraConfig(**{"r": 4, "target_modules": ["q_proj", "down_proj"], **changes}))
         torch.manual_seed(3)
         with torch.no_grad():
@@ -104,7 +104,9 @@ def test_added_tokens_without_their_embeddings_are_refused(folders, tokenizer):
     own = copy.deepcopy(tokenizer)
     own.add_tokens(["<first>", "<second>"], special_tokens=True)
     base, adapter, _ = folders(added=2, embeddings=False, own_tokenizer=own)
-    message = r"trained with a vocabulary of 49154, the base model's is 49152, .*save_embedding_layers=True"
+    message = (
+        f"trained with a vocabulary of {VOCABULARY + 2}, the base model's is {VOCABULARY}, .*save_embedding_layers=True"
+    )
     with pytest.raises(CheckpointError, match=message):
         load_model(base, device="cpu", adapter=adapter)
 

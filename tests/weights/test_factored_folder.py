@@ -146,9 +146,9 @@ def test_expanding_a_run_that_kept_nothing_copies_it(tiny_folder, tmp_path):
 
 def test_expanding_onto_a_disk_too_small_is_refused_before_anything_is_written(run, tmp_path, monkeypatch):
     _, out = run
-    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OutputError, match=r"dense: needs \d+\.\d MB, but 1\.0 MB are free there\. Make room there"):
+    with pytest.raises(OutputError, match=r"dense: needs \d+\.\d MB, but 0\.1 MB are free there\. Make room there"):
         expand(out, output=tmp_path / "dense")
     assert list(tmp_path.iterdir()) == []
 

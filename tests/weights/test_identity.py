@@ -70,14 +70,14 @@ def test_another_fine_tune_has_another_identity(name, tmp_path):
 
 
 def test_a_recipe_of_version_0_1_is_applied_to_its_weights_and_to_no_others():
-    weights = Weights(tiny_llama())
+    weights = Weights(tiny_llama(vocabulary=49152))
     recipe = Recipe("tiny", weights.identity_of_version_0_1(), "float32", (), {}, LaserConfig(), {})
     carry_out(recipe, weights)
     assert recipe.weights_identity == "c29fcb031b3f0f343a8f9310ef96953d18bfb96dd3b38fb972ca98341e2326d7", (
         "as 0.1 computed it"
     )
     with pytest.raises(RecipeError, match="was made for weights"):
-        carry_out(recipe, Weights(tiny_llama(seed=1)))
+        carry_out(recipe, Weights(tiny_llama(seed=1, vocabulary=49152)))
 
 
 def test_a_recipe_is_not_applied_in_another_dtype():

@@ -19,6 +19,7 @@ from splaser_plugin.weights.loading import load_model
 from splaser_plugin.weights.model_source import find_model
 from tests.architectures.sweep import loader
 from tests.architectures.tiny import tiny_config
+from tests.builders import VOCABULARY
 from tests.tiny_models import CAUSAL, CLIP, TEXT, build, change, configure, saved
 
 QUICK = LaserConfig(
@@ -38,7 +39,7 @@ def tensors_of(folder):
 
 
 def large(settings):
-    return settings | {"vocab_size": 49152}
+    return settings | {"vocab_size": VOCABULARY}
 
 
 def test_a_multimodal_model_is_lasered_through_its_text_and_written_whole(tokenizer, pairs, tmp_path):

@@ -17,7 +17,7 @@ from tests.builders import QUICK, THREE_PAIRS, tiny_llama
 pytestmark = pytest.mark.slow
 
 IDS = torch.arange(5, 25)[None]
-HALF = ("cpu=12.64MB",)
+HALF = ("cpu=0.58MB",)
 """Room for the embedding and one block of the tiny model beside its head, which the CPU has to bring in from disk."""
 CONFIG = LaserConfig(**{**QUICK, "device": "auto"})
 
@@ -105,7 +105,7 @@ def test_files_of_the_model_itself_are_never_written_to(tiny_folder):
 
 
 def test_a_spread_model_is_saved_in_files_of_bounded_size(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("splaser_plugin.weights.factored_folder.OFFLOADED_SHARD", "7MB")
+    monkeypatch.setattr("splaser_plugin.weights.factored_folder.OFFLOADED_SHARD", "300KB")
     recipe = laser(tiny_folder, THREE_PAIRS, config=CONFIG, output=tmp_path / "whole").recipe
     config = ApplyConfig(device_map="auto", max_memory=HALF)
     apply(recipe, tiny_folder, config=config, output=tmp_path / "spread")
@@ -127,7 +127,7 @@ def test_a_tied_head_stays_tied_after_a_forward_pass(tmp_path):
     folder = tmp_path / "tied"
     tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, device_map="auto", max_memory={"cpu": "3MB"}, offload_folder=str(tmp_path / "store")
+        folder, device_map="auto", max_memory={"cpu": "120KB"}, offload_folder=str(tmp_path / "store")
     )
     logits(model)
     weights, plain = Weights(model), Weights(tiny_llama(tie_word_embeddings=True))

@@ -17,6 +17,7 @@ from splaser_plugin.weights.adapted import weights_of
 from splaser_plugin.weights.loading import find_model, load_model
 from splaser_plugin.weights.rest import rest_of
 from splaser_plugin.weights.stored import OF_ACTIVATIONS, StoredWeights
+from tests.builders import VOCABULARY
 from tests.planted import Facts
 from tests.reference import as_transformers
 from tests.tiny_models import CAUSAL, TEXT, build, change, configure, saved
@@ -177,7 +178,7 @@ def test_a_block_size_that_is_none_is_refused(block, tmp_path):
         scan(tmp_path)
 
 
-LARGE = {"vocab_size": 49152}
+LARGE = {"vocab_size": VOCABULARY}
 QUICK = LaserConfig(
     embedder="self", max_new_tokens=4, candidates=2, device="cpu", ranks="0.5", accept="harmless", tolerance=5
 )
