@@ -21,7 +21,7 @@ from splaser_plugin.errors import CheckpointError, ConfigError, PairsError, Text
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.jobs.compare import OTHER_TOKENS, UNBOUNDED, Comparison, Measured, compare
 from splaser_plugin.scoring.scores import Scores
-from tests.builders import tiny_llama
+from tests.builders import VOCABULARY, tiny_llama
 from tests.reference import one_token_at_a_time
 
 QUICK = {"max_new_tokens": 5, "window": 16, "samples": 9, "device": "cpu"}
@@ -168,7 +168,7 @@ def test_without_a_text_or_rejected_answers_their_metrics_are_left_out(tiny_fold
 def test_figures_a_token_are_not_compared_between_tokenizers(tiny_folder, pairs, settings, tmp_path):
     from transformers import AutoTokenizer
 
-    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_llama(vocabulary=VOCABULARY + 1).save_pretrained(tmp_path / "model")
     changed = AutoTokenizer.from_pretrained(tiny_folder)
     changed.add_tokens(["France"])
     changed.save_pretrained(tmp_path / "model")

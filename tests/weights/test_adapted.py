@@ -38,7 +38,7 @@ def mixtral():
 def resized():
     """With two tokens more than the base model."""
     model = tiny_llama()
-    model.resize_token_embeddings(49154, mean_resizing=False)
+    model.resize_token_embeddings(VOCABULARY + 2, mean_resizing=False)
     return model
 
 
