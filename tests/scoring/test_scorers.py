@@ -319,7 +319,7 @@ def test_auto_scorers_and_reducers_follow_the_objective():
 def test_an_engine_is_started_for_the_longest_prompt_with_what_the_template_writes(
     compared, tiny_folder, minilm, monkeypatch
 ):
-    rows = [{"prompt": "apples " * count, "chosen": "Yes.", "rejected": "No."} for count in (*range(1, 14), 40)]
+    rows = [{"prompt": "the " * count, "chosen": "Yes.", "rejected": "No."} for count in (*range(1, 14), 40)]
     options = {"engine": "vllm", "max_prompt_tokens": 41, "embedder": str(minilm), "device": "cpu"}
     asked = []
 
