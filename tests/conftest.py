@@ -91,6 +91,17 @@ def tiny_folder(tmp_path_factory, tokenizer) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def whole_folder(tmp_path_factory, whole_tokenizer) -> Path:
+    """A two-block Llama with all of SmolLM2's tokens, whose embedding is most of it, as in many models."""
+    from tests.builders import tiny_llama
+
+    folder = tmp_path_factory.mktemp("models") / "whole"
+    tiny_llama(vocabulary=len(whole_tokenizer)).save_pretrained(folder)
+    whole_tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def pairs() -> list[dict[str, str]]:
     """Four preference pairs as rows."""

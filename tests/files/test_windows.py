@@ -19,13 +19,13 @@ PACKAGES = ("splaser_plugin", "integrations")
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="its rules are made up of Linux's")
-def test_a_scan_and_two_runs_end_under_windows_rules_as_they_do_here(tiny_folder, tmp_path):
+def test_a_scan_and_two_runs_end_under_windows_rules_as_they_do_here(whole_folder, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"Name {what}.", "chosen": f"{what} it is.", "rejected": "No."} for what in "abcdefghijklmn"]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     theirs.mkdir(), ours.mkdir()
-    command = [*RULES, str(tiny_folder), str(pairs), str(theirs)]
+    command = [*RULES, str(whole_folder), str(pairs), str(theirs)]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -35,9 +35,9 @@ def test_a_scan_and_two_runs_end_under_windows_rules_as_they_do_here(tiny_folder
     assert unchanged == "True"
     assert files == "[1, 2, 2, 2]", "the one of before is read while the matrix is reduced, and goes with the next"
     assert stopped == "['.splaser-statistics', 'journal.jsonl']"
-    scan(tiny_folder, output=ours / "scan.json")
-    laser(str(tiny_folder), str(pairs), config=LaserConfig(**TO_RESUME), output=ours / "out")
-    laser(str(tiny_folder), str(pairs), config=LaserConfig(**TO_COMPRESS), output=ours / "reduced")
+    scan(whole_folder, output=ours / "scan.json")
+    laser(str(whole_folder), str(pairs), config=LaserConfig(**TO_RESUME), output=ours / "out")
+    laser(str(whole_folder), str(pairs), config=LaserConfig(**TO_COMPRESS), output=ours / "reduced")
     assert sorted(path.name for path in theirs.iterdir()) == sorted(path.name for path in ours.iterdir())
     for out in ("out", "reduced"):
         names = sorted(path.name for path in (ours / out).iterdir())

@@ -14,11 +14,12 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def found(tiny_folder, tmp_path_factory) -> Path:
+def found(whole_folder, tmp_path_factory) -> Path:
     """Folder with what each way found, in one process and in two."""
     folder = tmp_path_factory.mktemp("ways")
     with_deepspeed = (*ZERO_WAYS, *ZERO_REFUSED) if HAS_DEEPSPEED else ()
-    run_ways(folder, tiny_folder, *WAYS, *with_deepspeed, *REFUSED)  # after the last one the processes don't meet again
+    # after the last one the processes don't meet again
+    run_ways(folder, whole_folder, *WAYS, *with_deepspeed, *REFUSED)
     return folder
 
 

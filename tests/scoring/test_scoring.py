@@ -210,7 +210,7 @@ def test_pairs_that_differ_only_where_nothing_is_read_are_counted_and_it_is_said
     splaser, tiny_folder, minilm, tmp_path
 ):
     rows = [{"prompt": f"Question {n}?", "chosen": CHINESE + " yes", "rejected": CHINESE + " no"} for n in range(12)]
-    flags = ["--embedder", minilm, "--max-new-tokens", 4, "--candidates", 1, "--json"]
+    flags = ["--embedder", minilm, "--max-new-tokens", 4, "--candidates", 1, "--json", "--max-answer-tokens", 4096]
     source = save_rows(tmp_path / "rows.jsonl", rows)
     code, printed, stderr = splaser("laser", tiny_folder, "--pairs", source, "-o", tmp_path / "out", *flags)
     assert code == 0, stderr

@@ -83,9 +83,11 @@ def test_each_guard_has_to_agree_and_the_one_that_refuses_is_named(candidates):
 
 
 @pytest.mark.slow
-def test_a_search_by_margin_keeps_nothing_that_costs_the_chosen_answers(tiny_folder, pairs, text):
+def test_a_search_by_margin_keeps_nothing_that_costs_the_chosen_answers(whole_folder, pairs, text):
     options = {**QUICK, "candidates": 6, "scorer": "margin", "tolerance": 1e-5, "text": text, "window": 16}
-    found = {guard: laser(tiny_folder, pairs, config=LaserConfig(**options, guard=guard)) for guard in ("none", "auto")}
+    found = {
+        guard: laser(whole_folder, pairs, config=LaserConfig(**options, guard=guard)) for guard in ("none", "auto")
+    }
     tried = {guard: result.results()["candidates"] for guard, result in found.items()}
     assert any(trial["verdict"] == "kept" for trial in tried["none"])
     refused = [trial for trial in tried["auto"] if trial["verdict"] == "guarded"]
@@ -99,11 +101,11 @@ def test_many_small_losses_do_not_pass_the_guard_one_by_one(candidates):
 
 
 @pytest.mark.slow
-def test_a_guard_of_perplexity_keeps_fewer_changes_of_the_answers(text, tiny_folder, pairs):
+def test_a_guard_of_perplexity_keeps_fewer_changes_of_the_answers(text, whole_folder, pairs):
     options = {**QUICK, "text": text, "window": 16}
-    free = laser(tiny_folder, pairs, config=LaserConfig(**options))
+    free = laser(whole_folder, pairs, config=LaserConfig(**options))
     config = LaserConfig(**options, guard="perplexity:1.0001")
-    result = laser(tiny_folder, pairs, config=config)
+    result = laser(whole_folder, pairs, config=config)
     judged = [(trial["verdict"], trial["guard_loss"]) for trial in result.results()["candidates"]]
     assert "guarded" in [verdict for verdict, _ in judged]
     assert all((loss > 1.0001) == (verdict == "guarded") for verdict, loss in judged if loss is not None)

@@ -68,7 +68,7 @@ def change_of_margin(scorer, weights, matrix, change):
     ("model_of", "dtype", "step", "tolerance"),
     [
         (tiny_gpt2, torch.float64, 1e-5, 1e-6),
-        (tiny_llama, torch.float64, 1e-2, 1e-2),  # its norms are computed in float32
+        (tiny_llama, torch.float64, 3e-3, 1e-2),  # its norms are computed in float32
         (tiny_mixtral, torch.float32, 1e-2, 2e-2),
     ],
 )
