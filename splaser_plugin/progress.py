@@ -90,19 +90,19 @@ def default_progress() -> Progress:
     return Bars() if hasattr(shell, "kernel") else SILENT
 
 
-_measured: ContextVar[Advance] = ContextVar("measured", default=ignore)
+_count: ContextVar[Advance] = ContextVar("count", default=ignore)
 
 
 @contextmanager
 def counting(advance: Advance) -> Iterator[None]:
-    """Hand on what `measured` tells inside, in items of a scorer."""
-    before = _measured.set(advance)
+    """Hand on what `count_items` tells inside, in items of a scorer."""
+    before = _count.set(advance)
     try:
         yield
     finally:
-        _measured.reset(before)
+        _count.reset(before)
 
 
-def measured(items: float) -> None:
+def count_items(items: float) -> None:
     """Called by whatever measures a model, as soon as this process is done with some of the items."""
-    _measured.get()(items)
+    _count.get()(items)

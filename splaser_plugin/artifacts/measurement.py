@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from splaser_plugin.artifacts.results import Measured, Results
+from splaser_plugin.artifacts.results import Results, Scored
 from splaser_plugin.config.tasks import task_of
 from splaser_plugin.progress import duration
 
@@ -94,6 +94,6 @@ def _items(run: Results, settings: Mapping[str, Any]) -> str:
     return f"{run.pairs.source}: {parts}" + (f"; dropped: {dropped}" if dropped else "")
 
 
-def _counts(whose: str, measured: Measured) -> AnswerCounts:
+def _counts(whose: str, measured: Scored) -> AnswerCounts:
     counts = (measured.cut_answers, measured.empty_answers, measured.half_read_answers)
     return AnswerCounts(whose, len(measured.answers), *counts)

@@ -67,7 +67,7 @@ class Texts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Scored:
     """A model's scores of all items."""
 
     score: Number
@@ -163,8 +163,8 @@ class Verdict:
     better: Whole
     worse: Whole
     equal: Whole
-    base: Measured
-    result: Measured
+    base: Scored
+    result: Scored
 
     @property
     def items(self) -> int:
@@ -251,8 +251,8 @@ class Results:
     """What a score is of: `pairs`, `windows` of text, or `documents` of a task."""
     compared_with: Literal["best", "base"] = "best"
     """What each candidate had to beat or to equal: the best model so far, or the base."""
-    baseline: Measured
-    final: Measured
+    baseline: Scored
+    final: Scored
     generated_tokens: Whole = 0
     elapsed_s: Number | None = None
     """From the loaded model to the verdict, in this process; None in files that don't say."""
@@ -385,7 +385,7 @@ def _interval(differences: Sequence[float]) -> tuple[float, float] | None:
     return paired_bootstrap(differences, risk=RISK, seed=0, resamples=RESAMPLES)
 
 
-def _exchanges(asked: Sequence[Asked], before: Measured, after: Measured, *, is_held_out: bool) -> tuple[Exchange, ...]:
+def _exchanges(asked: Sequence[Asked], before: Scored, after: Scored, *, is_held_out: bool) -> tuple[Exchange, ...]:
     if not asked or not before.answers or not after.answers:
         return ()
     scored = zip(asked, before.answers, after.answers, before.per_pair, after.per_pair, strict=True)

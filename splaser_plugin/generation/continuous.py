@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from splaser_plugin.errors import ModelError, ScoreError
 from splaser_plugin.generation.engines import answering, obstacle
 from splaser_plugin.generation.evaluation import evaluating, plain_generation
-from splaser_plugin.progress import measured
+from splaser_plugin.progress import count_items
 
 LEAST_VERSION = (5, 24)
 """Of transformers, the first with the interface used here."""
@@ -73,7 +73,7 @@ class ContinuousBatching:
                     raise RuntimeError(output.error)
                 if output is not None and output.is_finished():
                     found[int(output.request_id)] = output
-                    measured(1)
+                    count_items(1)
         return [found[place] for place in range(len(prompts))]
 
     def _config(self, longest: int) -> Any:

@@ -24,7 +24,7 @@ from splaser_plugin.errors import ModelError, ScoreError
 from splaser_plugin.generation.evaluation import MODEL_ERRORS, evaluating, plain_generation
 from splaser_plugin.generation.kv_cache import RoomyLayer, roomy_cache
 from splaser_plugin.generation.long_rope import side, turning_point
-from splaser_plugin.progress import measured
+from splaser_plugin.progress import count_items
 
 FIRST_BATCH = 8
 LEAST_GAIN = 1.1
@@ -148,7 +148,7 @@ class Loop:
                 if tokens and not self.is_sharded and self._left(rooms[index], said[index]):
                     waiting.append(index)
                 else:
-                    measured(1)
+                    count_items(1)
         return said
 
     def _together(self, waiting: list[int], prompts: Sequence[Sequence[int]], rooms: Sequence[int]) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from splaser_plugin.distributed import input_device, is_sharded
 from splaser_plugin.generation.evaluation import evaluating, failures_told
 from splaser_plugin.generation.long_rope import batches, turning_point
-from splaser_plugin.progress import measured
+from splaser_plugin.progress import count_items
 
 LOGITS_ROWS = 2048
 """About how many tokens one forward pass predicts: every one has logits over the whole vocabulary."""
@@ -57,7 +57,7 @@ def mean_log_probabilities(
     answers: Sequence[Sequence[int]],
     *,
     batch_size: int,
-    done: Callable[[int], None] = measured,
+    done: Callable[[int], None] = count_items,
 ) -> list[float]:
     """`forced_means` of any number of answers. The model is in evaluation mode meanwhile.
 

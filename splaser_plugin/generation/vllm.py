@@ -18,7 +18,7 @@ from splaser_plugin.distributed import process_count
 from splaser_plugin.errors import ModelError, ScoreError
 from splaser_plugin.generation.engines import PROBES, answering, obstacle
 from splaser_plugin.generation.evaluation import plain_generation
-from splaser_plugin.progress import measured
+from splaser_plugin.progress import count_items
 
 MEMORY_SHARE = 0.4
 """Of an accelerator, for the copy of the model and the cache of its answers."""
@@ -64,7 +64,7 @@ class Vllm:
             found = self._answers([prompts[place] for place in going], [rooms[place] for place in going])
         if any(math.isnan(likelihood) for _, likelihoods in found for likelihood in likelihoods):
             raise ScoreError("the model's logits are nan, so that it has no answers.")
-        measured(len(prompts))
+        count_items(len(prompts))
         said: list[list[int]] = [[] for _ in prompts]
         for place, (tokens, _) in zip(going, found, strict=True):
             said[place] = tokens

@@ -45,7 +45,7 @@ NO_PAIRS = PairSet((), "none", {}, 0)
 
 
 @dataclass(frozen=True)
-class Measured:
+class ComparedModel:
     """What one model was measured to be."""
 
     model: str
@@ -99,7 +99,7 @@ RATIOS = ("perplexity", "tokens_per_s")
 class Comparison(Table):
     """Models measured on the same items."""
 
-    models: tuple[Measured, ...]
+    models: tuple[ComparedModel, ...]
     pairs: PairSet
     config: CompareConfig
     tasks: tuple[Documents, ...] = ()
@@ -153,7 +153,7 @@ class Comparison(Table):
         """
         write_json(path, self.to_dict())
 
-    def _figures(self, model: Measured) -> dict[str, Figure]:
+    def _figures(self, model: ComparedModel) -> dict[str, Figure]:
         first = self.models[0]
         is_first, same_tokens = model is first, model.tokens == first.tokens
         found = {}
@@ -176,7 +176,7 @@ class Comparison(Table):
             found["tokens_per_s"] = Figure(model.tokens_per_s, ratio, reason="one timing, in this run")
         return found
 
-    def _of_task(self, task: Documents, model: Measured, first: Measured) -> dict[str, Figure]:
+    def _of_task(self, task: Documents, model: ComparedModel, first: ComparedModel) -> dict[str, Figure]:
         is_first, values, base = model is first, model.tasks[task.name], first.tasks[task.name]
         means, base_means = task.by_mean(values), task.by_mean(base)
         found = {name: self._mean(_scores(means[name]), _scores(base_means[name]), is_first) for name in means}
@@ -262,7 +262,7 @@ def compare(
         progress.result("warning", pair_set.warning)
     for task in tasks:
         progress.fact("task", task.summary)
-    measured: list[Measured] = []
+    measured: list[ComparedModel] = []
     for source in sources:
         measured.append(_measure(source, pair_set, tasks, config, measured[0] if measured else None, progress))
         gc.collect()
@@ -314,9 +314,9 @@ def _measure(
     pairs: PairSet,
     tasks: Sequence[Documents],
     config: CompareConfig,
-    first: Measured | None,
+    first: ComparedModel | None,
     progress: Progress,
-) -> Measured:
+) -> ComparedModel:
     progress.fact("model", source.name)
     semantic = margin = text = None
     scorer, margins, generation_s = None, None, 0.0
@@ -351,7 +351,7 @@ def _measure(
     if semantic and semantic.half_read_answers:
         progress.result("warning", semantic.half_read_warning)
     both = [item for item, pair in enumerate(pairs) if margin and pair.rejected is not None]
-    return Measured(
+    return ComparedModel(
         model=source.name,
         semantic=semantic,
         margin=margin,

@@ -15,9 +15,9 @@ from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.artifacts.report import write_report
 from splaser_plugin.artifacts.results import (
     Asked,
-    Measured,
     NoVerdict,
     Results,
+    Scored,
     Texts,
     Tried,
     TriedBudget,
@@ -149,8 +149,8 @@ class LaserResult:
             engine=self.engine,
             unit=self.config.unit,
             compared_with="base" if self.config.acceptance == "harmless" else "best",
-            baseline=_measured(self.search.baseline),
-            final=_measured(self.search.final),
+            baseline=_scores_of(self.search.baseline),
+            final=_scores_of(self.search.final),
             generated_tokens=self.search.generated_tokens,
             elapsed_s=None if self.elapsed_s is None else round(self.elapsed_s, 3),
             parameters_removed=self.search.parameters_removed,
@@ -214,8 +214,8 @@ class LaserResult:
         return run_file({"model": self.recipe.model, "pairs": source}, self.config.to_dict())
 
 
-def _measured(scores: Scores) -> Measured:
-    return Measured(
+def _scores_of(scores: Scores) -> Scored:
+    return Scored(
         score=scores.mean,
         per_pair=scores.values,
         answers=tuple(answer.text for answer in scores.answers),
@@ -244,8 +244,8 @@ def _verdict(held_out: HeldOut | None, split: str) -> Verdict | None:
         better=held_out.better,
         worse=held_out.worse,
         equal=held_out.equal,
-        base=_measured(held_out.base),
-        result=_measured(held_out.result),
+        base=_scores_of(held_out.base),
+        result=_scores_of(held_out.result),
     )
 
 

@@ -193,18 +193,18 @@ def measure_candidates(run: Run, measures: Measures, candidates: Sequence[Candid
     if run.config.reducer == "svd":
         return list(candidates)
     tried = list(dict.fromkeys(candidate.matrix for candidate in candidates))[: run.config.candidates]
-    reducer = _measured(run, measures, [matrix for matrix in run.matrices if matrix in set(tried)])
+    reducer = _reducer(run, measures, [matrix for matrix in run.matrices if matrix in set(tried)])
     left = [candidate for candidate in candidates if candidate.matrix in reducer.costs]
     if not left:
         raise MatrixError(f"none of {len(tried)} matrices can be measured: {reducer.left_out[0].reason}.")
     return left
 
 
-def plan(run: Run, measures: Measures) -> list[Budget]:
+def budgets_of(run: Run, measures: Measures) -> list[Budget]:
     """The budgets to try, from gentle to hard. Raises RankError when not even the gentlest can be reached."""
     config = run.config
     stored_smaller = [matrix for matrix in run.matrices if is_factorable(run.weights.model, matrix)]
-    reducer = _measured(run, measures, stored_smaller)
+    reducer = _reducer(run, measures, stored_smaller)
 
     def planned() -> list[Budget]:
         entries = sum(math.prod(matrix.shape) for matrix in run.matrices)
@@ -213,7 +213,7 @@ def plan(run: Run, measures: Measures) -> list[Budget]:
     return run.journal.once("budgets", (), planned, packed, lambda stored: unpacked(stored, run.matrices))
 
 
-def _measured(run: Run, measures: Measures, matrices: Sequence[Matrix]) -> MeasuredReducer:
+def _reducer(run: Run, measures: Measures, matrices: Sequence[Matrix]) -> MeasuredReducer:
     """What is known of these matrices, which from now on are reduced by it."""
     config, rows = run.config, measures.calibration
     if rows:
@@ -229,7 +229,7 @@ def _measured(run: Run, measures: Measures, matrices: Sequence[Matrix]) -> Measu
 def search_and_compare(run: Run, measures: Measures, scan: Scan) -> tuple[SearchResult, Verdicts]:
     """The search, and what its result and the base model say on what is held out."""
     config, journal, progress = run.config, run.journal, run.progress
-    budgets = plan(run, measures) if config.tries_budgets else []
+    budgets = budgets_of(run, measures) if config.tries_budgets else []
     ordered = [] if config.tries_budgets else order_candidates(run, measures, scan)
     candidates = measure_candidates(run, measures, ordered) if ordered else []
     judge = _judge(run, measures, 0 if budgets else min(config.candidates, len(candidates)))

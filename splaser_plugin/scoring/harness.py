@@ -15,7 +15,7 @@ from splaser_plugin.distributed import input_device, is_out_of_memory, share
 from splaser_plugin.errors import ModelError, ScoreError, TaskError
 from splaser_plugin.generation.evaluation import MODEL_ERRORS, evaluating
 from splaser_plugin.generation.teacher_forcing import fitting_batch
-from splaser_plugin.progress import measured
+from splaser_plugin.progress import count_items
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.scoring.tasks import FEW_SHOT_SEED, Documents, Values, reason_of
 
@@ -52,7 +52,7 @@ class Harness:
             part = items[start : start + self.batch_size]
             answered |= {item: [_anew(request) for request in asked.requests[item]] for item in part}
             self._answer(asked.name, [request for item in part for request in answered[item]])
-            measured(len(part))
+            count_items(len(part))
         try:
             return asked.results(items, answered)
         except TaskError:

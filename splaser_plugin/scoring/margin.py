@@ -10,7 +10,7 @@ from splaser_plugin.data.pairs import Pair
 from splaser_plugin.distributed import share
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.generation.teacher_forcing import fitting_batch, mean_log_probabilities
-from splaser_plugin.progress import measured
+from splaser_plugin.progress import count_items
 from splaser_plugin.scoring.scores import Scores
 
 
@@ -46,7 +46,7 @@ class MarginScorer:
         answers = [self.answers[item][place] for item, place in wanted]
         an_answer = len({item for item, _ in wanted}) / len(wanted)
         return mean_log_probabilities(
-            self.model, prompts, answers, batch_size=self.batch_size, done=lambda count: measured(count * an_answer)
+            self.model, prompts, answers, batch_size=self.batch_size, done=lambda count: count_items(count * an_answer)
         )
 
 

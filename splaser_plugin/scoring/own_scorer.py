@@ -17,7 +17,7 @@ from splaser_plugin.data.pairs import Pair
 from splaser_plugin.distributed import share
 from splaser_plugin.errors import ScoreError, ScorerError
 from splaser_plugin.generation.evaluation import evaluating
-from splaser_plugin.progress import measured
+from splaser_plugin.progress import count_items
 from splaser_plugin.scoring.scores import Scores
 
 Function = Callable[[Any, Any, list[Pair]], Sequence[float]]
@@ -66,7 +66,7 @@ class CallableScorer:
             if not math.isfinite(value):
                 prompt = self._pairs[item].prompt
                 raise ScoreError(f"--scorer {self.name}: {value} for the pair '{prompt:.40}', expected a finite score.")
-        measured(len(items))
+        count_items(len(items))
         return values
 
 

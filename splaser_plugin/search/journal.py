@@ -16,7 +16,7 @@ from splaser_plugin.files.journal import JournalFile, parsed
 from splaser_plugin.files.output import JOURNAL, STATISTICS, hold, let_go
 from splaser_plugin.files.validation import InvalidRecordError, Number, Whole, validated
 from splaser_plugin.generation.generator import Answer
-from splaser_plugin.progress import measured
+from splaser_plugin.progress import count_items
 from splaser_plugin.scoring.scores import Scorer, Scores
 
 SCHEMA = "splaser.laser-journal/1"
@@ -228,7 +228,7 @@ def _unpacked(items: Sequence[int], stored: Any) -> Scores:
     packed = validated(_Packed, stored)
     if len(packed.values) != len(items) or len(packed.answers) not in (0, len(items)):
         raise ValueError("not one value for each item")
-    measured(len(items))
+    count_items(len(items))
     return Scores(tuple(items), packed.values, packed.answers)
 
 

@@ -19,7 +19,7 @@ from splaser_plugin.config.stages import CompareConfig
 from splaser_plugin.data.pairs import PairSet, pairs_from_rows
 from splaser_plugin.errors import CheckpointError, ConfigError, PairsError, TextError
 from splaser_plugin.generation.prompts import Prompter
-from splaser_plugin.jobs.compare import OTHER_TOKENS, UNBOUNDED, Comparison, Measured, compare
+from splaser_plugin.jobs.compare import OTHER_TOKENS, UNBOUNDED, ComparedModel, Comparison, compare
 from splaser_plugin.scoring.scores import Scores
 from tests.builders import VOCABULARY, tiny_llama
 from tests.reference import one_token_at_a_time
@@ -111,7 +111,7 @@ def planted(values):
     """A model as it was measured, but for what is planted here."""
     scores = Scores(tuple(range(len(values))), tuple(values))
     none = Scores((), ())
-    return Measured("m", scores, scores, none, scores, 1, 1, 1.0, ())
+    return ComparedModel("m", scores, scores, none, scores, 1, 1, 1.0, ())
 
 
 def planted_figures(first, second):
