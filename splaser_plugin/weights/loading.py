@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 import weakref
@@ -78,14 +79,14 @@ def load_tokenizer(source: ModelSource, adapter: str | Path = "") -> Any:
 
     Raises CheckpointError when it can't be loaded, or when the configuration, which transformers reads first, can't.
     """
-    known, name = source.tokenizers, str(adapter)
-    if name not in known:
+    known, place = source.read, ("tokenizer", str(adapter))
+    if place not in known:
         if adapter:
-            known[name] = _tokenizer_of_adapter(path_of(adapter), load_tokenizer(source))
+            known[place] = _tokenizer_of_adapter(path_of(adapter), load_tokenizer(source))
         else:
             _config(source)
-            known[name] = _tokenizer(source.name, source.folder, _files(source))
-    return known[name]
+            known[place] = _tokenizer(source.name, source.folder, _files(source))
+    return known[place]
 
 
 def stored_context(source: ModelSource) -> int | None:
@@ -94,12 +95,16 @@ def stored_context(source: ModelSource) -> int | None:
 
 
 def _config(source: ModelSource) -> Any:
+    """Read once for a source, and left as it is: of a .gguf file that takes seconds."""
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(source.folder, **_files(source))
-    except library_errors() as error:
-        raise _unloadable(error, source) from error
+    known, place = source.read, ("config", "")
+    if place not in known:
+        try:
+            known[place] = AutoConfig.from_pretrained(source.folder, **_files(source))
+        except library_errors() as error:
+            raise _unloadable(error, source) from error
+    return known[place]
 
 
 def _files(source: ModelSource) -> dict[str, Any]:
@@ -161,6 +166,7 @@ def _dequantised(source: ModelSource, config: Any, dtype: str | torch.dtype) -> 
 
     if source.checkpoint is None:
         raise ValueError("quantised weights come from a checkpoint")
+    config = copy.deepcopy(config)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         vars(part).pop("quantization_config", None)
     if not isinstance(dtype, torch.dtype):

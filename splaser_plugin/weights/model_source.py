@@ -38,8 +38,9 @@ class ModelSource:
     """Their size on disk."""
     quantised: Mapping[str, QuantisedWeight] = field(default_factory=dict)
     """Those weights that are stored as codes with scales, by name; they are loaded as what they stand for."""
-    tokenizers: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """Those that `load_tokenizer` has loaded, by the adapter's folder, empty for none."""
+    read: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False, compare=False)
+    """What `splaser_plugin.weights.loading` has read of it, once each: the configuration, and tokenizers, by the
+    adapter's folder, empty for none."""
 
     def dequantised_note(self, dtype: torch.dtype) -> str:
         """What a model of that dtype, loaded from quantised weights, is: for people."""

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, LlavaForConditionalGeneration
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from splaser_plugin import CompareConfig, LaserConfig, compare, laser
 from splaser_plugin.artifacts.recipe import Recipe
@@ -15,7 +15,7 @@ from splaser_plugin.checkpoints.checkpoint import open_checkpoint
 from splaser_plugin.checkpoints.quantised import read_weights
 from splaser_plugin.errors import CheckpointError, ModelError
 from splaser_plugin.jobs.apply import apply
-from splaser_plugin.weights.loading import load_model
+from splaser_plugin.weights.loading import load_model, load_tokenizer, stored_context
 from splaser_plugin.weights.model_source import find_model
 from tests.architectures.sweep import loader
 from tests.architectures.tiny import tiny_config
@@ -132,3 +132,11 @@ def test_a_model_that_writes_no_text_is_refused_once_it_is_loaded(tokenizer, pai
         laser(folder, pairs, config=QUICK)
     with pytest.raises(ModelError, match="PI0ForConditionalGeneration writes no text, and only causal"):
         compare([folder], pairs, config=CompareConfig(embedder=str(minilm), device="cpu"))
+
+
+def test_a_configuration_is_read_once(tiny_folder, monkeypatch):
+    source = find_model(tiny_folder)
+    load_tokenizer(source)
+    expected = AutoConfig.from_pretrained(tiny_folder).max_position_embeddings
+    monkeypatch.setattr(AutoConfig, "from_pretrained", None)
+    assert stored_context(source) == expected
