@@ -39,7 +39,7 @@ CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_tran
 """Families whose checkpoints store linear weights as (inputs, outputs)."""
 CPU = torch.device("cpu")
 NOT_IN_MODEL = "transformers leaves it out when it loads this model"
-OF_ACTIVATIONS = "a scale of what a quantised layer takes or gives"
+BESIDE_WEIGHTS = "a scale of what a quantised layer takes or gives"
 
 
 class StoredWeights:
@@ -94,7 +94,7 @@ class StoredWeights:
                 if not _holds_numbers(stored)
             ]
         beside = {part.name for weight in self._quantised.values() for part in weight.beside}
-        skipped += [Skipped(name, OF_ACTIVATIONS) for name in sorted(beside)]
+        skipped += [Skipped(name, BESIDE_WEIGHTS) for name in sorted(beside)]
         places = {name: place for place, name in enumerate(self.checkpoint.tensors)}
         first: dict[str, int] = {}
         for matrix in matrices:

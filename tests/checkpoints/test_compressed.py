@@ -11,7 +11,7 @@ from splaser_plugin import scan
 from splaser_plugin.checkpoints.checkpoint import open_checkpoint
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.weights.loading import load_model
-from splaser_plugin.weights.stored import OF_ACTIVATIONS, StoredWeights
+from splaser_plugin.weights.stored import BESIDE_WEIGHTS, StoredWeights
 from tests.builders import VOCABULARY
 from tests.tiny_models import CAUSAL, TEXT, build, change, configure, saved
 
@@ -123,7 +123,7 @@ def test_each_layout_is_read_as_the_weights_it_stands_for(layout, tmp_path):
     matrices, skipped = stored.matrices()
     assert {matrix.parameter for matrix in matrices} == set(meant)
     assert {left.name.rpartition(".")[2] for left in skipped if "scale" in left.name} == {"input_scale", "k_scale"}
-    assert {left.reason for left in skipped if "scale" in left.name} == {OF_ACTIVATIONS}
+    assert {left.reason for left in skipped if "scale" in left.name} == {BESIDE_WEIGHTS}
     for matrix, weight in stored.stream(matrices, matrices):
         torch.testing.assert_close(weight, meant[matrix.parameter], rtol=1e-6, atol=0)
 

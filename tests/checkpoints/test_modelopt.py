@@ -14,7 +14,7 @@ from splaser_plugin.checkpoints.checkpoint import open_checkpoint
 from splaser_plugin.checkpoints.quantised import quantised_weights, read_weights
 from splaser_plugin.errors import CheckpointError
 from splaser_plugin.weights.loading import load_model
-from splaser_plugin.weights.stored import OF_ACTIVATIONS, StoredWeights
+from splaser_plugin.weights.stored import BESIDE_WEIGHTS, StoredWeights
 from tests.builders import VOCABULARY
 from tests.tiny_models import CAUSAL, TEXT, build, change, configure, saved
 
@@ -111,7 +111,7 @@ def test_each_layout_is_read_as_the_weights_it_stands_for(layout, tmp_path):
     assert {matrix.parameter for matrix in matrices} == set(meant)
     beside = {name for name in load_file(tmp_path / "model.safetensors") if name.endswith(("input_scale", "k_scale"))}
     assert {left.name for left in skipped if "scale" in left.name} == beside
-    assert {left.reason for left in skipped if left.name in beside} == {OF_ACTIVATIONS}
+    assert {left.reason for left in skipped if left.name in beside} == {BESIDE_WEIGHTS}
     for matrix, weight in stored.stream(matrices, matrices):
         assert torch.equal(weight, meant[matrix.parameter]), matrix.name
 

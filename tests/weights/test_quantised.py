@@ -16,7 +16,7 @@ from splaser_plugin.scanning.records import Scan
 from splaser_plugin.weights.adapted import weights_of
 from splaser_plugin.weights.loading import find_model, load_model
 from splaser_plugin.weights.rest import rest_of
-from splaser_plugin.weights.stored import OF_ACTIVATIONS, StoredWeights
+from splaser_plugin.weights.stored import BESIDE_WEIGHTS, StoredWeights
 from tests.builders import VOCABULARY
 from tests.planted import Facts
 from tests.reference import as_transformers
@@ -305,5 +305,5 @@ def test_scales_of_activations_are_left_out_with_a_reason_and_are_not_written(tm
     name = Q_PROJ.replace("weight", "activation_scale")
     change(tmp_path, lambda tensors: tensors | {name: torch.ones(1)})
     stored = StoredWeights(open_checkpoint(tmp_path))
-    assert {left.name: left.reason for left in stored.matrices()[1]}[name] == OF_ACTIVATIONS
+    assert {left.name: left.reason for left in stored.matrices()[1]}[name] == BESIDE_WEIGHTS
     assert rest_of(find_model(tmp_path), build("llama", TEXT)).tensors == ()
