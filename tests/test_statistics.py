@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -30,20 +31,21 @@ NUMERICS_OF_OUR_OWN = Path(__file__).parent / "data" / "statistics_before_scipy.
 
 def test_values_are_those_from_before_scipy():
     before = json.loads(NUMERICS_OF_OUR_OWN.read_text())
+    accuracy = 1e-10 if scipy.__version__.startswith("1.15.") else 1e-11  # the oldest that is allowed is less exact
     for log2_risk, degrees, critical in before["t_critical"]:
         assert t_critical(log2_risk * math.log(2), degrees) == pytest.approx(critical, rel=1e-9, abs=1e-11)
     for count, size, risk, share in before["largest_share"]:
         assert largest_share(count, size, risk) == pytest.approx(share, abs=2e-9)
     for size, population, risk, bound in before["upper_bound"]:
         sample = np.random.default_rng(size).normal(0.02, 0.1, size)
-        assert upper_bound(sample, population, risk) == pytest.approx(bound, rel=1e-10)
+        assert upper_bound(sample, population, risk) == pytest.approx(bound, rel=accuracy)
     for size, seed, low, high in before["paired_bootstrap"]:
         differences = np.random.default_rng(size).normal(0.02, 0.1, size)
         differences[::3] = 0
-        assert paired_bootstrap(differences, risk=0.05, seed=seed) == pytest.approx((low, high), rel=1e-10)
+        assert paired_bootstrap(differences, risk=0.05, seed=seed) == pytest.approx((low, high), rel=accuracy)
     for log2_risk, size, mean in before["least_significant_mean"]:
         found = least_significant_mean([0.1, 0.2, 0.05, -0.1], size, log2_risk * math.log(2))
-        assert found == pytest.approx(mean, rel=1e-10)
+        assert found == pytest.approx(mean, rel=accuracy)
 
 
 def test_the_tail_that_no_float_holds_goes_on_where_scipys_ends():

@@ -25,6 +25,12 @@ ONCE_FAILED = (
     "zamba",
 )
 
+ENCODER_DECODERS = frozenset({"florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"})
+WITHOUT_MATRICES = frozenset({"diffusion_gemma"})
+"""All that is left of its language model shares its weights with another part."""
+REFUSED = {"unfrozen": WITHOUT_MATRICES, "reduce": WITHOUT_MATRICES | ENCODER_DECODERS}
+"""Which types, of the columns in which nearly every type works; in docs/models.md they have their reasons."""
+
 
 def todays() -> list[str]:
     """Of all model types in turn, the day's."""
@@ -38,5 +44,5 @@ def test_the_architecture_is_known_as_its_loader_knows_it(kind):
     found = run(kind)
     if found["built"] != "ok":
         pytest.skip(found["built"])
-    assert found.pop("scan") == "ok"
+    assert {found[column] for column in ("scan", "unfrozen", "reduce") if kind not in REFUSED.get(column, ())} == {"ok"}
     assert all(said.startswith(("ok", "refused: ", "can't run: ")) for said in found.values()), found

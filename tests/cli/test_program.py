@@ -78,7 +78,7 @@ LONG = "--a-" + "very-" * 20 + "long-option"
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["scan", "my-model", LONG], f"{LONG}. See splaser scan --help."),
+        (["scan", "my-model", LONG], f"ConfigError: No such option: {LONG}. See splaser scan --help."),
         (["scan"], "ConfigError: Missing argument 'model'. See splaser scan --help."),
         (["scna"], "ConfigError: No such command 'scna'."),
         (["emit", "axolotl", "scan.json", "-o"], "requires an argument. See splaser emit axolotl --help."),
@@ -90,8 +90,9 @@ def test_wrong_usage_is_one_sentence_that_is_not_wrapped_inside_a_word_either(co
     code, printed = on_terminal(columns, *arguments)
     assert code == 2
     lines = printed.splitlines()
-    plain, expected = (text.casefold().replace("'", "") for text in (" ".join(lines), said))
-    assert expected in plain  # typer's and click's versions differ in letters and quotes
+    without_marks = str.maketrans("", "", "':")
+    plain, expected = (text.casefold().translate(without_marks) for text in (" ".join(lines), said))
+    assert expected in plain  # typer's and click's versions differ in letters and in these marks
     assert all(len(line) <= columns for line in lines if " " in line)
 
 
