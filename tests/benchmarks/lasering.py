@@ -3,10 +3,11 @@
     python tests/benchmarks/lasering.py --pairs FILE [FILE ...] --output FOLDER [--model FOLDER]
         [--rows NAME ...] [--searched 200] [--held-out 200] [--candidates 15] [--max-new-tokens 64] [--device cpu]
 
-Every row starts from the same model, searches on the same pairs and is judged on the same held-out ones; both come from
-the first pairs of all files together. FOLDER keeps each row's result, and what a stopped search has measured: run the
-command again to go on. Rows are named by what is measured (`margin`, `semantic`), and by how: `improve`, `confident`,
-or `compress` (a tenth of the parameters at most).
+Every row starts from the same model, searches on some of the first pairs of all files together and is judged on the
+others of these. FOLDER keeps each row's result, and what a stopped search has measured: run the command again to go on.
+Rows are named by what is measured (`margin`, `semantic`, or `preferred`, the share of pairs whose chosen answer is the
+likelier one, as a task of lm-evaluation-harness), and by how: `improve`, `confident`, or `compress` (a tenth of the
+parameters at most).
 """
 
 from __future__ import annotations
@@ -19,21 +20,35 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from splaser_plugin.cli.demo import prepare_embedder, prepare_model
 from splaser_plugin.config.stages import LaserConfig
+from splaser_plugin.data.pairs import load_pairs
 from splaser_plugin.data.sources import open_source
 from splaser_plugin.jobs.laser import laser
 
 ROOT = Path(__file__).parents[2]
 ROWS: dict[str, dict[str, Any]] = {
     f"{scorer} {way}": {"scorer": scorer, **options}
-    for scorer in ("margin", "semantic")
+    for scorer in ("margin", "semantic", "preferred")
     for way, options in {
         "improve": {"accept": "improve"},
         "confident": {"accept": "confident"},
         "compress": {"objective": "compress", "budget": 0.1, "tolerance": 0.1},
     }.items()
 }
+PREFERRED = {
+    "task": "preferred",
+    "dataset_path": "json",
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{prompt}}\n",
+    "doc_to_choice": "{{[chosen, rejected]}}",
+    "doc_to_target": 0,
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+"""Task of lm-evaluation-harness, but for its data."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,11 @@ def measure(name: str, arguments: argparse.Namespace) -> Row:
             "embedder": arguments.embedder or str(prepare_embedder()),
             "max_new_tokens": arguments.max_new_tokens,
         }
+    elif options["scorer"] == "preferred":
+        options |= {
+            "scorer": "lm-eval:preferred",
+            "tasks_path": str(write_task(arguments.pairs, arguments.output / "task")),
+        }
     if "objective" not in options:
         options["candidates"] = arguments.candidates
     share = arguments.held_out / (arguments.searched + arguments.held_out)
@@ -91,6 +111,18 @@ def measure(name: str, arguments: argparse.Namespace) -> Row:
         verdict=verdict.verdict,
         settings=settings_of(arguments),
     )
+
+
+def write_task(files: Iterable[str], folder: Path) -> Path:
+    """Write the task `preferred` and its documents, the pairs of these files, into a folder; return the folder."""
+    folder.mkdir(exist_ok=True)
+    data = folder / "pairs.jsonl"
+    pairs = chain.from_iterable(load_pairs(file) for file in files)
+    documents = ({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs)
+    data.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
+    task = PREFERRED | {"dataset_kwargs": {"data_files": {"test": str(data.resolve())}}}
+    (folder / "preferred.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    return folder
 
 
 def table(rows: Iterable[Row]) -> str:
