@@ -101,6 +101,7 @@ class Study:
         outer = split_by_prompt(pairs, 1 / 3)
         inner = split_by_prompt(PairSet(outer.search, pairs.source, {}, len(outer.search)), 1 / 4)
         self.train = inner.search
+        self.importances: dict[str, dict[str, float] | None] = {}
         self.parts = {"validation": inner.held_out[: arguments.judged], "held-out": outer.held_out[: arguments.judged]}
         sizes = ", ".join(f"{len(part)} {name}" for name, part in self.parts.items())
         print(f"pairs: {len(self.train)} to train on, {sizes}", file=sys.stderr)
@@ -111,13 +112,15 @@ class Study:
         config = replace(choose(self.scan, fraction=0.5).config, by=arm, seed=seed if arm == "random" else 0)
         if arm in ("fisher", "gradient"):
             config = replace(config, text=self.arguments.text)
-        return choose(self.scan, config, importances=importances_of_folder(self.folder, config))
+        if arm not in self.importances:
+            self.importances[arm] = importances_of_folder(self.folder, config)
+        return choose(self.scan, config, importances=self.importances[arm])
 
     def run(self, task: str, mode: str, arm: str, seed: int, rate: float, part: str) -> Row:
         """Train from the same start, and measure on that part of the pairs."""
+        selection, peft = self.selection(arm, seed), None
         set_seed(seed)  # adapters are drawn before the trainer sets its own
         model, tokenizer = load_model(self.folder, device=self.arguments.device, dtype="float32")
-        selection, peft = self.selection(arm, seed), None
         if mode == "lora":
             peft = lora_config(selection, rank=matched_rank(selection, self.arguments.rank))
         else:
