@@ -80,8 +80,8 @@ class Row:
 
     @property
     def merit(self) -> float:
-        """What a learning rate is chosen by; more is better."""
-        return -self.loss if self.task == "sft" else self.margin
+        """What a rate is chosen by, more is better: after DPO the margin, less the loss of the chosen answers."""
+        return -self.loss if self.task == "sft" else self.margin - self.loss
 
 
 def longest(pair: Pair) -> int:
