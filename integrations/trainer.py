@@ -30,15 +30,16 @@ from splaser_plugin.integrations.training import (
     undisturbed,
     warn_of_reference,
 )
+from splaser_plugin.jobs.cost import check_rooms
 from splaser_plugin.jobs.importance import importances
 from splaser_plugin.jobs.laser import LaserResult, laser_weights, read_pairs
-from splaser_plugin.reduction.moments import check_measurable
+from splaser_plugin.jobs.materials import materials
+from splaser_plugin.jobs.stages import begin
 from splaser_plugin.scanning.measures import MEASURED
 from splaser_plugin.scanning.scan import scan_source
 from splaser_plugin.scanning.selection import choose
 from splaser_plugin.scoring.embedding import SentenceEmbedder
 from splaser_plugin.scoring.scorers import Scorers, check_scorers
-from splaser_plugin.search.prediction import check_predictable
 from splaser_plugin.weights.adapted import BaseWeights, has_adapters, restore_base, weights_of
 from splaser_plugin.weights.in_memory import Weights, check_generates, model_name
 from splaser_plugin.weights.loading import context_length
@@ -115,6 +116,10 @@ class LaserCallback(TrainerCallback):
             raise ConfigError("there is nothing to do: give when=, or freeze_to='top'.")
         if config is not None and config.engine == "vllm":
             raise ConfigError("engine: vllm has no place beside a training run. Use transformers, or splaser laser.")
+        if config is not None and config.adapter:
+            raise ConfigError("adapter: the trainer's model has its own. Leave it out; train from a merged model.")
+        if config is not None and config.scan and when == "after":
+            raise ConfigError("scan: training changes the weights that it is of. Leave it out.")
         self.when = when
         self.pairs = pairs
         self.config = config or LaserConfig()
@@ -246,20 +251,15 @@ class LaserCallback(TrainerCallback):
         """Raise now what would otherwise be raised after hours of training."""
         model = training.model
         check_saves(model)
-        if self.config.save == "factored":
-            weights_of(model).keep_factors()
-        if self.config.reducer != "svd":
-            check_measurable(weights_of(model))
-        if self.config.orders_by_gradient:
-            check_predictable(weights_of(model))
         with undisturbed():
+            run = begin(weights_of(model), training.tokenizer, name=model_name(model), config=self.config)
             self._split = self._read_pairs(training)
             check_output(training.folder(LASERED), overwrite=True, inputs=(model_name(model),))
+            check_rooms(run, training.folder(LASERED))
             check_scorers(self.config)
             everything = (*self._split.search, *self._split.held_out)
             scorers, used = Scorers(model, training.tokenizer, self.config, pairs=everything), self.config.scorers
-            if "perplexity" in used or self.config.judges_text:
-                scorers.windows()
+            materials(self._split, scorers, self.config)
             for pair in everything if self.config.reads_prompts else ():
                 scorers.prompter.tokens(pair.messages, before_answer=bool(used & AFTER_PROMPTS))
             if "semantic" in used and self.config.engine != "auto":

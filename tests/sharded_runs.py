@@ -68,6 +68,8 @@ ZERO_REFUSED = {
     "own-zero2-offload": OFFLOADED,
     "own-zero2-offload-module": OFFLOADED,
     "own-zero3-offload-module": OFFLOADED | {"stage": 3},
+    "own-zero0": {"stage": 0},
+    "own-zero0-module": {"stage": 0},
 }
 """In the last ones `laser` is given what is inside the engine."""
 SPREAD = ("tp", "tp-plan", "own-fsdp", "loaded-fsdp")
@@ -164,6 +166,8 @@ class Way:
             import deepspeed
 
             model, settings = self.model(), self.sharding["deepspeed"] | {"train_micro_batch_size_per_gpu": 1}
+            if "zero0" in self.name:
+                settings["bf16"] = {"enabled": True}  # the weights of which an optimizer has copies
             self._engine = deepspeed.initialize(
                 model=model, optimizer=torch.optim.AdamW(model.parameters()), config=settings
             )[0]  # fmt: skip

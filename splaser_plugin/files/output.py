@@ -257,9 +257,18 @@ def whole_file(out: str | Path) -> Iterator[TextIO]:
         raise OutputError(f"{out}: can't be written ({error.strerror or error}). {MAKE_ROOM}") from error
 
 
+def is_same_disk(first: Path, second: Path) -> bool:
+    """Whether folders that are there, or will be, take their room from each other."""
+    return _existing(first).stat().st_dev == _existing(second).stat().st_dev
+
+
 def _free_bytes(out: Path) -> int:
-    existing = next(folder for folder in (out, *out.parents) if folder.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(out)).free
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(above for above in (folder, *folder.absolute().parents) if above.exists())
 
 
 def _is_about_writing(error: BaseException) -> bool:

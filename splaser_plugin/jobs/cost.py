@@ -16,7 +16,7 @@ import torch
 from splaser_plugin.config.stages import parse_ranks
 from splaser_plugin.distributed import in_main, my_part, process_count
 from splaser_plugin.errors import ScoreError
-from splaser_plugin.files.output import check_space, size
+from splaser_plugin.files.output import check_space, is_same_disk, size
 from splaser_plugin.generation.kv_cache import roomy_cache
 from splaser_plugin.jobs.engine import WARM_UP_TOKENS, plain_scorer, second_time
 from splaser_plugin.jobs.run import Measures, Run
@@ -129,6 +129,15 @@ def check_room(run: Run, output: Path | None) -> None:
     elif needed:
         mend = "Make room there, or set TMPDIR to a folder that has some."
         in_main(lambda: check_space(Path(tempfile.gettempdir()), needed, mend))
+
+
+def check_rooms(run: Run, folder: Path) -> None:
+    """Raise OutputError unless there is room for the statistics, which stay with the temporary files until the end, and
+    for the model, which will be saved in the folder.
+    """
+    check_room(run, None)
+    shared = statistics_bytes(run) if is_same_disk(folder, Path(tempfile.gettempdir())) else 0
+    in_main(lambda: check_space(folder, run.weights.size + shared))
 
 
 def tell_cost(run: Run, measures: Measures) -> None:

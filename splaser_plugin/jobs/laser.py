@@ -144,6 +144,10 @@ def _begin(
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise ModelError("a loaded model was given without its tokenizer. Pass tokenizer=...")
+        if config.adapter:
+            raise ConfigError(
+                "--adapter is for a folder's model. Give PeftModel.from_pretrained(model, adapter) instead."
+            )
         model = unwrapped(model)
         check_generates(model)
         name, context = model_name(model), context_length(model)

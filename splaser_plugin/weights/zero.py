@@ -17,6 +17,7 @@ from splaser_plugin.files.output import size
 MOST_OF_MEMORY = 0.8
 """How much of the free memory a gathered model may take: the rest is for the answers' keys, values and logits."""
 OFFLINE = "Save the trained model and run `splaser laser` on the checkpoint (with `--adapter DIR` for a LoRA adapter)."
+NO_ZERO = f"DeepSpeed without ZeRO can't be lasered in. Set zero_optimization.stage to 1, 2 or 3. {OFFLINE}"
 NO_PLAIN_ZERO = (
     *("offload_param", "offload_optimizer", "cpu_offload", "cpu_offload_param"),
     *("zero_hpz_partition_size", "zero_quantized_weights", "mics_shard_size"),
@@ -27,7 +28,8 @@ NO_PLAIN_ZERO = (
 def check_engine(model: Any) -> None:
     """Raise ModelError for a model in an engine of DeepSpeed that isn't plain ZeRO-1, 2 or 3.
 
-    Of what is inside an engine only the parameters know: by their optimizer under ZeRO-3, else by the mapping to it.
+    What is inside an engine has the engine's hooks. Under ZeRO its parameters know the rest: by their optimizer under
+    ZeRO-3, else by the mapping to it.
     """
     deepspeed = sys.modules.get("deepspeed")
     if deepspeed is None or not isinstance(model, nn.Module):
@@ -35,12 +37,20 @@ def check_engine(model: Any) -> None:
     if isinstance(model, deepspeed.DeepSpeedEngine):
         check_deepspeed(model._config._param_dict)
         return
+    if _is_in_engine(model) and not is_trained_by_deepspeed(model):
+        raise ModelError(NO_ZERO)
     for parameter in model.parameters():
         optimizer, mapping = getattr(parameter, "_z3_optimizer", None), getattr(parameter, "_hp_mapping", None)
         settings = {key: getattr(optimizer, key, None) for key in NO_PLAIN_ZERO}
         if mapping is not None:
             settings["offload_optimizer"] = mapping.use_offload
         _refuse_moved(settings)
+
+
+def _is_in_engine(model: nn.Module) -> bool:
+    """Whether forward passes of the model are an engine's: without ZeRO its optimizer leaves no other trace."""
+    hooks = (*model._forward_pre_hooks.values(), *model._forward_hooks.values())
+    return any(getattr(hook, "__module__", "") == "deepspeed.runtime.engine" for hook in hooks)
 
 
 def check_deepspeed(config: Mapping[str, Any]) -> None:
@@ -50,9 +60,7 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
     """
     zero = config.get("zero_optimization") or {}
     if zero.get("stage", 0) not in (1, 2, 3):
-        raise ModelError(
-            f"DeepSpeed without ZeRO can't be lasered in. Set zero_optimization.stage to 1, 2 or 3. {OFFLINE}"
-        )
+        raise ModelError(NO_ZERO)
     _refuse_moved(zero)
 
 

@@ -71,6 +71,15 @@ def test_deepspeeds_offloading_is_refused(way, found):
 
 
 @needs_deepspeed
+@pytest.mark.parametrize("way", ["own-zero0", "own-zero0-module"])
+def test_deepspeed_without_zero_is_refused(way, found):
+    said = (found / f"{way}.txt").read_text().splitlines()
+    assert len(said) == 2, "by apply, too"
+    for line in said:
+        assert line.startswith("ModelError: DeepSpeed without ZeRO can't be lasered in. Set zero_optimization.stage to")
+
+
+@needs_deepspeed
 def test_a_model_without_room_as_a_whole_is_refused_before_there_is_an_engine(found):
     said = (found / "zero3-no-room.txt").read_text()
     assert "more than fits on one device" in said

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -16,7 +18,16 @@ from transformers import (
 )
 
 from splaser_plugin import LaserCallback, LaserConfig
-from splaser_plugin.errors import ConfigError, EmbedderError, ModelError, OutputError, PairsError, TextError
+from splaser_plugin.errors import (
+    ConfigError,
+    EmbedderError,
+    MatrixError,
+    ModelError,
+    OutputError,
+    PairsError,
+    TextError,
+)
+from splaser_plugin.reduction.measured_reducer import stored_bytes
 from splaser_plugin.weights.adapted import MergedWeights
 from splaser_plugin.weights.in_memory import Weights
 from tests.builders import save_rows, tiny_llama
@@ -136,6 +147,11 @@ def test_what_would_stop_the_laser_after_training_stops_it_before(trainer_of, pa
     bad = [
         (LaserCallback(pairs=tmp_path / "none.jsonl", config=CONFIG), PairsError, "no such file"),
         (LaserCallback(pairs=pairs, config=LaserConfig(embedder="./none")), EmbedderError, "no such folder"),
+        (
+            LaserCallback(pairs=pairs, config=dataclasses.replace(CONFIG, include=("x",))),
+            MatrixError,
+            "matches no para",
+        ),
     ]
     for callback, error, message in bad:
         with pytest.raises(error, match=message):
@@ -162,6 +178,29 @@ def test_what_would_stop_the_laser_after_training_stops_it_before(trainer_of, pa
         trainer_of(tiny_llama(), LaserCallback(pairs=pairs, config=CONFIG), Trains()).train()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("short_of", "said"),
+    [
+        ("statistics", "set TMPDIR to a folder that has some"),
+        ("both", "lasered: needs .* MB, but .* MB are free there"),
+    ],
+)
+def test_room_for_statistics_and_for_the_model_beside_them_is_looked_for_before_training(
+    short_of, said, trainer_of, pairs, monkeypatch
+):
+    config = dataclasses.replace(CONFIG, scorer="margin", reduce="fisher", candidates=2)
+    model = tiny_llama()
+    wide = stored_bytes(Weights(model).matrices(("mlp",), (), False)[0][0], torch.float32)
+    free = 2 * wide - 1 if short_of == "statistics" else 2 * wide + Weights(model).size - 1
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+    trainer = trainer_of(model, LaserCallback(pairs=pairs, config=config))
+    with pytest.raises(OutputError, match=said):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -171,6 +210,8 @@ def test_what_would_stop_the_laser_after_training_stops_it_before(trainer_of, pa
         ({"top": 3}, "go with freeze_to"),
         ({"when": None}, "nothing to do"),
         ({"config": LaserConfig(engine="vllm")}, "engine: vllm has no place beside a training run. Use transformers"),
+        ({"config": LaserConfig(adapter="a")}, "adapter: the trainer's model has its own"),
+        ({"config": LaserConfig(scan="scan.json")}, "scan: training changes the weights that it is of"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):

@@ -165,6 +165,8 @@ def test_bad_input_is_refused_with_the_next_step(tiny_folder, tokenizer, pairs, 
         laser(tiny_folder, pairs, config=LaserConfig(**{**QUICK, "embedder": "./nothing"}))
     with pytest.raises(ModelError, match="Pass tokenizer="):
         laser(tiny_llama(), pairs)
+    with pytest.raises(ConfigError, match=r"adapter is for a folder's model. Give PeftModel\.from_pretrained"):
+        laser(tiny_llama(), pairs, config=LaserConfig(**QUICK, adapter="a"), tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="candidates: got 0, expected at least 1"):
         LaserConfig(candidates=0)
     with pytest.raises(ConfigError, match="option 'screen' is not known"):
