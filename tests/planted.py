@@ -67,9 +67,9 @@ def shorter_is_better(model, tokenizer, pairs):
     return [weight.abs().mean() / len(pair.prompt) for pair in pairs]
 
 
-def verdicts(found: SearchResult) -> list[str]:
+def outcomes(found: SearchResult) -> list[str]:
     """Of every trial, in their order."""
-    return [trial.judgement.verdict for trial in found.trials]
+    return [trial.judgement.outcome for trial in found.trials]
 
 
 class Facts(Progress):

@@ -56,18 +56,18 @@ def made_up_results(scan: Scan, *, pairs: int = 20, held_out: int = 8) -> dict[s
     baseline, final = scores(pairs, 0.0, "old"), scores(pairs, 0.1, "new")
     ends = {"kept": final["per_pair"], "restored": baseline["per_pair"], "stopped": final["per_pair"][:10]}
     candidates = []
-    for matrix, (verdict, values) in zip(scan.matrices, [*ends.items(), ("failed", [])], strict=False):
-        best = baseline["per_pair"] if verdict == "kept" else final["per_pair"]
+    for matrix, (outcome, values) in zip(scan.matrices, [*ends.items(), ("failed", [])], strict=False):
+        best = baseline["per_pair"] if outcome == "kept" else final["per_pair"]
         candidates.append(
             {
                 "name": matrix.name,
                 "rank": 5,
                 "full_rank": min(matrix.shape),
                 "snr": 0.5,
-                "verdict": verdict,
+                "verdict": outcome,
                 "score": float(np.mean(values)) if values else None,
                 "best_before": float(np.mean(best[: len(values)])) if values else None,
-                "reason": "answers are empty" if verdict == "failed" else None,
+                "reason": "answers are empty" if outcome == "failed" else None,
                 "pairs_scored": list(range(len(values))),
                 "per_pair": values,
                 "generated_tokens": 10,

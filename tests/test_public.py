@@ -207,5 +207,5 @@ def test_a_laser_result_says_what_it_found(tiny_folder, pairs):
     assert result.verdict is None
     assert f"{len(result.kept)} of 2 candidates kept" in repr(result) and len(repr(result)) < 300
     table = result.to_dataframe()
-    assert list(table["verdict"]) == [trial.judgement.verdict for trial in result.search.trials]
+    assert list(table["outcome"]) == [trial.judgement.outcome for trial in result.search.trials]
     assert list(table["rank"]) == [trial.candidate.rank for trial in result.search.trials]

@@ -237,9 +237,9 @@ def _budget_table(run: Results | None) -> list[str]:
     """What each budget cost; nothing where none was tried."""
     if run is None or not run.budgets:
         return []
-    rows = ["| parameters removed | predicted cost | score | text, nats a token | verdict |", "| --- " * 5 + "|"]
+    rows = ["| parameters removed | predicted cost | score | text, nats a token | outcome |", "| --- " * 5 + "|"]
     for budget in run.budgets:
-        cells = [_number(budget.predicted_cost), _number(budget.change), _number(budget.text_change), budget.verdict]
+        cells = [_number(budget.predicted_cost), _number(budget.change), _number(budget.text_change), budget.outcome]
         rows.append(f"| {100 * budget.share:g} %: {budget.parameters_removed:,} | {' | '.join(cells)} |")
     return ["What each budget changed, on what the search used:", "", *rows, ""]
 

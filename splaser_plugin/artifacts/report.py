@@ -264,7 +264,7 @@ def _chart_data(scan: Scan, run: Results | None, selection: Selection | SplaserE
     tried: dict[str, str] = {}
     for attempt in run.candidates if run else ():
         if tried.get(attempt.name) != "kept":
-            tried[attempt.name] = attempt.verdict
+            tried[attempt.name] = attempt.outcome
     verdict = run.verdict if run else None
     chosen = set() if isinstance(selection, SplaserError) else set(selection.names)
     points = max(LEAST_POINTS, SPECTRUM_VALUES // len(scan.matrices))
@@ -291,7 +291,7 @@ def _chart_data(scan: Scan, run: Results | None, selection: Selection | SplaserE
     }
 
 
-def _matrix(matrix: MatrixScan, kind: int, verdict: str | None, points: int) -> dict[str, Any]:
+def _matrix(matrix: MatrixScan, kind: int, outcome: str | None, points: int) -> dict[str, Any]:
     stored = matrix.spectrum
     places = np.linspace(0, len(stored) - 1, min(points, len(stored))).round().astype(int).tolist()
     return {
@@ -299,7 +299,7 @@ def _matrix(matrix: MatrixScan, kind: int, verdict: str | None, points: int) -> 
         "type": kind,
         "block": matrix.block,
         "shape": matrix.shape,
-        "tried": verdict and visible(verdict),
+        "tried": outcome and visible(outcome),
         "edges": [_fit(matrix.edges[edge]) for edge in EDGES],
         "spectrum": [_short(stored[place]) for place in places],
     }

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Tag
+from pydantic import Discriminator, Field, Tag
 
 from splaser_plugin.artifacts.rank_source import OptionalRankSource
 from splaser_plugin.errors import RecipeError
@@ -22,8 +22,9 @@ SCHEMA = "splaser.results/1"
 MAX_BYTES = 2_000_000_000
 RESAMPLES = 2_000
 """For the interval of each candidate: enough to draw it, and quick where there are hundreds."""
-
 Interval = tuple[Number, Number]
+StoredOutcome = Annotated[str, Field(alias="verdict")]
+"""What became of a candidate or a budget, as `Judgement.outcome` says it; its key in the file is `verdict`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class Tried:
     snr: Number | None = None
     predicted: Number | None = None
     parameters_removed: Whole = 0
-    verdict: str
+    outcome: StoredOutcome
     score: Number | None = None
     best_before: Number | None = None
     guard: str | None = None
@@ -118,7 +119,7 @@ class TriedBudget:
     parameters_removed: Whole
     predicted_cost: Number | None = None
     """In nats a token."""
-    verdict: str
+    outcome: StoredOutcome
     score: Number | None = None
     base_score: Number | None = None
     """Of the base, on the same items."""
@@ -290,18 +291,18 @@ class Results:
             differences = [value - best[place] for place, value in zip(tried.pairs_scored, values, strict=True)]
             score, change = _mean(values), _mean(differences)
             found.append(Compared(tried, score, change, _interval(differences), self._explanation(tried)))
-            if tried.verdict == "kept" and self.compared_with == "best":
+            if tried.outcome == "kept" and self.compared_with == "best":
                 best = values
         return tuple(found)
 
     @property
     def kept_budget(self) -> TriedBudget | None:
         """The budget that was kept; None for none."""
-        return next((budget for budget in reversed(self.budgets) if budget.verdict == "kept"), None)
+        return next((budget for budget in reversed(self.budgets) if budget.outcome == "kept"), None)
 
     @property
     def kept(self) -> tuple[Compared, ...]:
-        return tuple(attempt for attempt in self.attempts if attempt.tried.verdict == "kept")
+        return tuple(attempt for attempt in self.attempts if attempt.tried.outcome == "kept")
 
     @cached_property
     def answered(self) -> tuple[Exchange, ...]:
@@ -372,7 +373,7 @@ class Results:
             "stopped": f"after {items} a bound said that it can't be accepted any more; put back bit for bit",
             "guarded": f"accepted on all {items}, but the guard {guarded}; put back",
             "failed": f"it can't be scored: {tried.reason}; put back bit for bit",
-        }.get(tried.verdict, "")
+        }.get(tried.outcome, "")
 
 
 def _mean(values: Sequence[float]) -> float | None:

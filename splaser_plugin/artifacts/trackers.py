@@ -79,11 +79,11 @@ def _unused(folder: Path, name: str) -> str:
 
 def curve(run: Results) -> list[dict[str, float]]:
     """A point for each candidate, or budget, in the order tried: its score, the change, and whether it was kept."""
-    tried = [(trial.score, trial.base_score, trial.verdict) for trial in run.budgets]
-    tried = tried or [(trial.score, trial.best_before, trial.verdict) for trial in run.candidates]
+    tried = [(trial.score, trial.base_score, trial.outcome) for trial in run.budgets]
+    tried = tried or [(trial.score, trial.best_before, trial.outcome) for trial in run.candidates]
     points = []
-    for score, before, verdict in tried:
-        point = {"laser/candidate_kept": float(verdict == "kept")}
+    for score, before, outcome in tried:
+        point = {"laser/candidate_kept": float(outcome == "kept")}
         if score is not None:
             point["laser/candidate_score"] = score
             if before is not None:

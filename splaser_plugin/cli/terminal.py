@@ -112,7 +112,7 @@ class TerminalProgress(Progress):
         self._trying = None
         if self._draws and trial.judgement.reason is not None:
             name = shortened(trial.candidate.matrix.name, self.console.width - MARGIN - 1)
-            self.fact(trial.judgement.verdict, f"{name}: {trial.judgement.reason}")
+            self.fact(trial.judgement.outcome, f"{name}: {trial.judgement.reason}")
         if self.level >= Level.NORMAL and not self._draws:
             verbose = self.level >= Level.VERBOSE
             self.console.print(trial_line(len(self._trials), trial, verbose=verbose), soft_wrap=True)

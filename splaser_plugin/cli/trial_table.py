@@ -83,8 +83,8 @@ def _rank(candidate: Candidate) -> str:
 
 
 def _outcome(judgement: Judgement) -> Text:
-    short = judgement.outcome.replace(" after ", " at ").removesuffix(" items")
-    return Text(short, "green" if judgement.verdict == "kept" else "")
+    short = judgement.summary.replace(" after ", " at ").removesuffix(" items")
+    return Text(short, "green" if judgement.outcome == "kept" else "")
 
 
 def _tokens(trial: Trial) -> str:

@@ -58,7 +58,7 @@ def search_budgets(
             model.bring_to(budget.ranks)
             with journal.measuring(f"budget {budget.share:g}"):
                 judgement = judged(judge)
-                of_text = judged(text) if text is not None and judgement.verdict == "kept" else None
+                of_text = judged(text) if text is not None and judgement.outcome == "kept" else None
             trials.append(BudgetTrial(budget, judgement, of_text, time.monotonic() - started))
             progress.event(trials[-1])
             advance(1)

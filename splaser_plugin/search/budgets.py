@@ -12,7 +12,7 @@ import numpy as np
 from splaser_plugin.errors import RankError
 from splaser_plugin.files.text import printable
 from splaser_plugin.reduction.allocation import allocate, curve, gauge_storage
-from splaser_plugin.search.judge import Judgement
+from splaser_plugin.search.judge import Judgement, Outcome
 from splaser_plugin.weights.matrices import Matrix, by_name
 
 STEP = 0.02
@@ -49,17 +49,17 @@ class BudgetTrial:
     elapsed_s: float
 
     @property
-    def verdict(self) -> str:
-        """`kept`, or why not: see `Judgement.verdict`."""
-        return self.judgement.verdict if self.text is None else self.text.verdict
+    def outcome(self) -> Outcome:
+        """`kept`, or why not: see `Judgement.outcome`."""
+        return self.judgement.outcome if self.text is None else self.text.outcome
 
     @property
     def kept(self) -> bool:
-        return self.verdict == "kept"
+        return self.outcome == "kept"
 
     @property
     def summary(self) -> str:
-        """All about it in one line for people: what it removes, the predicted and the true cost, the verdict."""
+        """All about it in one line for people: what it removes, the predicted and the true cost, the outcome."""
         budget, judgement = self.budget, self.judgement
         parts = [f"{budget.parameters_removed:,} parameters of {len(budget.ranks)} matrices"]
         if budget.predicted_cost is not None:
@@ -69,7 +69,7 @@ class BudgetTrial:
         if self.text is not None and self.text.scores is not None:
             parts.append(f"text {self.text.scores.mean:+.4f} ({self.text.change})")
         last = judgement if self.text is None else self.text
-        parts.append(last.outcome)
+        parts.append(last.summary)
         if last.reason is not None:
             parts.append(printable(last.reason))
         return "  ".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from splaser_plugin.errors import ScoreError
 from splaser_plugin.scoring.scores import Scorer, Scores
@@ -11,6 +12,9 @@ from splaser_plugin.search.acceptance import Acceptance, Improve
 from splaser_plugin.search.guard import Guard
 from splaser_plugin.search.racing import Race
 
+Outcome: TypeAlias = Literal["kept", "restored", "stopped", "guarded", "failed"]
+"""`restored` after all items; `stopped` after some of them; `guarded`: it would have been kept, but for the guard;
+`failed`: it can't be scored."""
 UNBOUNDED = "the ratio of perplexities is too large for a number"
 
 
@@ -18,9 +22,7 @@ UNBOUNDED = "the ratio of perplexities is too large for a number"
 class Judgement:
     """What the scores say about one candidate."""
 
-    verdict: str
-    """`kept`; `restored` after all items; `stopped` after some of them; `failed`: can't be scored;
-    `guarded`: it would have been kept, but for the guard."""
+    outcome: Outcome
     scores: Scores | None
     """Of the items it was scored on; None if it can't be scored."""
     best_before: float | None
@@ -40,17 +42,17 @@ class Judgement:
         return f"{self.scores.mean - self.best_before:+.4f}"
 
     @property
-    def outcome(self) -> str:
-        """The verdict for people, and how far a candidate came that didn't win."""
-        if self.verdict == "stopped" and self.scores:
+    def summary(self) -> str:
+        """The outcome for people, and how far a candidate came that didn't win."""
+        if self.outcome == "stopped" and self.scores:
             return f"stopped after {len(self.scores.items)} items"
-        if self.verdict == "guarded" and self.guard_loss is not None:
+        if self.outcome == "guarded" and self.guard_loss is not None:
             return f"guarded at {self.guard} {self.guard_loss:.4f}"
-        return self.verdict
+        return self.outcome
 
 
 def judged(judge: Judge) -> Judgement:
-    """The judge's verdict, `failed` where the model can't be scored with the candidate."""
+    """The judge's judgement, `failed` where the model can't be scored with the candidate."""
     try:
         return judge.judge()
     except ScoreError as error:
@@ -95,7 +97,7 @@ class Judge:
         return self.best
 
     def judge(self) -> Judgement:
-        """Compare the model as the acceptance says; where the verdict is `kept` it is the best from now on."""
+        """Compare the model as the acceptance says; where the outcome is `kept` it is the best from now on."""
         other = self.baseline if self._acceptance.against_base else self.best
         scores = self._scores(other)
         before = other.on(scores.items).mean

@@ -33,7 +33,7 @@ class Trial:
 
     @property
     def kept(self) -> bool:
-        return self.judgement.verdict == "kept"
+        return self.judgement.outcome == "kept"
 
     @property
     def summary(self) -> str:
@@ -44,7 +44,7 @@ class Trial:
             return f"{line}failed: {printable(judgement.reason)}"
         if judgement.scores is not None:
             line += f"score {judgement.scores.mean:+.4f} ({judgement.change})  "
-        return line + judgement.outcome
+        return line + judgement.summary
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class SearchResult(Table):
                 "name": trial.candidate.matrix.name,
                 "rank": trial.candidate.rank,
                 "full_rank": min(trial.candidate.matrix.shape),
-                "verdict": trial.judgement.verdict,
+                "outcome": trial.judgement.outcome,
                 "score": trial.judgement.scores.mean if trial.judgement.scores else None,
                 "compared_with": trial.judgement.best_before,
                 "seconds": round(trial.elapsed_s, 3),
@@ -137,7 +137,7 @@ def _budget_row(trial: BudgetTrial) -> dict[str, Any]:
         "matrices": len(trial.budget.ranks),
         "parameters_removed": trial.budget.parameters_removed,
         "predicted_cost": trial.budget.predicted_cost,
-        "verdict": trial.verdict,
+        "outcome": trial.outcome,
         "score": trial.judgement.scores.mean if trial.judgement.scores else None,
         "compared_with": trial.judgement.best_before,
         "seconds": round(trial.elapsed_s, 3),
@@ -179,7 +179,7 @@ def search(
             with journal.measuring(subject), weights.trying(candidate.matrix) as attempt:
                 attempt.reduce(candidate.rank)
                 judgement = judged(judge)
-                if judgement.verdict == "kept":
+                if judgement.outcome == "kept":
                     attempt.keep()
             trials.append(Trial(candidate, judgement, time.monotonic() - started))
             progress.event(trials[-1])

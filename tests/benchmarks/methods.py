@@ -87,7 +87,7 @@ def measure(model: Path, config: LaserConfig) -> tuple[LaserResult, dict[str, An
         "verdict": verdict and verdict.verdict,
         "loss_verdict": verdict and verdict.loss_verdict,
         "trials": [
-            [trial.candidate.matrix.name, trial.candidate.rank, trial.judgement.verdict] for trial in found.trials
+            [trial.candidate.matrix.name, trial.candidate.rank, trial.judgement.outcome] for trial in found.trials
         ],
     }
 

@@ -70,9 +70,9 @@ def everything(progress):
     with progress.phase("search", 500) as advance:
         for index in range(120):
             progress.event(trial(None, LONG).candidate)
-            verdict = ("kept", "restored", "stopped", "guarded")[index % 4]
+            outcome = ("kept", "restored", "stopped", "guarded")[index % 4]
             failed = Judgement("failed", None, None, reason="its answers say nothing, " * 9)
-            progress.event(trial(Judgement(verdict, SCORES, -12.5, 1.0375) if index else failed, LONG))
+            progress.event(trial(Judgement(outcome, SCORES, -12.5, 1.0375) if index else failed, LONG))
             advance(1)
     progress.result("verdict", "no difference that 24 pairs can show")
     progress.command("rebuild", ["splaser", "apply", "a folder/recipe.json", *["a-model"] * 12])

@@ -54,7 +54,7 @@ def test_a_tenth_of_the_parameters_goes_and_every_budget_is_recorded(compressed)
     result, out, _ = compressed
     stored = Results.load(out / "results.json")
     assert [budget.share for budget in stored.budgets] == [0.02, 0.04, 0.06, 0.08, 0.1]
-    assert [budget.verdict for budget in stored.budgets] == ["kept"] * 5
+    assert [budget.outcome for budget in stored.budgets] == ["kept"] * 5
     costs = [budget.predicted_cost for budget in stored.budgets]
     assert costs == sorted(costs) and costs[0] > 0
     assert all(budget.change is not None and budget.text_change is not None for budget in stored.budgets)

@@ -155,8 +155,8 @@ def test_a_guard_turns_down_what_loses_too_much_of_a_task(tiny_folder, pairs, tm
     assert any(loss > 0 for loss in losses)
     strict = laser(tiny_folder, pairs, config=LaserConfig(**options, guard="lm-eval:colours:0.0"))
     for trial in strict.search.trials:
-        assert trial.judgement.verdict == ("kept" if trial.judgement.guard_loss <= 0 else "guarded")
-    assert {trial.judgement.verdict for trial in strict.search.trials} >= {"guarded"}
+        assert trial.judgement.outcome == ("kept" if trial.judgement.guard_loss <= 0 else "guarded")
+    assert {trial.judgement.outcome for trial in strict.search.trials} >= {"guarded"}
     assert strict.search.trials[0].judgement.guard_loss == losses[0]
 
 

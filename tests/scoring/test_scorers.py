@@ -24,7 +24,7 @@ from splaser_plugin.search.judge import Judge
 from splaser_plugin.search.search import search
 from splaser_plugin.weights.in_memory import Weights
 from tests.builders import EXAMPLE_PAIRS, PROSE, QUICK
-from tests.planted import Facts, shorter_is_better, verdicts
+from tests.planted import Facts, outcomes, shorter_is_better
 
 
 def test_windows_are_the_text_from_its_beginning_and_do_not_overlap(text, tokenizer):
@@ -202,7 +202,7 @@ def test_a_candidate_that_breaks_a_function_of_ones_own_fails_alone(
     tiny_model, tokenizer, pairs, candidates, third, reason
 ):
     found = own_search(tiny_model, tokenizer, pairs, candidates, third)
-    assert verdicts(found) == ["kept", "failed", "kept"]
+    assert outcomes(found) == ["kept", "failed", "kept"]
     assert found.trials[1].judgement.reason.startswith(reason)
 
 

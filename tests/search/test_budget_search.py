@@ -80,7 +80,7 @@ def test_the_last_budget_that_passed_is_kept_and_all_else_put_back(planned):
     weights, budgets = planned
     before = states(weights.model)
     found = search_budgets(weights, budgets, judge_of([0.0, 0.01, 0.2, 0.0, 0.0]))
-    assert [trial.verdict for trial in found.budgets] == ["kept", "kept", "restored"]
+    assert [trial.outcome for trial in found.budgets] == ["kept", "kept", "restored"]
     assert found.ranks == dict(budgets[1].ranks)
     assert found.parameters_removed == budgets[1].parameters_removed
     assert found.final.mean == pytest.approx(-0.01, abs=0.005)
@@ -97,7 +97,7 @@ def test_a_search_whose_first_budget_fails_changes_nothing(planned):
     weights, budgets = planned
     before = states(weights.model)
     found = search_budgets(weights, budgets, judge_of([0.2, 0.0]))
-    assert [trial.verdict for trial in found.budgets] == ["restored"]
+    assert [trial.outcome for trial in found.budgets] == ["restored"]
     assert found.final == found.baseline and not found.ranks and found.parameters_removed == 0
     assert not changed(before, weights.model.state_dict())
 
@@ -129,13 +129,13 @@ def test_the_text_and_the_guard_have_to_accept_a_budget_too(planned):
     weights, budgets = planned
     before = states(weights.model)
     found = search_budgets(weights, budgets, judge_of([0.0] * 5), judge_of([0.0, 0.0, 0.2]))
-    assert [trial.verdict for trial in found.budgets] == ["kept", "kept", "restored"]
-    assert found.budgets[2].judgement.verdict == "kept" and found.budgets[2].text.verdict == "restored"
+    assert [trial.outcome for trial in found.budgets] == ["kept", "kept", "restored"]
+    assert found.budgets[2].judgement.outcome == "kept" and found.budgets[2].text.outcome == "restored"
     assert found.kept_budget == "4 %"
     for matrix in found.ranks:
         weights.parameters[matrix.parameter].data.copy_(before[matrix.parameter])
     guarded = search_budgets(weights, budgets, judge_of([0.0] * 5, guards=[Guard(Losing([0.0, 0.4]), 0.1)]))
-    assert [trial.verdict for trial in guarded.budgets] == ["kept", "guarded"]
+    assert [trial.outcome for trial in guarded.budgets] == ["kept", "guarded"]
 
 
 def simulated(random, losses, *, tolerance=0.02, alpha=0.05, noise=0.1, size=48):

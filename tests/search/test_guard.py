@@ -11,7 +11,7 @@ from splaser_plugin.search.judge import Judge
 from splaser_plugin.search.search import search
 from splaser_plugin.weights.in_memory import Weights
 from tests.builders import QUICK, tiny_llama
-from tests.planted import Planted, verdicts
+from tests.planted import Planted, outcomes
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def guarded_search(candidates, gains, losses, limit, name):
 
 def test_the_guard_refuses_what_loses_more_than_its_limit_against_the_base(candidates):
     found = guarded_search(candidates, [0.1, 0.1, -0.1, 0.1, 0.1], [0.2, 0.15, 0.0, 0.05, 0.04], 0.25, "margin")
-    assert verdicts(found) == ["kept", "guarded", "restored", "kept", "guarded"]
+    assert outcomes(found) == ["kept", "guarded", "restored", "kept", "guarded"]
     losses = [trial.judgement.guard_loss for trial in found.trials]
     assert losses[2] is None
     assert [loss for loss in losses if loss is not None] == pytest.approx([0.2, 0.35, 0.25, 0.29])
@@ -57,13 +57,13 @@ def test_the_guard_refuses_what_loses_more_than_its_limit_against_the_base(candi
 def test_a_guard_of_perplexity_measures_the_ratio(candidates):
     losses = [np.log(1.01), np.log(1.03), 0.0, 0.0, 0.0]
     found = guarded_search(candidates, [0.1] * 5, losses, 1.02, "perplexity")
-    assert verdicts(found) == ["kept", "guarded", "kept", "kept", "kept"]
+    assert outcomes(found) == ["kept", "guarded", "kept", "kept", "kept"]
     assert found.trials[1].judgement.guard_loss == pytest.approx(1.01 * 1.03)
 
 
 def test_a_guard_refuses_a_ratio_of_perplexities_that_is_too_large_for_a_number(candidates):
     found = guarded_search(candidates, [0.1] * 5, [0.0, 900.0, 0.0, 0.0, 0.0], 1.02, "perplexity")
-    assert verdicts(found) == ["kept", "guarded", "kept", "kept", "kept"]
+    assert outcomes(found) == ["kept", "guarded", "kept", "kept", "kept"]
     judgement = found.trials[1].judgement
     assert judgement.guard_loss is None
     assert judgement.reason == "the ratio of perplexities is too large for a number"
@@ -78,7 +78,7 @@ def test_each_guard_has_to_agree_and_the_one_that_refuses_is_named(candidates):
         guards.append(Guard(watched, 1.1 if guard == "perplexity" else 0.1))
     scorer = Planted(model, dict.fromkeys(names, 0.1), size=32)
     found = search(Weights(model), candidates, Judge(scorer, guards=guards))
-    assert verdicts(found) == ["kept", "guarded", "guarded", "kept", "kept"]
+    assert outcomes(found) == ["kept", "guarded", "guarded", "kept", "kept"]
     assert [trial.judgement.guard for trial in found.trials[:3]] == ["perplexity", "chosen", "perplexity"]
 
 
@@ -97,7 +97,7 @@ def test_a_search_by_margin_keeps_nothing_that_costs_the_chosen_answers(whole_fo
 
 def test_many_small_losses_do_not_pass_the_guard_one_by_one(candidates):
     found = guarded_search(candidates, [0.1] * 5, [0.011] * 5, 0.03, "margin")
-    assert verdicts(found) == ["kept", "kept", "guarded", "guarded", "guarded"]
+    assert outcomes(found) == ["kept", "kept", "guarded", "guarded", "guarded"]
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_a_guard_of_perplexity_keeps_fewer_changes_of_the_answers(text, whole_fo
     config = LaserConfig(**options, guard="perplexity:1.0001")
     result = laser(whole_folder, pairs, config=config)
     judged = [(trial["verdict"], trial["guard_loss"]) for trial in result.results()["candidates"]]
-    assert "guarded" in [verdict for verdict, _ in judged]
-    assert all((loss > 1.0001) == (verdict == "guarded") for verdict, loss in judged if loss is not None)
-    assert all((loss is None) == (verdict not in ("kept", "guarded")) for verdict, loss in judged)
+    assert "guarded" in [outcome for outcome, _ in judged]
+    assert all((loss > 1.0001) == (outcome == "guarded") for outcome, loss in judged if loss is not None)
+    assert all((loss is None) == (outcome not in ("kept", "guarded")) for outcome, loss in judged)
     assert len(result.search.kept) < len(free.search.kept)

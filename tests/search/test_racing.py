@@ -20,7 +20,7 @@ def test_the_same_weights_have_the_same_scores(tiny_model, tokenizer):
     judge = Judge(scorer, race=Race(len(pairs)))
     judge.measure_baseline()
     judgement = judge.judge()
-    assert judgement.verdict == "restored"
+    assert judgement.outcome == "restored"
     assert judgement.scores == judge.best
 
 

@@ -14,7 +14,7 @@ from splaser_plugin.search.racing import Race
 from splaser_plugin.search.search import search
 from splaser_plugin.weights.in_memory import Weights
 from tests.builders import tiny_llama
-from tests.planted import Planted, verdicts
+from tests.planted import Planted, outcomes
 
 
 def test_keeps_exactly_what_makes_the_score_better(tiny_model, candidates):
@@ -52,10 +52,10 @@ def test_racing_keeps_what_the_whole_search_keeps_and_scores_less(candidates, se
 def test_confident_keeps_only_what_is_no_luck(candidates):
     effects = [0.005, 0.08, -0.02, 0.01, 0.0]
     found, _ = planted_search(candidates, effects, acceptance=Confident(0.05, 5))
-    assert verdicts(found) == ["restored", "kept", "restored", "restored", "restored"]
+    assert outcomes(found) == ["restored", "kept", "restored", "restored", "restored"]
     raced, _ = planted_search(candidates, effects, acceptance=Confident(0.05, 5), race=Race(128))
     assert raced.kept == found.kept
-    assert "stopped" in verdicts(raced)
+    assert "stopped" in outcomes(raced)
 
 
 def test_racing_in_which_nobody_falls_behind_is_the_whole_search(candidates):
@@ -68,7 +68,7 @@ def test_racing_in_which_nobody_falls_behind_is_the_whole_search(candidates):
 def test_a_stopped_candidate_is_compared_on_its_own_items(candidates):
     found, _ = planted_search(candidates, [0.2, -0.3, 0.0, 0.0, 0.0], race=Race(128))
     stopped = found.trials[1].judgement
-    assert stopped.verdict == "stopped"
+    assert stopped.outcome == "stopped"
     assert len(stopped.scores.items) == len(stopped.scores.values) == 16
     best = found.trials[0].judgement.scores
     assert stopped.best_before == pytest.approx(sum(best.values[item] for item in stopped.scores.items) / 16)
@@ -136,7 +136,7 @@ def kept_of_noise(seed, acceptance, *, raced, planted=None):
     kept = []
     for candidate in range(15):
         scorer.mean = 0.1 if candidate == planted else 0.0
-        if judge.judge().verdict == "kept":
+        if judge.judge().outcome == "kept":
             kept.append(candidate)
     return kept
 
@@ -160,7 +160,7 @@ def test_the_confident_rule_finds_a_planted_improvement(raced):
 def test_under_harmless_candidates_are_compared_with_the_base(candidates):
     """Each loses less than the tolerance, but all of them together lose more."""
     found, _ = planted_search(candidates, [-0.02] * 5, acceptance=Harmless(0.05, 0.05, 5), noise=0.01)
-    assert verdicts(found) == ["kept", "kept", "restored", "restored", "restored"]
+    assert outcomes(found) == ["kept", "kept", "restored", "restored", "restored"]
     assert [trial.judgement.best_before for trial in found.trials] == [0.0] * 5
     assert found.final.mean == pytest.approx(-0.04)
     raced, _ = planted_search(candidates, [-0.02] * 5, acceptance=Harmless(0.05, 0.05, 5), race=Race(128), noise=0.01)

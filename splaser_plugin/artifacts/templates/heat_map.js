@@ -70,11 +70,11 @@ function drawHeatMap() {
   cells.forEach((row, type) =>
     row.forEach((cell, block) => {
       const { x, y } = across(block, type);
-      const verdicts = cell.map((index) => data.matrices[index].tried).filter(Boolean);
-      if (verdicts.length) {
+      const outcomes = cell.map((index) => data.matrices[index].tried).filter(Boolean);
+      if (outcomes.length) {
         marks.x.push(x);
         marks.y.push(y);
-        marks.symbol.push(verdicts.includes("kept") ? "circle" : "circle-open");
+        marks.symbol.push(outcomes.includes("kept") ? "circle" : "circle-open");
       }
       if (cell.some((index) => data.matrices[index].chosen)) {
         chosen.x.push(x);
