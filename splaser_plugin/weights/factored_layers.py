@@ -15,6 +15,9 @@ from splaser_plugin.weights.gauge import Gauge, gauge, others_of
 LOW_RANK = 32
 """A rank is low for a layer where its square is below that many times the outputs, or inputs, to be put in order: then
 moving a token's numbers takes longer than the products it saves, on a processor (tests/benchmarks/factored.py)."""
+MANY_TOKENS = 8
+"""Tokens are many above that many times the rank, or above the rank in training, where moving them back takes longer:
+then putting the weights in order for this one call takes less time."""
 
 
 class FactoredLinear(nn.Linear):
@@ -152,23 +155,26 @@ class GaugeLinear(FactoredLinear):
         return self.gauge.factors()
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.numel() > self.rank * self.in_features and self.rank**2 < LOW_RANK * len(self.order):
-            left, right = self._ordered()
-            return functional.linear(functional.linear(input, right), left, self.bias)
+        weight, interpolation, order = self.weight, self.interpolation, self.order  # each look-up takes its time
         flat = input.reshape(-1, self.in_features)  # torch selects columns of a 2-D tensor ten times as fast
-        if self.by_rows:
-            pivots = functional.linear(flat, self.weight)
-            others = functional.linear(pivots, self.interpolation)
-            outputs = torch.cat([pivots, others], dim=-1).index_select(-1, self.order)
+        rank = weight.shape[0 if self.by_rows else 1]
+        many = rank if flat.requires_grad else MANY_TOKENS * rank
+        if len(flat) > many and rank**2 < LOW_RANK * len(order):
+            left, right = self._ordered()
+            outputs = functional.linear(functional.linear(flat, right), left, self.bias)
+        elif self.by_rows:
+            pivots = functional.linear(flat, weight)
+            others = functional.linear(pivots, interpolation)
+            outputs = torch.cat((pivots, others), 1).index_select(1, order)
             outputs = outputs if self.bias is None else outputs + self.bias
         else:
-            own, rest = self.order.split([self.rank, len(self.order) - self.rank])
-            sums = flat.index_select(-1, own) + functional.linear(flat.index_select(-1, rest), self.interpolation)
-            outputs = functional.linear(sums, self.weight, self.bias)
+            ordered = flat.index_select(1, order)
+            sums = torch.addmm(ordered[:, :rank], ordered[:, rank:], interpolation.mT)
+            outputs = functional.linear(sums, weight, self.bias)
         return outputs.reshape(*input.shape[:-1], self.out_features)
 
     def _ordered(self) -> tuple[Tensor, Tensor]:
-        """Two plain factors for this one call: at a low rank it is less to order them than many tokens."""
+        """Two plain factors: at a low rank it is less to order them than many tokens."""
         identity = torch.eye(self.rank, device=self.weight.device, dtype=self.weight.dtype)
         if self.by_rows:
             return torch.cat([identity, self.interpolation]).index_select(0, self.order), self.weight

@@ -87,10 +87,13 @@ def test_the_layer_computes_with_the_matrix(transposed, with_bias):
     outputs, inputs = found.shape
     bias = torch.nn.Parameter(torch.randn(outputs, dtype=torch.float64)) if with_bias else None
     layer = GaugeLinear.of(found, bias)
-    x = torch.randn(2, 5, inputs, dtype=torch.float64)
-    assert torch.allclose(layer(x), torch.nn.functional.linear(x, found.product(), bias), atol=1e-10)
-    for few in (x[0, 0], x[:, :1], x[0, :3]):  # fewer tokens than ranks take another way
-        assert torch.allclose(layer(few), torch.nn.functional.linear(few, found.product(), bias), atol=1e-10)
+    x = torch.randn(2, 40, inputs, dtype=torch.float64)
+    for tokens in (x, x[0, 0], x[:, :1], x[0, :12], x[:0]):  # few tokens take another way than many
+        wanted = torch.nn.functional.linear(tokens, found.product(), bias)
+        assert torch.allclose(layer(tokens), wanted, atol=1e-10)
+        for_training = tokens.clone().requires_grad_()
+        (layer(for_training) * wanted).sum().backward()
+        assert torch.allclose(for_training.grad, wanted @ found.product(), atol=1e-9)
     assert torch.equal(layer.gauge.pivots, found.pivots)
     assert torch.equal(layer.gauge.product(), found.product())
     assert sum(parameter.numel() for parameter in layer.parameters() if parameter is not bias) == gauge_storage(
