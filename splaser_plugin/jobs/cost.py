@@ -115,7 +115,7 @@ def statistics_bytes(run: Run) -> int:
         for matrix in run.matrices
         if not config.tries_budgets or is_factorable(weights.model, matrix)
     ]
-    if not config.tries_budgets:
+    if not config.tries_budgets and not config.orders_by_gradient:
         sizes = sorted(sizes)[-config.candidates :]
     return process_count() * sum(sizes)
 

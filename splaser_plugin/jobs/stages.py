@@ -168,36 +168,43 @@ def scan_of_these_weights(config: LaserConfig, matrices: Sequence[Matrix], ident
 
 
 def order_candidates(run: Run, measures: Measures, scan: Scan) -> list[Candidate]:
-    """The candidates, in the order in which they are tried. Raises MatrixError when there is none."""
-    chosen = choose_candidates(scan, run.matrices, parse_ranks(run.config.ranks))
+    """The candidates, in the order in which they are tried.
+
+    Matrices are reduced from here on by what is measured of them, unless that is nothing (`svd`), and candidates of
+    which nothing can be measured are left out. Measured are the matrices that may be tried: those of the first
+    `candidates`, or all where the order is predicted from what is measured.
+    Raises MatrixError when no candidate is left.
+    """
+    config, predictor = run.config, measures.predictor
+    chosen = choose_candidates(scan, run.matrices, parse_ranks(config.ranks))
     candidates = [
         replace(candidate, is_factorable=is_factorable(run.weights.model, candidate.matrix)) for candidate in chosen
     ]
-    predictor = measures.predictor
     if predictor is not None:
         run.progress.fact("ranked by", f"predicted margin, from a gradient over {predictor.size} pairs")
+        candidates, reducer = _measured(run, measures, candidates, len(run.matrices))
 
         def predicted() -> list[float]:
-            return _predictions(run, predictor, candidates)
+            return _predictions(run, predictor, candidates, reducer)
 
         candidates = by_prediction(candidates, run.journal.once("predictions", (), predicted, list, list))
-    return by_size(candidates) if run.config.objective == "compress" else candidates
+    if config.objective == "compress":
+        candidates = by_size(candidates)
+    return candidates if predictor is not None else _measured(run, measures, candidates, config.candidates)[0]
 
 
-def measure_candidates(run: Run, measures: Measures, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Have matrices reduced by what is measured of them, and leave out candidates of which nothing can be.
-
-    Measured are the matrices that may be tried: as many as candidates are. Nothing changes for `svd`.
-    Raises MatrixError when none is left.
-    """
+def _measured(
+    run: Run, measures: Measures, candidates: Sequence[Candidate], most: int
+) -> tuple[list[Candidate], MeasuredReducer | None]:
+    """The candidates of which something can be measured, and what that is; the first `most` matrices are measured."""
     if run.config.reducer == "svd":
-        return list(candidates)
-    tried = list(dict.fromkeys(candidate.matrix for candidate in candidates))[: run.config.candidates]
-    reducer = _reducer(run, measures, [matrix for matrix in run.matrices if matrix in set(tried)])
+        return list(candidates), None
+    tried = set(list(dict.fromkeys(candidate.matrix for candidate in candidates))[:most])
+    reducer = _reducer(run, measures, [matrix for matrix in run.matrices if matrix in tried])
     left = [candidate for candidate in candidates if candidate.matrix in reducer.costs]
     if not left:
         raise MatrixError(f"none of {len(tried)} matrices can be measured: {reducer.left_out[0].reason}.")
-    return left
+    return left, reducer
 
 
 def budgets_of(run: Run, measures: Measures) -> list[Budget]:
@@ -208,7 +215,7 @@ def budgets_of(run: Run, measures: Measures) -> list[Budget]:
 
     def planned() -> list[Budget]:
         entries = sum(math.prod(matrix.shape) for matrix in run.matrices)
-        return plan_budgets(reducer.costs, entries, config.budget, in_nats=config.reducer == "fisher")
+        return plan_budgets(reducer.costs, entries, config.budget, in_nats=reducer.is_in_nats)
 
     return run.journal.once("budgets", (), planned, packed, lambda stored: unpacked(stored, run.matrices))
 
@@ -230,8 +237,7 @@ def search_and_compare(run: Run, measures: Measures, scan: Scan) -> tuple[Search
     """The search, and what its result and the base model say on what is held out."""
     config, journal, progress = run.config, run.journal, run.progress
     budgets = budgets_of(run, measures) if config.tries_budgets else []
-    ordered = [] if config.tries_budgets else order_candidates(run, measures, scan)
-    candidates = measure_candidates(run, measures, ordered) if ordered else []
+    candidates = [] if config.tries_budgets else order_candidates(run, measures, scan)
     judge = _judge(run, measures, 0 if budgets else min(config.candidates, len(candidates)))
     with journal.measuring(f"{BASE}, held out"):
         base = measure_all(measures.held_out, "held-out base", progress)
@@ -295,11 +301,13 @@ def _predictor(run: Run, scorers: Scorers, split: Split) -> MarginScorer:
     )
 
 
-def _predictions(run: Run, scorer: MarginScorer, candidates: Sequence[Candidate]) -> list[float]:
+def _predictions(
+    run: Run, scorer: MarginScorer, candidates: Sequence[Candidate], reducer: MeasuredReducer | None
+) -> list[float]:
     """What each candidate is predicted to do to the margin. Raises ModelError when the gradient isn't finite."""
     reducible = {candidate.matrix for candidate in candidates}
     tried = [matrix for matrix in run.matrices if matrix in reducible]
-    found = sensitivities(run.weights, scorer, tried, progress=run.progress)
+    found = sensitivities(run.weights, scorer, tried, reducer=reducer, progress=run.progress)
     values = [found[candidate.matrix].predicted(candidate.rank) for candidate in candidates]
     for candidate, value in zip(candidates, values, strict=True):
         if not math.isfinite(value):

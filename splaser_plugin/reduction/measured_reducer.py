@@ -33,9 +33,11 @@ class MeasuredReducer:
     Args:
         matrices: All that are added.
         folder: Where the files lie, and stay; None for a temporary folder that goes with the object.
+        is_in_nats: Whether costs are in nats a token, and not half a squared error.
     """
 
-    def __init__(self, matrices: Sequence[Matrix], folder: Path | None = None) -> None:
+    def __init__(self, matrices: Sequence[Matrix], folder: Path | None = None, *, is_in_nats: bool = False) -> None:
+        self.is_in_nats = is_in_nats
         self.costs: dict[Matrix, np.ndarray] = {}
         """Of each matrix and rank from 0 to the full one; see `Decomposition.costs`."""
         self.left_out: list[Skipped] = []
@@ -108,12 +110,13 @@ class MeasuredReducer:
         return costs, about["on_columns"] == "True"
 
     def truncated(self, matrix: Matrix, weight: Tensor, rank: int) -> Tensor:
-        return self._of(matrix, weight).truncated(weight, rank)
+        return self.decomposition(matrix, weight).truncated(weight, rank)
 
     def factors(self, matrix: Matrix, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        return self._of(matrix, weight).factors(weight, rank)
+        return self.decomposition(matrix, weight).factors(weight, rank)
 
-    def _of(self, matrix: Matrix, weight: Tensor) -> Decomposition:
+    def decomposition(self, matrix: Matrix, weight: Tensor) -> Decomposition:
+        """What is known of a matrix, on the weight's device."""
         if matrix not in self._on_columns:
             return Decomposition(self.costs[matrix], None)
         held = load_file(self._path(matrix), device=str(weight.device))
@@ -151,7 +154,7 @@ def measured_reducer(
         ModelError: The model is sharded over processes, or computes inf or nan on a row.
         OutputError: There is no room for the projections.
     """
-    reducer = MeasuredReducer(matrices, folder)
+    reducer = MeasuredReducer(matrices, folder, is_in_nats=way == "fisher")
     if way == "svd":
         for matrix in matrices:
             reducer.add(matrix, decompose_plainly(weights.read(matrix)))

@@ -5,6 +5,9 @@ First order: a pair's margin M changes by about <dM/dW, dW> = -sum over D of sig
 some pairs says little of others where the pairs disagree; their standard error tells.
 How far it reaches: the layer's output W x changes by dW x, whose mean square over the pairs' tokens is the sum over D
 of the mean of (sigma_i v_i' x)^2, since the u_i are orthonormal.
+Where the matrix is reduced by its statistics, see `splaser_plugin.reduction.truncation`, dW is that of its projection,
+-sum over D of W b_i d_i' with the columns b_i of its basis and the rows d_i' of the dual one, and how far it reaches is
+the cost of the rank.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from splaser_plugin.errors import ModelError
 from splaser_plugin.generation.evaluation import evaluating
 from splaser_plugin.generation.teacher_forcing import forced_means
 from splaser_plugin.progress import SILENT, Progress
+from splaser_plugin.reduction.measured_reducer import MeasuredReducer
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.spectra.spectrum import components
 from splaser_plugin.weights.in_memory import Weights
@@ -40,6 +44,8 @@ STANDARD_ERRORS = 2.0
 OUTPUT_WEIGHT = 0.1
 """Nats a token that a prediction takes off where the layer's whole output is lost: chosen on one half of the
 truncations of `tests/benchmarks/ranking.py`, and judged on the other."""
+DIVERGENCE_WEIGHT = 1.0
+"""What a prediction takes off for each nat a token that a reduction by statistics is to cost: chosen alike."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,9 @@ class Sensitivity:
     """sigma_i u_i' (dM/dW) v_i for the margin M of each pair: (pairs, short), in nats a token."""
     energies: np.ndarray
     """Mean square of what the component adds to the layer's output: (short,), in the output's unit squared."""
+    divergences: np.ndarray | None = None
+    """How far each rank from 0 to the full one is expected to move the model's predictions: (short + 1,), in nats a
+    token; None where that wasn't measured."""
 
     def changes(self, rank: int) -> np.ndarray:
         """First-order change of each pair's margin, in nats a token, when only `rank` components stay: (pairs,)."""
@@ -72,10 +81,12 @@ class Sensitivity:
     def predicted(self, rank: int) -> float:
         """What candidates are ordered by: a cautious guess at the mean margin's change, in nats a token.
 
-        The first order, less two standard errors for the pairs not seen, less a tenth of the output lost for what
-        the first order doesn't know of.
+        The first order, less two standard errors for the pairs not seen, less what the first order doesn't know of:
+        the divergence, or else a tenth of the output lost.
         """
         doubt = STANDARD_ERRORS * self.standard_error(rank)
+        if self.divergences is not None:
+            return self.first_order(rank) - doubt - DIVERGENCE_WEIGHT * float(self.divergences[rank])
         return self.first_order(rank) - doubt - OUTPUT_WEIGHT * self.output_lost(rank)
 
 
@@ -94,13 +105,21 @@ def check_predictable(weights: Weights) -> None:
 
 
 def sensitivities(
-    weights: Weights, scorer: MarginScorer, matrices: Sequence[Matrix], *, progress: Progress = SILENT
+    weights: Weights,
+    scorer: MarginScorer,
+    matrices: Sequence[Matrix],
+    *,
+    reducer: MeasuredReducer | None = None,
+    progress: Progress = SILENT,
 ) -> dict[Matrix, Sensitivity]:
     """Sensitivities of the scorer's mean margin to each component of each matrix.
 
+    reducer: how each matrix is reduced; None for the plain singular value decomposition.
+
     Memory beside the model and one pair's activations: the gradient of one parameter at a time, which is consumed
-    as soon as it is whole, and singular vectors (float32, short side squared) of as many matrices as fit into 1 GiB,
-    at least one parameter's. More matrices take more passes over the pairs, each only as deep as its own matrices.
+    as soon as it is whole, and singular vectors (float32, short side squared; two such squares with a reducer) of as
+    many matrices as fit into 1 GiB, at least one parameter's. More matrices take more passes over the pairs, each only
+    as deep as its own matrices.
     Experts stacked in one parameter, and layers that don't see every token, have no known inputs: their energies
     are those of inputs that are alike in all directions, sigma_i^2.
     Gradients, requires_grad and training modes are afterwards as before. Under several processes each works on a
@@ -108,20 +127,21 @@ def sensitivities(
     Raises ModelError as `check_predictable` does.
     """
     check_predictable(weights)
-    groups = _groups(matrices)
+    groups = _groups(matrices, 4 if reducer is None else 8)
     found: dict[Matrix, Sensitivity] = {}
     with progress.phase("gradients", len(groups) * len(my_part(range(scorer.size)))) as advance:
         for group in groups:
-            found.update(_measure(weights, scorer, group, advance))
+            parts = [_Part(weights, matrix, reducer) for matrix in group]
+            found.update(_measure(weights, scorer, parts, advance))
     return found
 
 
-def _groups(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
-    """Matrices, as they follow each other, whose singular vectors fit into memory together."""
+def _groups(matrices: Sequence[Matrix], entry_bytes: int) -> list[list[Matrix]]:
+    """Matrices, as they follow each other, whose squares of the short side fit into memory together."""
     groups: list[list[Matrix]] = [[]]
     room = GROUP_BYTES
     for added in _by_parameter(matrices).values():
-        needed = sum(4 * min(matrix.shape) ** 2 for matrix in added)
+        needed = sum(entry_bytes * min(matrix.shape) ** 2 for matrix in added)
         if groups[-1] and needed > room:
             groups.append([])
             room = GROUP_BYTES
@@ -140,10 +160,18 @@ def _by_parameter(matrices: Iterable[Matrix]) -> dict[str, list[Matrix]]:
 class _Part:
     """One matrix's components, and what is found for each of them, one pair after the other."""
 
-    def __init__(self, weights: Weights, matrix: Matrix) -> None:
+    def __init__(self, weights: Weights, matrix: Matrix, reducer: MeasuredReducer | None) -> None:
         self.matrix = matrix
         self._weights = weights
-        self.values, self._basis = components(weights.read(matrix))
+        self._costs = reducer.costs[matrix] if reducer else None
+        self._is_in_nats = reducer is not None and reducer.is_in_nats
+        projection = reducer.decomposition(matrix, weights.read(matrix)).projection if reducer else None
+        if projection is None:
+            self.values, self._basis = components(weights.read(matrix))
+            self._dual = self._basis
+        else:
+            self._basis, self._dual = projection.basis, projection.dual.mT
+            self.values = self._basis.new_zeros(len(self._basis))
         self.slopes: list[Tensor] = []
         self.squares = torch.zeros_like(self.values)
         self.tokens = torch.zeros((), device=self.values.device)
@@ -157,15 +185,22 @@ class _Part:
 
     @torch.no_grad()
     def add_gradient(self, gradient: Tensor) -> None:
-        """Add sigma_i u_i' G v_i, which is v_i' (W' G) v_i, or u_i' (G W') u_i where the rows are the short side."""
+        """Add sigma_i u_i' G v_i, which is v_i' (W' G) v_i, or u_i' (G W') u_i where the rows are the short side; in a
+        projection b_i' (W' G) d_i, or b_i' (G W') d_i.
+        """
         gradient = self.matrix.view(gradient).to(self._basis.dtype)
         weight = self._weights.read(self.matrix).to(self._basis.dtype)
         product = weight.mT @ gradient if self._upright else gradient @ weight.mT
-        self.slopes[-1] += ((product @ self._basis) * self._basis).sum(0)
+        self.slopes[-1] += ((product @ self._dual) * self._basis).sum(0)
 
     @torch.no_grad()
     def add_inputs(self, inputs: Tensor, mask: Tensor) -> None:
-        """Add (sigma_i v_i' x)^2 over the tokens that are no padding. inputs: (..., inputs); mask: 1 for a token."""
+        """Add (sigma_i v_i' x)^2 over the tokens that are no padding, unless costs are known.
+
+        inputs: (..., inputs). mask: 1 for a token.
+        """
+        if self._costs is not None:
+            return
         rows = inputs.reshape(-1, inputs.shape[-1]).to(self._basis.dtype)
         if len(rows) != mask.numel():
             return
@@ -188,17 +223,18 @@ class _Part:
         slopes = np.empty((sum(len(mine) for mine, _, _ in sums), len(self.values)))
         for process, (mine, _, _) in enumerate(sums):
             slopes[process :: len(sums)] = mine
+        if self._costs is not None:
+            return Sensitivity(slopes, -2 * np.diff(self._costs), self._costs if self._is_in_nats else None)
         tokens = sum(seen for _, _, seen in sums)
         squares = np.stack([squared for _, squared, _ in sums]).astype(np.float64).sum(0)
         return Sensitivity(slopes, squares / tokens if tokens else self.values.double().cpu().numpy() ** 2)
 
 
 def _measure(
-    weights: Weights, scorer: MarginScorer, group: Sequence[Matrix], advance: Callable[[int], None]
+    weights: Weights, scorer: MarginScorer, parts: Sequence[_Part], advance: Callable[[int], None]
 ) -> dict[Matrix, Sensitivity]:
-    parts = [_Part(weights, matrix) for matrix in group]
     of_matrix = {part.matrix: part for part in parts}
-    by_parameter = {name: [of_matrix[matrix] for matrix in same] for name, same in _by_parameter(group).items()}
+    by_parameter = {name: [of_matrix[matrix] for matrix in same] for name, same in _by_parameter(of_matrix).items()}
 
     def add_up_mine() -> list[list[_Sums]]:
         with _gradients_given_to(weights, by_parameter), _inputs_given_to(weights, by_parameter):

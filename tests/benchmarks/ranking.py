@@ -1,11 +1,13 @@
 """Which ordering of truncations predicts best what they do: SmolLM2, the example pairs, as a table.
 
     python tests/benchmarks/ranking.py [--depths 10] [--ranks 2] [--pairs 12] [--tokens 24] [--measured FILE]
+        [--statistics FILE.pt]
 
 Every type of matrix at evenly spaced depths is truncated alone, each to one of several ranks, all in turn. What
 it does to the mean margin is measured on some of the pairs that the gradient was taken from, and on others; with
 --tokens also what it does to the score of the model's own answers to those others. --measured keeps the measurements,
-a line each, so that a stopped run goes on; what is predicted is computed anew each time.
+a line each, so that a stopped run goes on; what is predicted is computed anew each time. With --statistics, those that
+tests/benchmarks/reduction.py has left, truncations are those of `--reduce fisher`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -27,6 +29,8 @@ from splaser_plugin.data.pairs import load_pairs
 from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.jobs.stages import GRADIENT_PAIRS
+from splaser_plugin.reduction.measured_reducer import MeasuredReducer
+from splaser_plugin.reduction.truncation import decompose_by_moments
 from splaser_plugin.scanning.scan import MatrixScan, matrix_scan
 from splaser_plugin.scoring.embedding import SentenceEmbedder
 from splaser_plugin.scoring.margin import MarginScorer
@@ -40,18 +44,22 @@ from splaser_plugin.weights.matrices import Matrix
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "data"
-OUTPUT_WEIGHTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+REACH_WEIGHTS = {
+    "output lost": (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+    "nats": (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
+}
+"""What c is chosen from, for each way to say how far a truncation reaches."""
 SCORERS = {"seen": "margin, pairs seen", "unseen": "margin, other pairs", "answers": "answers to other pairs"}
 SNR = "snr, lowest first"
-DEFAULT = "gradient - 2 SE - c output lost"
-"""What `--rank-by gradient` goes by, with the c it has."""
+PLAIN = "that of plain truncations"
+"""What `--rank-by gradient` goes by where matrices are reduced by their own spectrum."""
 RANKS = ("iqr", 0.5, "mp", 0.25, 0.1)
 
 
 class Study:
     """SmolLM2, its scorers, and the truncations to look at."""
 
-    def __init__(self, pairs: int, tokens: int, depths: int) -> None:
+    def __init__(self, pairs: int, tokens: int, depths: int, statistics: Path | None) -> None:
         self.model, tokenizer = load_model(prepare_model(ROOT / ".cache"), device="cpu", dtype="float32")
         self.weights = Weights(self.model)
         prompter = Prompter(tokenizer, context=context_length(self.model))
@@ -73,6 +81,20 @@ class Study:
         self.scans = {
             matrix: matrix_scan(matrix, singular_values(self.weights.read(matrix))) for matrix in self.matrices
         }
+
+        self.reducer = self._reducer(statistics) if statistics else None
+        self.reach = "nats" if statistics else "output lost"
+        """How far a truncation reaches, by its name in the tables."""
+        self.default = f"gradient - 2 SE - c {self.reach}"
+        """What `--rank-by gradient` goes by, with the c it has."""
+
+    def _reducer(self, statistics: Path) -> MeasuredReducer:
+        moments = torch.load(statistics, weights_only=False)[0]
+        reducer = MeasuredReducer(self.matrices, is_in_nats=True)
+        for matrix in self.matrices:
+            reducer.add(matrix, decompose_by_moments(self.weights.read(matrix), moments[matrix]))
+        self.weights.reducer = reducer
+        return reducer
 
     def edits(self, ranks: int) -> list[tuple[Matrix, int]]:
         """Every matrix at some of the ranks, in turn, so that each type meets each rank; block by block."""
@@ -170,27 +192,34 @@ def measure_edits(study: Study, edits: Sequence[tuple[Matrix, int]], measured: M
 def predict(study: Study, edits: Sequence[tuple[Matrix, int]]) -> dict[str, np.ndarray]:
     """What each ordering goes by, one number a truncation, higher is tried first."""
     started = time.monotonic()
-    found = sensitivities(study.weights, study.gradient, study.matrices)
+    found = sensitivities(study.weights, study.gradient, study.matrices, reducer=study.reducer)
     print(f"gradients of {len(found)} matrices: {time.monotonic() - started:.0f} s", file=sys.stderr)
-    values = [(study.scans[matrix].edges["iqr"].snr or np.inf, found[matrix], rank) for matrix, rank in edits]
+    plain = sensitivities(study.weights, study.gradient, study.matrices) if study.reducer else {}
+
+    def of_all(number: Callable[[Matrix, int], float]) -> np.ndarray:
+        return np.array([number(matrix, rank) for matrix, rank in edits])
+
+    def reach(matrix: Matrix, rank: int) -> float:
+        return float(study.reducer.costs[matrix][rank]) if study.reducer else found[matrix].output_lost(rank)
+
+    first_order = of_all(lambda matrix, rank: found[matrix].first_order(rank))
     return {
-        SNR: np.array([-snr for snr, _, _ in values]),
-        "share of components kept": np.array([rank / len(sensitivity.energies) for _, sensitivity, rank in values]),
-        "output lost": np.array([-sensitivity.output_lost(rank) for _, sensitivity, rank in values]),
-        "gradient": np.array([sensitivity.first_order(rank) for _, sensitivity, rank in values]),
-        "gradient - 2 SE": np.array(
-            [sensitivity.first_order(rank) - 2 * sensitivity.standard_error(rank) for _, sensitivity, rank in values]
-        ),
+        SNR: of_all(lambda matrix, rank: -(study.scans[matrix].edges["iqr"].snr or np.inf)),
+        "share of components kept": of_all(lambda matrix, rank: rank / min(matrix.shape)),
+        study.reach: -of_all(reach),
+        "gradient": first_order,
+        "gradient - 2 SE": first_order - 2 * of_all(lambda matrix, rank: found[matrix].standard_error(rank)),
+        **({PLAIN: of_all(lambda matrix, rank: plain[matrix].predicted(rank))} if plain else {}),
     }
 
 
-def with_output_term(predicted: dict[str, np.ndarray], change: np.ndarray, fit: np.ndarray) -> dict[str, float]:
-    """Add to the gradients c times the output lost; returns the c with which each ranks the truncations `fit` best."""
+def with_reach(predicted: dict[str, np.ndarray], reach: str, change: np.ndarray, fit: np.ndarray) -> dict[str, float]:
+    """Take c times the reach off the gradients; returns the c with which each ranks the truncations `fit` best."""
     weights = {}
     for name in ("gradient", "gradient - 2 SE"):
-        sums = {c: predicted[name] + c * predicted["output lost"] for c in OUTPUT_WEIGHTS}
-        best = max(OUTPUT_WEIGHTS, key=lambda c: rank_correlation(sums[c][fit], change[fit]))
-        predicted[f"{name} - c output lost"] = sums[best]
+        sums = {c: predicted[name] + c * predicted[reach] for c in REACH_WEIGHTS[reach]}
+        best = max(sums, key=lambda c: rank_correlation(sums[c][fit], change[fit]))
+        predicted[f"{name} - c {reach}"] = sums[best]
         weights[name] = best
     return weights
 
@@ -231,17 +260,21 @@ def report(study: Study, edits: Sequence[tuple[Matrix, int]], measured: Measured
     predicted = predict(study, edits)
     blocks = sorted({matrix.block for matrix, _ in edits if matrix.block is not None})
     judged = np.array([blocks.index(matrix.block or 0) % 2 == 1 for matrix, _ in edits])
-    weights = with_output_term(predicted, changes["unseen"], ~judged)
+    weights = with_reach(predicted, study.reach, changes["unseen"], ~judged)
     chosen = ", ".join(f"{c:g} for {name}" for name, c in weights.items())
     lines = [
         f"{len(edits)} truncations; c was chosen on the {int((~judged).sum())} at depths {blocks[::2]}: {chosen}.",
         *table(predicted, changes, np.full(len(edits), True), f"All {len(edits)} truncations"),
         *table(predicted, changes, judged, f"The {int(judged.sum())} at depths {blocks[1::2]}"),
     ]
-    default, snr, change = (values[judged] for values in (predicted[DEFAULT], predicted[SNR], changes["unseen"]))
-    above = rank_correlation(default, change) - rank_correlation(snr, change)
-    low, high = interval(default, change, snr)
-    lines.append(f"\nThere, on other pairs, '{DEFAULT}' is above '{SNR}' by {above:+.2f} ({low:+.2f} to {high:+.2f}).")
+    first, change = predicted[study.default][judged], changes["unseen"][judged]
+    for name in (SNR, PLAIN) if study.reducer else (SNR,):
+        second = predicted[name][judged]
+        above = rank_correlation(first, change) - rank_correlation(second, change)
+        low, high = interval(first, change, second)
+        lines.append(
+            f"\nThere, on other pairs, '{study.default}' is above '{name}' by {above:+.2f} ({low:+.2f} to {high:+.2f})."
+        )
     return "\n".join(lines)
 
 
@@ -273,11 +306,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=12, help="pairs to measure on, of those seen and of others")
     parser.add_argument("--tokens", type=int, default=24, help="longest own answer, in tokens; 0 for none")
     parser.add_argument("--measured", type=Path, help="file that keeps the measurements")
+    parser.add_argument("--statistics", type=Path, help="FILE.pt that tests/benchmarks/reduction.py has left")
     parser.add_argument("--threads", type=int, help="threads of torch")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    study = Study(arguments.pairs, arguments.tokens, arguments.depths)
+    study = Study(arguments.pairs, arguments.tokens, arguments.depths, arguments.statistics)
     measured = Measured(arguments.measured)
     edits = study.edits(arguments.ranks)
     measure_edits(study, edits, measured)

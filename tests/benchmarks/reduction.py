@@ -256,7 +256,8 @@ class Study:
 
 
 def layer(left: Tensor, right: Tensor, storage: Storage) -> FactoredLinear:
-    """A factored layer of left @ right."""
+    """A factored layer of left @ right, in float32 as the model is."""
+    left, right = left.float(), right.float()
     if storage is gauge_storage:
         return GaugeLinear.of(gauge(left, right, left.dtype))
     made = TwoFactorLinear(right.shape[1], *left.shape, bias=False)

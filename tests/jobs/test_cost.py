@@ -105,7 +105,9 @@ def test_how_long_a_function_of_the_users_own_takes_is_not_guessed(tiny_folder, 
     assert "warm-up" not in told.facts["at most"]
 
 
-@pytest.mark.parametrize("options", [{"objective": "compress"}, {"reduce": "fisher"}])
+@pytest.mark.parametrize(
+    "options", [{"objective": "compress"}, {"reduce": "fisher"}, {"reduce": "fisher", "rank_by": "gradient"}]
+)
 def test_statistics_have_their_place_in_the_plan_and_in_the_check_of_the_disk(
     options, tiny_folder, tmp_path, monkeypatch
 ):
@@ -113,7 +115,8 @@ def test_statistics_have_their_place_in_the_plan_and_in_the_check_of_the_disk(
     told = Told()
     cost = plan(tiny_folder, ROWS, config=config, progress=told)
     wide, narrow = (2 * short**2 * 4 + 8 * (short + 1) for short in (32, 16))
-    assert cost.statistics_bytes == (2 * (5 * wide + 2 * narrow) if config.tries_budgets else 3 * wide)
+    measures_all = config.tries_budgets or config.orders_by_gradient
+    assert cost.statistics_bytes == (2 * (5 * wide + 2 * narrow) if measures_all else 3 * wide)
     assert f"; {size(cost.statistics_bytes)} more for statistics until the end" in told.facts["output"]
     usage = shutil.disk_usage(tmp_path)
     for free, output, mend in (

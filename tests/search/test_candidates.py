@@ -259,9 +259,12 @@ class StopsAfterTwo(Progress):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_in_the_predicted_order(tiny_folder, pairs, tmp_path, monkeypatch):
-    config = LaserConfig(**QUICK, rank_by="gradient", ranks="mp,0.4")
+@pytest.mark.parametrize("reduce", ["svd", "fisher"])
+def test_a_stopped_run_goes_on_in_the_predicted_order(reduce, tiny_folder, pairs, tmp_path, monkeypatch):
+    config = LaserConfig(**QUICK, rank_by="gradient", ranks="mp,0.4", reduce=reduce)
     whole = laser(tiny_folder, pairs, config=config)
+    predicted = [trial.candidate.predicted for trial in whole.search.trials]
+    assert predicted == sorted(predicted, reverse=True)
     with pytest.raises(KeyboardInterrupt):
         laser(tiny_folder, pairs, config=config, output=tmp_path / "out", progress=StopsAfterTwo())
     monkeypatch.setattr(stages, "sensitivities", None)  # What was predicted once is not predicted again.

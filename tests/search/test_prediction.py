@@ -12,9 +12,11 @@ from scipy.stats import sem
 from splaser_plugin.data.pairs import pairs_from_rows
 from splaser_plugin.errors import ScoreError
 from splaser_plugin.generation.prompts import Prompter
+from splaser_plugin.reduction.measured_reducer import MeasuredReducer
+from splaser_plugin.reduction.truncation import decompose
 from splaser_plugin.scoring.margin import MarginScorer
 from splaser_plugin.search import prediction
-from splaser_plugin.search.prediction import Sensitivity, sensitivities
+from splaser_plugin.search.prediction import DIVERGENCE_WEIGHT, OUTPUT_WEIGHT, Sensitivity, sensitivities
 from splaser_plugin.spectra.spectrum import components
 from splaser_plugin.weights.in_memory import Weights
 from tests.builders import VOCABULARY, tiny_llama
@@ -103,6 +105,31 @@ def test_a_truncation_that_removes_little_does_what_is_predicted(scorer_of):
             attempt.reduce(8)
             measured = scorer.score(range(scorer.size)).mean - before
         assert found[matrix].first_order(8) == pytest.approx(measured, rel=1e-3, abs=1e-9), matrix.name
+
+
+@pytest.mark.parametrize("is_in_nats", [False, True])
+def test_a_reduction_by_statistics_is_predicted_along_its_own_components(is_in_nats, scorer_of):
+    model = tiny_gpt2().double()
+    weights = Weights(model)
+    scorer = scorer_of(model)
+    matrices = weights.matrices()[0][::3]
+    reducer = MeasuredReducer(matrices, is_in_nats=is_in_nats)
+    random = torch.Generator().manual_seed(0)
+    for matrix in matrices:
+        spread = [torch.randn(size, 3 * size, generator=random).double() for size in matrix.shape]
+        reducer.add(matrix, decompose(weights.read(matrix), *(values @ values.mT for values in spread)))
+    found = sensitivities(weights, scorer, matrices, reducer=reducer)
+    for matrix in matrices:
+        weight, step = weights.read(matrix).detach().clone(), 1e-5
+        change = reducer.truncated(matrix, weight, 8) - weight
+        up, down = (change_of_margin(scorer, weights, matrix, sign * step * change) for sign in (1, -1))
+        sensitivity, cost = found[matrix], float(reducer.costs[matrix][8])
+        derivative = (up - down) / (2 * step)
+        assert sensitivity.first_order(8) == pytest.approx(derivative, rel=1e-5, abs=1e-7), matrix.name
+        assert sensitivity.output_lost(8) == pytest.approx(cost / reducer.costs[matrix][0])
+        reach = DIVERGENCE_WEIGHT * cost if is_in_nats else OUTPUT_WEIGHT * sensitivity.output_lost(8)
+        expected = sensitivity.first_order(8) - 2 * sensitivity.standard_error(8) - reach
+        assert sensitivity.predicted(8) == pytest.approx(expected)
 
 
 def inputs_of(model, scorer, module):
@@ -199,7 +226,7 @@ def test_matrices_in_many_groups_get_the_numbers_of_one(tiny_model, scorer_of, m
     matrices = weights.matrices()[0]
     together = sensitivities(weights, scorer, matrices)
     monkeypatch.setattr(prediction, "GROUP_BYTES", 3 * 4 * 32 * 32)
-    assert [len(group) for group in prediction._groups(matrices)] == [4, 3, 4, 3]
+    assert [len(group) for group in prediction._groups(matrices, 4)] == [4, 3, 4, 3]
     separately = sensitivities(weights, scorer, matrices[::-1])
     for matrix in matrices:
         assert separately[matrix].slopes.mean(0) == pytest.approx(together[matrix].slopes.mean(0), rel=1e-4, abs=1e-7)
