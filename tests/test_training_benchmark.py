@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 from scipy import stats
 
-from tests.benchmarks.training import Row, interval, main, table, tuned
+from tests.benchmarks.training import Row, interval, main, merit, table, tuned
 
 
 def row(arm, seed, loss, part="held-out"):
@@ -43,9 +43,17 @@ def test_an_arm_is_compared_with_the_random_half_of_its_own_seed():
 def test_a_grid_grows_while_its_best_rate_is_at_an_end(best, tried):
     runs = []
 
-    def run(rate):
+    def merit_of(rate):
         runs.append(rate)
-        return replace(row("all", 1000, abs(math.log(rate / best))), rate=rate)
+        return -abs(math.log(rate / best))
 
-    assert tuned(run, (1e-3, 1e-4, 3e-4)) == best
+    assert tuned(merit_of, (1e-3, 1e-4, 3e-4)) == best
     assert sorted(runs) == sorted(tried)
+
+
+def test_a_rate_of_dpo_that_ruins_the_model_has_no_merit_whatever_its_margin():
+    gentle = replace(row("all", 1000, 2.0), task="dpo", margin=1.0, text_loss=3.09)
+    ruinous = replace(gentle, margin=9.0, text_loss=3.11)
+    assert merit(gentle, 3.0) == 1.0
+    assert merit(ruinous, 3.0) == -math.inf
+    assert merit(row("all", 1000, 2.0), 0.0) == -2.0

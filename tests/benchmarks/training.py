@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ LADDER = tuple(float(f"{digit}e{power}") for power in range(-6, 0) for digit in 
 RATES = {"lora": (1e-4, 3e-4, 1e-3), "unfrozen": (1e-5, 3e-5, 1e-4)}
 """Where the choice of one begins."""
 BETA = 0.1
+FORGOTTEN = 0.1
+"""Nats a token of the text that DPO's learning rate may cost at most: the larger it is, the larger the margin, until
+nothing is left of the model."""
 TUNING_SEED = 1000
 """Of the runs that choose the learning rates: none of the seeds that count."""
 FIGURES = {"loss": "held-out loss", "margin": "held-out margin", "text_loss": "loss on the text"}
@@ -77,11 +81,6 @@ class Row:
     @property
     def place(self) -> tuple[str, str, str, int, float, str]:
         return self.task, self.mode, self.arm, self.seed, self.rate, self.part
-
-    @property
-    def merit(self) -> float:
-        """What a rate is chosen by, more is better: after DPO the margin, less the loss of the chosen answers."""
-        return -self.loss if self.task == "sft" else self.margin - self.loss
 
 
 def longest(pair: Pair) -> int:
@@ -162,18 +161,27 @@ class Study:
             return trl.DPOTrainer(model, args=trl.DPOConfig(beta=BETA, **options), train_dataset=rows, **given)
         return trl.SFTTrainer(model, args=trl.SFTConfig(**options), train_dataset=rows, **given)
 
+    @cached_property
+    def untrained_text_loss(self) -> float:
+        model, tokenizer = load_model(self.folder, device=self.arguments.device, dtype="float32")
+        return self._text_loss(model, tokenizer)
+
     def _measure(self, model: Any, tokenizer: Any, part: str) -> dict[str, float]:
         prompter = Prompter(tokenizer, "auto", context_length(model))
         pairs, batch = self.parts[part], self.arguments.batch
-        windows = read_windows(
-            self.arguments.text, tokenizer, window=self.arguments.length, count=self.arguments.judged
-        )
-        scorers = {
-            "loss": (-1, ChosenScorer(model, prompter, pairs, batch_size=batch)),
-            "margin": (1, MarginScorer(model, prompter, pairs, batch_size=batch)),
-            "text_loss": (-1, PerplexityScorer(model, windows, batch_size=batch)),
+        chosen = ChosenScorer(model, prompter, pairs, batch_size=batch)
+        margins = MarginScorer(model, prompter, pairs, batch_size=batch)
+        return {
+            "loss": -chosen.score(range(chosen.size)).mean,
+            "margin": margins.score(range(margins.size)).mean,
+            "text_loss": self._text_loss(model, tokenizer),
         }
-        return {name: sign * scorer.score(range(scorer.size)).mean for name, (sign, scorer) in scorers.items()}
+
+    def _text_loss(self, model: Any, tokenizer: Any) -> float:
+        settings = self.arguments
+        windows = read_windows(settings.text, tokenizer, window=settings.length, count=settings.judged)
+        scorer = PerplexityScorer(model, windows, batch_size=settings.batch)
+        return -scorer.score(range(scorer.size)).mean
 
 
 def _row(task: str, pair: Pair) -> dict[str, Any]:
@@ -186,16 +194,23 @@ def _row(task: str, pair: Pair) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": said(pair.chosen), "rejected": said(pair.rejected)}
 
 
-def tuned(run: Callable[[float], Row], rates: Sequence[float]) -> float:
+def merit(row: Row, untrained_text_loss: float) -> float:
+    """What its learning rate is chosen by; more is better."""
+    if row.task == "sft":
+        return -row.loss
+    return row.margin if row.text_loss <= untrained_text_loss + FORGOTTEN else -math.inf
+
+
+def tuned(merit_of: Callable[[float], float], rates: Sequence[float]) -> float:
     """The learning rate of most merit; one beyond it is tried while it is the lowest or the highest of those tried."""
-    merits = {rate: run(rate).merit for rate in sorted(rates)}
+    merits = {rate: merit_of(rate) for rate in sorted(rates)}
     while True:
         best = max(merits, key=merits.__getitem__)
         place = LADDER.index(best)
         beyond = [rate for rate in LADDER[max(0, place - 1) : place + 2] if rate not in merits]
         if not beyond:
             return best
-        merits |= {rate: run(rate).merit for rate in beyond}
+        merits |= {rate: merit_of(rate) for rate in beyond}
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -288,8 +303,11 @@ def main(words: Sequence[str] | None = None) -> None:
     for task, mode in itertools.product(arguments.tasks, arguments.modes):
         best = {}
         for arm in (arms := ["random", *arguments.by, "all"]):
-            tuning = (task, mode, arm, TUNING_SEED)
-            best[arm] = tuned(lambda rate, at=tuning: measured(*at, rate, "validation"), arguments.rates or RATES[mode])
+
+            def merit_of(rate: float, at: tuple[Any, ...] = (task, mode, arm, TUNING_SEED)) -> float:
+                return merit(measured(*at, rate, "validation"), study.untrained_text_loss)
+
+            best[arm] = tuned(merit_of, arguments.rates or RATES[mode])
         for seed, arm in itertools.product(range(arguments.seeds), arms):
             found.append(measured(task, mode, arm, seed, best[arm], "held-out"))
     print(table(found))
