@@ -45,7 +45,8 @@ OUTPUT_WEIGHT = 0.1
 """Nats a token that a prediction takes off where the layer's whole output is lost: chosen on one half of the
 truncations of `tests/benchmarks/ranking.py`, and judged on the other."""
 DIVERGENCE_WEIGHT = 1.0
-"""What a prediction takes off for each nat a token that a reduction by statistics is to cost: chosen alike."""
+"""What a prediction takes off for each nat a token that a reduction by statistics is to cost, in the margin's own unit:
+1 wasn't fitted."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from splaser_plugin import LaserCallback, LaserConfig, expand, load
+from splaser_plugin import LaserCallback, LaserConfig, expand, laser, load
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.weights.adapted import MergedWeights
 from tests.builders import EXAMPLE_PAIRS, changed, states, tiny_llama
@@ -55,6 +55,24 @@ def test_a_trained_model_is_compressed_and_written_in_factors(trainer_of, tmp_pa
     small = load(tmp_path / "run" / "lasered")
     assert model.num_parameters() - small.num_parameters() == callback.result.search.parameters_removed > 0
     assert not changed(states(model), states(expand(small)))
+
+
+def test_a_callback_compresses_as_python_does(trainer_of, tokenizer):
+    model = tiny_llama()
+    options = {"budget": 0.04, "tolerance": 5.0, "samples": 16, "calibration_tokens": 200, "device": "cpu"}
+    config = LaserConfig(objective="compress", **options)
+    snapshots = {}
+
+    class AtFirstStep(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **rest):
+            snapshots.setdefault("weights", states(model))
+
+    callback = LaserCallback(when="before", pairs=EXAMPLE_PAIRS, config=config)
+    trainer_of(model, callback, AtFirstStep()).train()
+    by_python = laser(tiny_llama(), EXAMPLE_PAIRS, config=config, tokenizer=tokenizer)
+    assert callback.result.search.kept_budget == by_python.search.kept_budget == "4 %"
+    assert not changed(snapshots["weights"], states(by_python.model))
+    assert callback.result.held_out == by_python.held_out
 
 
 def test_given_the_trainer_what_belongs_to_its_making_is_done_at_once(trainer_of, pairs):
