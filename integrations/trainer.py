@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from splaser_plugin.artifacts.trackers import answers, curve
 from splaser_plugin.checkpoints.roles import shape_of
@@ -37,7 +37,7 @@ from splaser_plugin.jobs.materials import materials
 from splaser_plugin.jobs.stages import begin
 from splaser_plugin.scanning.measures import MEASURED
 from splaser_plugin.scanning.scan import scan_source
-from splaser_plugin.scanning.selection import choose
+from splaser_plugin.scanning.selection import Selection, choose
 from splaser_plugin.scoring.embedding import SentenceEmbedder
 from splaser_plugin.scoring.scorers import Scorers, check_scorers
 from splaser_plugin.weights.adapted import BaseWeights, has_adapters, restore_base, weights_of
@@ -102,7 +102,7 @@ class LaserCallback(TrainerCallback):
         top: int | None = None,
         fraction: float | None = None,
         by: Measure = "snr_ratio",
-        trainer: Any = None,
+        trainer: Trainer | None = None,
     ) -> None:
         if when is not None and when not in WHEN:
             raise ConfigError(f"when: got {when!r}, expected one of {', '.join(WHEN)}, or None.")
@@ -128,7 +128,7 @@ class LaserCallback(TrainerCallback):
         self._select = SelectConfig(top=top, fraction=fraction, by=by, text=text, seed=self.config.seed)
         self.trainer = trainer
         self.result: LaserResult | None = None
-        self.selection: Any = None
+        self.selection: Selection | None = None
         self._split: Split | None = None
         self._seconds = 0.0
         self._prepared: weakref.ref[Any] | None = None

@@ -9,29 +9,33 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 import splaser_plugin
 from splaser_plugin import LaserConfig, SelectConfig, choose, laser
 from splaser_plugin.errors import ConfigError, in_python
+from splaser_plugin.scanning.selection import SelectOptions
 from tests.builders import QUICK, ROOT
 from tests.report_data import made_up_scan
 
 SCRIPT = """
 from pathlib import Path
+from transformers import PreTrainedModel
 import splaser_plugin as s
 
 found: s.Scan = s.scan("m", config=s.ScanConfig(edge="mp"), output="scan.json", progress=s.Progress())
 bars: s.Progress = s.Bars()
 same: s.Scan = s.Scan.load("scan.json")
 selection: s.Selection = s.choose(found, s.SelectConfig(top=3, by="snr"))
-published = s.choose(s.load_scan("scan.json"), fraction=0.5).names
+published = s.choose(s.load_scan("scan.json"), fraction=0.5, by="rank", edge="mp", types=["mlp"]).names
 names: list[str] = selection.names
 config = s.LaserConfig(candidates=3, objective="compress", save="factored")
 result: s.LaserResult = s.laser("m", s.load_pairs("p.jsonl"), config=config, output=Path("out"))
 gain: float = result.score_after - result.score_before
 verdict: str | None = result.verdict
+lasered: PreTrainedModel = result.model
 ranks: list[int] = [candidate.rank for candidate in result.kept]
 saved: Path = result.save("again")
 recipe: s.Recipe = result.recipe
@@ -41,9 +45,10 @@ compared.save("c.json")
 callback = s.LaserCallback(when="after", config=config)
 frozen = s.FreezeCallback(names)
 lora = s.lora_config(selection, rank=8)
-pairs: s.PairSet = s.load_pairs("p.jsonl", limits=s.TokenLimits(None, prompt=64))
-model = s.expand(s.load("m"))
-values: dict[str, float] = s.importances(model, None, by="fisher", text="notes.txt")
+pairs: s.PairSet = s.load_pairs("p.jsonl", limits=s.TokenLimits(result.tokenizer, prompt=64))
+model: PreTrainedModel = s.expand(s.load("m"))
+same_model: PreTrainedModel = s.expand("m")
+values: dict[str, float] = s.importances(model, result.tokenizer, by="fisher", text="notes.txt")
 version: str = s.__version__
 table = found.to_dataframe()
 try:
@@ -57,6 +62,13 @@ WRONG = {
     's.laser("m", "p", config=s.ScanConfig())': "LaserConfig",
     's.scan("m").score_before': "score_before",
     's.SelectConfig(top="3")': "int",
+    's.choose(s.load_scan("s"), tops=3)': "tops",
+    's.choose(s.load_scan("s"), top="3")': "int",
+    's.choose(s.load_scan("s"), top=3, by="sigma")': "Literal",
+    's.laser(3, "p")': "Module",
+    's.laser("m", "p", tokenizer="m")': "PreTrainedTokenizerBase",
+    's.expand("m") + 1': "PreTrainedModel",
+    's.LaserCallback(trainer="t")': "Trainer",
 }
 
 
@@ -177,6 +189,15 @@ def test_a_public_name_has_a_docstring_in_googles_style(public, is_method):
         assert explained == parameters
     if inspect.isfunction(public) and not is_method:
         assert "\nReturns:\n    " in text and "\nRaises:\n    " in text
+
+
+def test_choose_takes_the_options_of_its_configuration_by_name_and_type():
+    hints = get_type_hints(SelectOptions)
+    assert list(hints) == list(SelectConfig.fields())
+    own = get_type_hints(SelectConfig)
+    assert hints | {"types": own["types"]} == own
+    with pytest.raises(ConfigError, match="option 'tops' is not known; nearest: top"):
+        choose(made_up_scan(1), tops=1)
 
 
 def test_results_are_short_in_words_and_tables_in_a_notebook():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from splaser_plugin.config.stages import MAX_ANSWER_TOKENS, MAX_PROMPT_TOKENS
 from splaser_plugin.data.formats import Message
 from splaser_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHARS_PER_TOKEN = 128
 """Of the longest tokens that usual vocabularies have. Texts of more for each token allowed aren't tokenized at all."""
@@ -22,8 +25,7 @@ class TokenLimits:
         ConfigError: A limit is below 1.
     """
 
-    tokenizer: Any
-    """Of transformers."""
+    tokenizer: PreTrainedTokenizerBase
     prompt: int = MAX_PROMPT_TOKENS
     """All turns together, the system's included; role names and the chat template are not counted."""
     answer: int = MAX_ANSWER_TOKENS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -24,6 +24,11 @@ from splaser_plugin.weights.rest import rest_of
 from splaser_plugin.weights.wrapped import unwrapped
 from splaser_plugin.weights.zero import check_engine
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NO_TOKENIZER = "a loaded model has no tokenizer to write. Save both with their save_pretrained."
+
 
 @dataclass(frozen=True)
 class ApplyResult:
@@ -31,15 +36,15 @@ class ApplyResult:
 
     recipe: Recipe
     weights: Weights
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase | None
     """None where a loaded model was given."""
     base_folder: Path | None = None
     """Where the base model was loaded from; None where a loaded model was given."""
 
     @property
-    def model(self) -> Any:
+    def model(self) -> PreTrainedModel:
         """The model, of transformers' own class."""
-        return self.weights.model
+        return cast("PreTrainedModel", self.weights.model)
 
     def __repr__(self) -> str:
         return f"ApplyResult({self.recipe.model!r}, {len(self.recipe.steps)} matrices reduced)"
@@ -51,14 +56,14 @@ class ApplyResult:
             ModelError: There is no tokenizer, since a loaded model was given.
             OutputError: The folder exists and isn't empty, or can't be written.
         """
-        if self.tokenizer is None:
-            raise ModelError("a loaded model has no tokenizer to write. Save both with their save_pretrained.")
         path = check_output(out, overwrite=overwrite, inputs=(self.recipe.model,))
         with held(path):
             self._write(path)
         return path
 
     def _write(self, path: Path) -> None:
+        if self.tokenizer is None:
+            raise ModelError(NO_TOKENIZER)
         check_space(path, self.weights.size)
         with whole_folder(path, needed=self.weights.size) as folder:
             save_model(self.weights, folder, None)
@@ -94,12 +99,15 @@ def apply(
 
     Raises:
         RecipeError: The recipe is damaged, or the model isn't the recipe's.
-        ModelError: DeepSpeed keeps the loaded model's weights in other places than ZeRO-1, 2 or 3 does.
+        ModelError: An output is asked for of a loaded model, which has no tokenizer to write, or DeepSpeed keeps its
+            weights in other places than ZeRO-1, 2 or 3 does.
         OutputError: The output can't be written.
     """
     config, progress = config or ApplyConfig(), progress or default_progress()
     if output is None:
         return _apply(recipe, model, config, progress)
+    if isinstance(model, nn.Module):
+        raise ModelError(NO_TOKENIZER)
     inputs = tuple(given for given in (model, recipe) if isinstance(given, (str, Path)))
     path = check_output(output, overwrite=overwrite, inputs=inputs)
     with held(path):

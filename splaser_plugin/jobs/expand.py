@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from splaser_plugin.artifacts.base_card import base_card
 from splaser_plugin.artifacts.card import model_card
@@ -15,11 +15,30 @@ from splaser_plugin.checkpoints.folder import INDEX_NAME, ModelFolder, inspect, 
 from splaser_plugin.checkpoints.trust import check_model_folder
 from splaser_plugin.errors import ModelError
 from splaser_plugin.files.output import check_output, check_space, held, whole_folder
+from splaser_plugin.jobs.apply import NO_TOKENIZER
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.weights.factored import expand as expand_layers
 from splaser_plugin.weights.factored_folder import load_factored
 from splaser_plugin.weights.factored_format import stored_layers
 from splaser_plugin.weights.in_memory import Weights
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+_Model = TypeVar("_Model", bound="nn.Module")
+
+
+@overload
+def expand(
+    model: str | Path, *, output: str | Path | None = ..., overwrite: bool = ..., progress: Progress = ...
+) -> PreTrainedModel: ...
+
+
+@overload
+def expand(
+    model: _Model, *, output: str | Path | None = ..., overwrite: bool = ..., progress: Progress = ...
+) -> _Model: ...
 
 
 def expand(
@@ -45,7 +64,7 @@ def expand(
     """
     if not isinstance(model, (str, Path)):
         if output is not None:
-            raise ModelError("a loaded model has no tokenizer to write. Save both with their save_pretrained.")
+            raise ModelError(NO_TOKENIZER)
         return expand_layers(model)
     if output is None:
         return _expanded(inspect(resolve_model(str(model))), progress)
@@ -57,7 +76,7 @@ def expand(
     return dense
 
 
-def _expanded(source: ModelFolder, progress: Progress) -> Any:
+def _expanded(source: ModelFolder, progress: Progress) -> PreTrainedModel:
     with progress.phase("loading", 1):
         checkpoint = check_model_folder(source)
         model = load_factored(checkpoint, dtype="auto")
@@ -65,7 +84,7 @@ def _expanded(source: ModelFolder, progress: Progress) -> Any:
     return expand_layers(model)
 
 
-def _write(dense: Any, source: ModelFolder, out: Path) -> None:
+def _write(dense: PreTrainedModel, source: ModelFolder, out: Path) -> None:
     """Write the plain model to the folder `out`, which is held, with what else the factored one's has."""
     needed = Weights(dense).size
     check_space(out, needed)

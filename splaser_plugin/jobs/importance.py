@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from splaser_plugin.config.stages import Measure, SelectConfig
 from splaser_plugin.errors import ConfigError
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 WINDOW = 256
 WINDOWS = 48
@@ -19,7 +20,7 @@ WINDOWS = 48
 
 
 def importances(
-    model: nn.Module, tokenizer: Any, *, by: Measure, text: str, progress: Progress = SILENT
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, by: Measure, text: str, progress: Progress = SILENT
 ) -> dict[str, float]:
     """What `choose` takes for `by="fisher"` and `by="gradient"`: a value for each matrix, by its name.
 

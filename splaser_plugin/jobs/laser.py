@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -45,15 +45,18 @@ from splaser_plugin.weights.rest import rest_of
 from splaser_plugin.weights.wrapped import unwrapped
 from splaser_plugin.weights.zero import check_engine, masters_following, whole_where_it_fits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = ["LaserResult", "laser", "laser_weights", "read_pairs"]
 
 
 def laser(
-    model: str | Path | Any,
+    model: str | Path | nn.Module,
     pairs: PairSource | None = None,
     *,
     config: LaserConfig | None = None,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     write_unchanged: bool = False,
@@ -98,11 +101,11 @@ def laser(
 
 
 def plan(
-    model: str | Path | Any,
+    model: str | Path | nn.Module,
     pairs: PairSource | None = None,
     *,
     config: LaserConfig | None = None,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -42,6 +42,7 @@ from splaser_plugin.weights.in_memory import Weights
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from splaser_plugin.search.candidates import Candidate
 
@@ -56,7 +57,7 @@ class LaserResult:
     """What a laser run made and found."""
 
     weights: Weights
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     scan: Scan
     recipe: Recipe
     search: SearchResult
@@ -129,9 +130,9 @@ class LaserResult:
         return self.split.pairs
 
     @property
-    def model(self) -> Any:
+    def model(self) -> PreTrainedModel:
         """The model, lasered in place."""
-        return self.weights.model
+        return cast("PreTrainedModel", self.weights.model)
 
     @property
     def parameters(self) -> tuple[int, int]:

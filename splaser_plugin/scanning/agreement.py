@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from splaser_plugin.config.stages import EDGES
+from splaser_plugin.config.stages import EDGES, Edge
 from splaser_plugin.scanning.measures import OF_EDGES
 from splaser_plugin.scanning.records import Scan
 from splaser_plugin.scanning.selection import Selection, choose
@@ -18,9 +18,9 @@ class Agreement:
     """Two edges on the matrices of one module type, by the same measure."""
 
     type: str
-    edge: str
+    edge: Edge
     """The one whose choice it is."""
-    other: str
+    other: Edge
     correlation: float | None
     """Spearman's rank correlation of the two orders, -1 to 1; None where one has no order."""
     matrices: int
@@ -56,10 +56,8 @@ def agreements(scan: Scan | PublishedScan, selection: Selection) -> tuple[Agreem
         return ()
     config = replace(config, include_head=False, include_embeddings=False)
     everything = replace(config, top=None, fraction=1.0)
-    choices: dict[str, dict[str, list[str]]] = {name: choose(scan, config, edge=name).by_type for name in EDGES}
-    values: dict[str, dict[str, float | None]] = {
-        name: {m.name: m.value for m in choose(scan, everything, edge=name).matrices} for name in EDGES
-    }
+    choices = {name: choose(scan, config, edge=name).by_type for name in EDGES}
+    values = {name: {m.name: m.value for m in choose(scan, everything, edge=name).matrices} for name in EDGES}
     kinds = choose(scan, everything, edge=edge).by_type
     found = []
     for other in (name for name in EDGES if name != edge):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+from splaser_plugin.config.stages import Edge
 from splaser_plugin.scanning.measures import MEASURED, OF_EDGES, Scanned
 from splaser_plugin.scanning.records import Scan
 from splaser_plugin.scanning.spectrum_format import PublishedScan, PublishedSnr
@@ -33,7 +34,7 @@ class Chosen:
     """How many matrices of this shape are stacked in it. Value and rank are their means."""
 
 
-def chosen_of(matrix: Scanned, value: float | None, edge: str) -> Chosen:
+def chosen_of(matrix: Scanned, value: float | None, edge: Edge) -> Chosen:
     if isinstance(matrix, PublishedSnr):
         return Chosen(matrix.name, matrix.type, None, value, None)
     return Chosen(matrix.name, matrix.type, matrix.shape, value, matrix.edges[edge].rank)

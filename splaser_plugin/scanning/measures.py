@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 
+from splaser_plugin.config.stages import Edge
 from splaser_plugin.errors import ConfigError
 from splaser_plugin.scanning.records import MatrixScan, Scan
 from splaser_plugin.scanning.spectrum_format import PublishedScan, PublishedSnr
@@ -25,7 +26,7 @@ _ROUNDING = {"float32": 2.0**-24, "float64": 2.0**-53}
 
 
 def best_first(
-    scan: Scan | PublishedScan, by: str, edge: str, *, seed: int = 0, importances: Mapping[str, float] | None = None
+    scan: Scan | PublishedScan, by: str, edge: Edge, *, seed: int = 0, importances: Mapping[str, float] | None = None
 ) -> list[tuple[Scanned, float | None]]:
     """All matrices of the scan with their values, in an order that the order of the file has no part in.
 
@@ -100,7 +101,7 @@ def condition_number(matrix: MatrixScan, precision: str) -> float | None:
     return largest / smallest
 
 
-def _check_measure(scan: Scan | PublishedScan, by: str, edge: str, importances: Mapping[str, float] | None) -> None:
+def _check_measure(scan: Scan | PublishedScan, by: str, edge: Edge, importances: Mapping[str, float] | None) -> None:
     if by in CONTROLS:
         return
     if by in MEASURED:

@@ -137,7 +137,7 @@ class Scan(Table):
             for matrix in self.matrices
         ]
 
-    def ranked(self, by: str = "snr", edge: str | None = None) -> list[MatrixScan]:
+    def ranked(self, by: str = "snr", edge: Edge | None = None) -> list[MatrixScan]:
         """Matrices from the lowest to the highest `by` (a number of `EdgeFit`), never tied by file order.
 
         A matrix without noise values (its snr is None) stands above all others; among its kind the one
@@ -196,7 +196,7 @@ class Scan(Table):
         return cls.from_dict(read_json(path, RecipeError, max_bytes=MAX_SCAN_BYTES, object_hook=_compact), str(path))
 
 
-def rank_key(matrix: MatrixScan, by: str, edge: str) -> tuple[bool, float, str, int, str]:
+def rank_key(matrix: MatrixScan, by: str, edge: Edge) -> tuple[bool, float, str, int, str]:
     """Sort key of `Scan.ranked`."""
     value = getattr(matrix.edges[edge], by)
     above = (matrix.min_singular_value - matrix.edges[edge].threshold) / (matrix.max_singular_value or 1.0)

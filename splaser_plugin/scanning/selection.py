@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypedDict
 
-from splaser_plugin.config.stages import SelectConfig
+from typing_extensions import Unpack
+
+from splaser_plugin.config.stages import Edge, Measure, SelectConfig
 from splaser_plugin.errors import ConfigError, MatrixError, RankError, nearest
 from splaser_plugin.scanning.chosen import Chosen, chosen_of, experts_together
 from splaser_plugin.scanning.measures import CONTROLS, MEASURED, OF_EDGES, best_first, evenly_spaced
@@ -29,7 +31,7 @@ class Selection(Table):
     source: str
     """The scan, as a reader can find it again: a path, or what the scan calls itself."""
     config: SelectConfig
-    edge: str
+    edge: Edge
     """Whose figures counted."""
     matrices: tuple[Chosen, ...]
     """Module type by module type, each from the best by `by` to the worst."""
@@ -81,13 +83,27 @@ class Selection(Table):
         return f"{share} of each module type{among} {_how(config, self.edge)}"
 
 
+class SelectOptions(TypedDict, total=False):
+    """The fields of `SelectConfig` as arguments, which checks them; type checkers know them from here."""
+
+    top: int | None
+    fraction: float | None
+    by: Measure
+    text: str
+    seed: int
+    edge: Edge | None
+    types: Sequence[str]
+    include_head: bool
+    include_embeddings: bool
+
+
 def choose(
     scan: Scan | PublishedScan,
     config: SelectConfig | None = None,
     *,
     source: str = "",
     importances: Mapping[str, float] | None = None,
-    **options: Any,
+    **options: Unpack[SelectOptions],
 ) -> Selection:
     """The matrices that are best by `by` of each module type: `top` of them, or the `fraction`, rounded up.
 
@@ -111,7 +127,8 @@ def choose(
         MatrixError: A type matches nothing, or a head or an embedding is asked for that the model doesn't have of
             its own.
     """
-    config = replace(config or SelectConfig(), **options)
+    changes: Mapping[str, Any] = {**options}
+    config = replace(config or SelectConfig(), **changes)
     by, edge = config.by, config.edge or scan.edge
     count_of = _count(config)
     ranked = [

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from splaser_plugin.checkpoints.naming import block_index, type_in_block
-from splaser_plugin.config.stages import SelectConfig
+from splaser_plugin.config.stages import Edge, SelectConfig
 from splaser_plugin.errors import ConfigError, RecipeError
 from splaser_plugin.files.json import read_json, write_json
 from splaser_plugin.scanning.records import MAX_SCAN_BYTES, MatrixScan, Scan
@@ -37,10 +37,10 @@ class PublishedScan:
     model: str
     """The file's name without folder: the model's id can't be read back from it."""
     matrices: tuple[PublishedSnr, ...]
-    edge: ClassVar[str] = "iqr"
+    edge: ClassVar[Edge] = "iqr"
     skipped: ClassVar[tuple[Skipped, ...]] = ()
 
-    def ranked(self, by: str = "snr_ratio", edge: str | None = None) -> list[PublishedSnr]:
+    def ranked(self, by: str = "snr_ratio", edge: Edge | None = None) -> list[PublishedSnr]:
         """Weights from the lowest to the highest SNR; infinite ones stand above all others.
 
         The file doesn't tell those apart: among them, and among equals, type, block and name decide.
@@ -96,14 +96,13 @@ def published_dict(scan: Scan, *, edge: str | None = None) -> dict[str, dict[str
     choose as we do. Experts are left out: they are no modules of their own.
     Raises ConfigError when there is no such edge.
     """
-    SelectConfig.check_option("edge", edge)
-    edge = edge or scan.edge
+    of_edge = SelectConfig.from_dict({"edge": edge}).edge or scan.edge
     rows: dict[str, list[MatrixScan]] = {}
-    for matrix in reversed(scan.ranked("snr_ratio", edge)):
-        if "[" not in matrix.name:
+    for matrix in reversed(scan.ranked("snr_ratio", of_edge)):
+        if not matrix.stack:
             rows.setdefault(matrix.type, []).append(matrix)
     return {
-        matrix.name: {"snr": _written(matrix.edges[edge].snr_ratio), "type": matrix.type}
+        matrix.name: {"snr": _written(matrix.edges[of_edge].snr_ratio), "type": matrix.type}
         for _, group in sorted(rows.items())
         for matrix in group
     }

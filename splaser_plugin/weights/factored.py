@@ -9,7 +9,7 @@ is never reduced.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,8 @@ from splaser_plugin.weights.factored_experts import EACH, FactoredExperts, can_b
 from splaser_plugin.weights.factored_format import TWO_FACTORS, Stored, written
 from splaser_plugin.weights.factored_layers import FactoredLinear, GaugeLinear, TwoFactorLinear
 from splaser_plugin.weights.matrices import Matrix
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def is_smaller(shape: tuple[int, int], rank: int) -> bool:
@@ -85,7 +87,7 @@ def install(model: Any, layers: Mapping[str, Stored], where: str) -> None:
         _put(model, name, _empty(known[name], stored, f"{where}: {name}"))
 
 
-def expand(model: Any) -> Any:
+def expand(model: _Model) -> _Model:
     """Turn every factored layer of a loaded model into a plain one, in place, under PEFT too.
 
     Args:

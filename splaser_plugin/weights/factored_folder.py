@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from splaser_plugin.weights.factored_layers import order_of
 from splaser_plugin.weights.gauge import Gauge
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Matrix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 OFFLOADED_SHARD = "2GB"
 """Largest file of an offloaded model, which transformers brings into memory whole before it writes it."""
@@ -129,7 +132,7 @@ def parameter_counts(weights: Weights) -> tuple[int, int]:
     return dense, dense - saved
 
 
-def load(model: str | Path, **arguments: Any) -> Any:
+def load(model: str | Path, **arguments: Any) -> PreTrainedModel:
     """A causal language model of transformers' own class, whose factored layers compute with their factors.
 
     transformers' own `from_pretrained` loads such a folder too, wherever splaser_plugin is imported. This checks more:
@@ -148,7 +151,7 @@ def load(model: str | Path, **arguments: Any) -> Any:
     return load_factored(check_model_folder(inspect(resolve_model(str(model)))), **arguments)
 
 
-def load_factored(checkpoint: Checkpoint, **arguments: Any) -> Any:
+def load_factored(checkpoint: Checkpoint, **arguments: Any) -> PreTrainedModel:
     """As `load`, of weights that were checked."""
     from transformers import AutoConfig
 

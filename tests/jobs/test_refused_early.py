@@ -7,7 +7,7 @@ import json
 import pytest
 from transformers import LlamaForCausalLM
 
-from splaser_plugin import CompareConfig, LaserConfig, compare, laser
+from splaser_plugin import CompareConfig, LaserConfig, apply, compare, laser
 from splaser_plugin.errors import (
     CheckpointError,
     ConfigError,
@@ -19,7 +19,7 @@ from splaser_plugin.errors import (
     ScorerError,
     TextError,
 )
-from tests.builders import QUICK
+from tests.builders import QUICK, tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +68,9 @@ def test_compare_refuses_before_a_model_loads(tiny_folder, pairs, tmp_path):
         compare([tiny_folder], pairs, config=CompareConfig(embedder="./nothing"))
     with pytest.raises(OutputError, match="there is no folder"):
         compare([tiny_folder], pairs, output=tmp_path / "absent" / "comparison.json")
+
+
+def test_apply_writes_no_folder_of_a_loaded_model_which_has_no_tokenizer(tmp_path):
+    with pytest.raises(ModelError, match="a loaded model has no tokenizer to write"):
+        apply(tmp_path / "recipe.json", tiny_llama(), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
