@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from splaser_plugin.checkpoints.roles import has_adapters
 from splaser_plugin.errors import MatrixError, ModelError, nearest
-from splaser_plugin.weights.adapted import has_adapters
 from splaser_plugin.weights.matrices import module_name
 
 WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer"})

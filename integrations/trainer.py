@@ -15,7 +15,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from splaser_plugin.artifacts.trackers import answers, curve
-from splaser_plugin.checkpoints.roles import shape_of
+from splaser_plugin.checkpoints.roles import has_adapters, shape_of
 from splaser_plugin.config.stages import AFTER_PROMPTS, LaserConfig, Measure, SelectConfig
 from splaser_plugin.data.pairs import PairSet
 from splaser_plugin.data.split import Split
@@ -40,7 +40,7 @@ from splaser_plugin.scanning.scan import scan_source
 from splaser_plugin.scanning.selection import Selection, choose
 from splaser_plugin.scoring.embedding import SentenceEmbedder
 from splaser_plugin.scoring.scorers import Scorers, check_scorers
-from splaser_plugin.weights.adapted import BaseWeights, has_adapters, restore_base, weights_of
+from splaser_plugin.weights.adapted import BaseWeights, restore_base, weights_of
 from splaser_plugin.weights.in_memory import Weights, check_generates, model_name
 from splaser_plugin.weights.loading import context_length
 

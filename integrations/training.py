@@ -27,11 +27,11 @@ from transformers.integrations.integration_utils import (
 from transformers.utils import logging as transformers_logging
 
 from splaser_plugin.artifacts.trackers import ANSWERS, COLUMNS, by_column, markdown
+from splaser_plugin.checkpoints.roles import has_adapters
 from splaser_plugin.distributed import best_device, is_main
 from splaser_plugin.errors import ModelError, PairsError
 from splaser_plugin.files.text import first_line_of
 from splaser_plugin.progress import Advance, Bars, Progress, ignore
-from splaser_plugin.weights.adapted import has_adapters
 from splaser_plugin.weights.wrapped import unwrapped
 from splaser_plugin.weights.zero import OFFLINE, check_deepspeed
 

@@ -113,6 +113,16 @@ def _role(
     return ("a norm" if "Norm" in kind else OF_NO_LAYER), None, False, False
 
 
+def has_adapters(model: Any) -> bool:
+    """Whether PEFT wraps the model or layers of it. PEFT 0.18 leaves its configuration on a model that it unloaded."""
+    if not hasattr(model, "peft_config"):
+        return False
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
 def is_router(model: nn.Module, path: str) -> bool:
     """Whether the module sends tokens to experts, or is a part of what does."""
     segments = path.split(".") if path else []

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from splaser_plugin.checkpoints.roles import has_adapters
 from splaser_plugin.distributed import process_count
 from splaser_plugin.errors import ModelError, ScoreError
 from splaser_plugin.generation.engines import PROBES, answering, obstacle
@@ -162,7 +163,7 @@ def _check(model: Any) -> None:
     reason = obstacle(model)
     if process_count() > 1:
         reason = reason or "is here in several processes"
-    elif hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+    elif has_adapters(model):
         reason = reason or "has adapters"
     if reason:
         raise ModelError(f"--engine vllm: {type(model).__name__} {reason}. Use --engine transformers.")

@@ -10,22 +10,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
-from splaser_plugin.checkpoints.roles import plain_name
+from splaser_plugin.checkpoints.roles import has_adapters, plain_name
 from splaser_plugin.distributed import is_main, reshard, whole
 from splaser_plugin.errors import ModelError
 from splaser_plugin.files.json import read_json
 from splaser_plugin.weights.in_memory import Weights, gathered
 from splaser_plugin.weights.matrices import Matrix
-
-
-def has_adapters(model: Any) -> bool:
-    """Whether PEFT wraps the model or layers of it. PEFT 0.18 leaves its configuration on a model that it unloaded."""
-    if not hasattr(model, "peft_config"):
-        return False
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def weights_of(model: Any) -> Weights:

@@ -156,7 +156,7 @@ def test_what_continuous_batching_cannot_do_is_refused(spoil, said, tiny_model, 
     ("spoil", "said"),
     [
         (lambda model: setattr(model, "hf_device_map", {"": "cpu"}), "is spread over several devices"),
-        (lambda model: setattr(model, "_hf_peft_config_loaded", True), "has adapters"),
+        (lambda model: model.add_adapter(LoraConfig(target_modules=["q_proj"])), "has adapters"),
         (lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"])), "has adapters"),
     ],
 )
