@@ -77,6 +77,7 @@ def checked(tmp_path_factory):
     """Run mypy --strict on a script, with the package as it is installed beside it."""
     folder = tmp_path_factory.mktemp("typed")
     (folder / "splaser_plugin").symlink_to(ROOT / "splaser_plugin")
+    (folder / "pyproject.toml").symlink_to(ROOT / "pyproject.toml")  # has mypy leave out what takes it longest
     installed = folder / "site"
     installed.mkdir()
     package = installed / "splaser_plugin"
@@ -225,6 +226,8 @@ def test_a_laser_result_says_what_it_found(tiny_folder, pairs):
     result = laser(tiny_folder, pairs, config=LaserConfig(**{**QUICK, "candidates": 2}))
     assert (result.score_before, result.score_after) == (result.search.baseline.mean, result.search.final.mean)
     assert result.kept == result.search.kept
+    assert repr(result.recipe) == f"Recipe('{tiny_folder}', {len(result.kept)} steps)"
+    assert repr(result.pairs) == f"PairSet('{result.pairs.source}', {len(result.pairs)} pairs)"
     assert result.verdict is None
     assert f"{len(result.kept)} of 2 candidates kept" in repr(result) and len(repr(result)) < 300
     table = result.to_dataframe()

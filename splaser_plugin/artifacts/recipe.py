@@ -70,6 +70,9 @@ class Recipe:
     absent_settings: Annotated[frozenset[str], Field(exclude=True)] = frozenset()
     """Options of this version that the file doesn't have: their defaults aren't what that run had."""
 
+    def __repr__(self) -> str:
+        return f"Recipe({self.model!r}, {len(self.steps)} steps)"
+
     @property
     def settings(self) -> dict[str, Any]:
         """The options of the run, whatever its version."""

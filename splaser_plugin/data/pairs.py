@@ -65,6 +65,9 @@ class PairSet:
     rows_read: int
     """Reading stops at the last sample wanted, so a source may have more rows."""
 
+    def __repr__(self) -> str:
+        return f"PairSet({self.source!r}, {len(self.pairs)} pairs)"
+
     def __len__(self) -> int:
         return len(self.pairs)
 

@@ -137,10 +137,8 @@ def _apply(
             adapter=recipe.config.adapter,
             allow_pickle=config.allow_pickle,
         )
-    weights = Weights(loaded)
-    if source is not None:
-        if source.quantised:
-            progress.fact("weights", source.dequantised_note(loaded.dtype))
-        weights.rest = rest_of(source, loaded)
+    weights = Weights(loaded, rest=rest_of(source, loaded) if source is not None else None)
+    if source is not None and source.quantised:
+        progress.fact("weights", source.dequantised_note(loaded.dtype))
     carry_out(recipe, weights, progress=progress)
     return ApplyResult(recipe, weights, tokenizer, source.folder if source is not None else None)

@@ -176,11 +176,10 @@ def _begin(
                 allow_pickle=config.allow_pickle,
             )
             check_generates(model)
-    weights = weights_of(model)
+    weights = weights_of(model, rest=rest_of(source, model) if source is not None else None)
     if source is not None:
         if source.quantised:
             progress.fact("weights", source.dequantised_note(model.dtype))
-        weights.rest = rest_of(source, model)
         if weights.rest is not None and weights.rest.note:
             progress.fact("kept as they are", weights.rest.note)
     run = begin(weights, tokenizer, name=name, config=config, journal=journal, progress=progress)

@@ -229,7 +229,7 @@ def _reducer(run: Run, measures: Measures, matrices: Sequence[Matrix]) -> Measur
     reducer = measured_reducer(run.weights, matrices, rows, **how, progress=run.progress)
     for left_out in reducer.left_out:
         run.progress.detail("left out", f"{left_out.name}: {left_out.reason}")
-    run.weights.reducer = reducer
+    run.weights.reduce_by(reducer)
     return reducer
 
 

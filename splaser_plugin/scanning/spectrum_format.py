@@ -99,7 +99,7 @@ def published_dict(scan: Scan, *, edge: str | None = None) -> dict[str, dict[str
     of_edge = SelectConfig.from_dict({"edge": edge}).edge or scan.edge
     rows: dict[str, list[MatrixScan]] = {}
     for matrix in reversed(scan.ranked("snr_ratio", of_edge)):
-        if not matrix.stack:
+        if "[" not in matrix.name:  # scans of old versions have nothing else to tell an expert by
             rows.setdefault(matrix.type, []).append(matrix)
     return {
         matrix.name: {"snr": _written(matrix.edges[of_edge].snr_ratio), "type": matrix.type}

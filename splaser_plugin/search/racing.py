@@ -10,7 +10,7 @@ from splaser_plugin.scoring.scores import Scorer, Scores
 from splaser_plugin.search.acceptance import Acceptance
 from splaser_plugin.statistics import upper_bound
 
-RISK = 0.1
+RACE_RISK = 0.1
 FIRST = 16
 
 
@@ -26,7 +26,7 @@ class Race:
     Source of the idea: Maron & Moore 1994 (Hoeffding races).
     """
 
-    def __init__(self, size: int, *, seed: int = 0, risk: float = RISK) -> None:
+    def __init__(self, size: int, *, seed: int = 0, risk: float = RACE_RISK) -> None:
         order = np.random.default_rng(seed).permutation(size).tolist()
         ends = [0, *(FIRST * 2**doublings for doublings in range(size) if FIRST * 2**doublings < size), size]
         self.size = size

@@ -16,11 +16,12 @@ from splaser_plugin.errors import ModelError
 from splaser_plugin.files.json import read_json
 from splaser_plugin.weights.in_memory import Weights, gathered
 from splaser_plugin.weights.matrices import Matrix
+from splaser_plugin.weights.rest import Rest
 
 
-def weights_of(model: Any) -> Weights:
+def weights_of(model: Any, *, rest: Rest | None = None) -> Weights:
     """The weights of a model as it computes with them, adapted or not. Raises ModelError as the two kinds do."""
-    return MergedWeights(model) if has_adapters(model) else Weights(model)
+    return MergedWeights(model, rest=rest) if has_adapters(model) else Weights(model, rest=rest)
 
 
 class MergedWeights(Weights):
@@ -30,14 +31,14 @@ class MergedWeights(Weights):
     another layer uses too.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, rest: Rest | None = None) -> None:
         _check_kind(model)
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ModelError(
                 f"{type(model.get_base_model()).__name__} has adapters and offloaded weights, which can't be changed "
                 "together. Merge the adapter, save the model, and run splaser laser on it."
             )
-        super().__init__(model.get_base_model(), root=model)
+        super().__init__(model.get_base_model(), root=model, rest=rest)
         self._layers: dict[str, Any] = {}
         for name, module in self.model.named_modules():
             if _is_adapted(module, name) and not module.merged:

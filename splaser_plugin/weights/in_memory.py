@@ -39,8 +39,10 @@ class Weights:
     such hooks, or of an encoder-decoder model.
     """
 
-    def __init__(self, model: nn.Module, root: nn.Module | None = None) -> None:
-        """root: what `fully_shard` was called on last, where the model is only a part of it."""
+    def __init__(self, model: nn.Module, root: nn.Module | None = None, *, rest: Rest | None = None) -> None:
+        """root: what `fully_shard` was called on last, where the model is only a part of it. rest: what the model's
+        folder has beside it, to be written with it.
+        """
         _check(model)
         self.model = model
         self._root = root or model
@@ -52,8 +54,8 @@ class Weights:
         """After `keep_factors`: what each matrix, as it is stored, was reduced to."""
         self.reducer: Reducer = PlainReducer()
         """What `reduce` does."""
-        self.rest: Rest | None = None
-        """What the model's folder has beside it, to be written with it; None where it came from no folder."""
+        self.rest = rest
+        """None where the model came from no folder."""
 
     note = ""
     stored_as = ""
@@ -198,6 +200,10 @@ class Weights:
             raise RankError(f"{matrix.name}: {error}") from error
         self.write(matrix, reduced)
         self._set_factors(matrix, kept)
+
+    def reduce_by(self, reducer: Reducer) -> None:
+        """From now on `reduce` does what this one makes of a matrix."""
+        self.reducer = reducer
 
     def keep_factors(self) -> None:
         """From now on reduce to factors in the model's dtype, and keep them in `factors`, for a smaller model.

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.errors import ModelError, OutputError, ScoreError
@@ -156,7 +156,7 @@ def test_what_continuous_batching_cannot_do_is_refused(spoil, said, tiny_model, 
     ("spoil", "said"),
     [
         (lambda model: setattr(model, "hf_device_map", {"": "cpu"}), "is spread over several devices"),
-        (lambda model: model.add_adapter(LoraConfig(target_modules=["q_proj"])), "has adapters"),
+        (lambda model: inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model), "has adapters"),
         (lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"])), "has adapters"),
     ],
 )

@@ -25,7 +25,8 @@ found = measure(weights, matrices, rows)
 measured = {matrix.name: (moments.short, moments.gram) for matrix, moments in found if isinstance(moments, Moments)}
 torch.save(measured, f"{sys.argv[1]}-{process_index()}.pt")
 weights.keep_factors()
-reducer = weights.reducer = measured_reducer(weights, matrices, rows, way="fisher")
+reducer = measured_reducer(weights, matrices, rows, way="fisher")
+weights.reduce_by(reducer)
 for matrix in reducer.costs:
     weights.reduce(matrix, min(matrix.shape) // 2)
 stored = {matrix.name: (form.pivots, form.skeleton, form.interpolation) for matrix, form in weights.factors.items()}

@@ -47,7 +47,7 @@ def test_what_is_kept_of_a_matrix_takes_the_space_that_is_checked_beforehand(dty
 
 def test_a_weight_reduced_before_goes_on_to_the_same_matrix(weights):
     matrix = weights.matrices()[0][6]
-    weights.reducer = measured_reducer(weights, [matrix], ROWS, way="fisher")
+    weights.reduce_by(measured_reducer(weights, [matrix], ROWS, way="fisher"))
     at_once = weights.reducer.truncated(matrix, weights.read(matrix).clone(), 4)
     weights.reduce(matrix, 12)
     weights.reduce(matrix, 4)
@@ -58,7 +58,7 @@ def test_svd_is_the_plain_truncation_bit_for_bit(weights):
     before = states(weights.model)
     matrices, _ = weights.matrices()
     plain = Weights(tiny_llama(vocabulary=64))
-    weights.reducer = measured_reducer(weights, matrices, (), way="svd")
+    weights.reduce_by(measured_reducer(weights, matrices, (), way="svd"))
     for matrix in matrices:
         weights.reduce(matrix, 7)
         plain.reduce(matrix, 7)

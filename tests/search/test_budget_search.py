@@ -41,7 +41,7 @@ def planned():
     """Weights of a tiny model that are reduced by their own singular values, and budgets for them."""
     weights = Weights(tiny_llama(vocabulary=64))
     matrices, _ = weights.matrices()
-    weights.reducer = measured_reducer(weights, matrices, (), way="svd")
+    weights.reduce_by(measured_reducer(weights, matrices, (), way="svd"))
     entries = sum(math.prod(matrix.shape) for matrix in matrices)
     return weights, plan_budgets(weights.reducer.costs, entries, 0.1, in_nats=False)
 
@@ -87,7 +87,7 @@ def test_the_last_budget_that_passed_is_kept_and_all_else_put_back(planned):
     reduced = {matrix.parameter for matrix in found.ranks}
     assert changed(before, weights.model.state_dict()) == reduced
     once = Weights(tiny_llama(vocabulary=64))
-    once.reducer = weights.reducer
+    once.reduce_by(weights.reducer)
     for matrix, rank in found.ranks.items():
         once.reduce(matrix, rank)
     assert not changed(once.model.state_dict(), weights.model.state_dict())
