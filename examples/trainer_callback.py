@@ -43,7 +43,6 @@ def main() -> None:
         candidates=options.candidates,
         max_new_tokens=32,
     )
-    callback = LaserCallback(when="after", pairs=PAIRS, config=config)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -56,8 +55,9 @@ def main() -> None:
         ),
         train_dataset=data,
         processing_class=tokenizer,
-        callbacks=[callback],
     )
+    callback = LaserCallback(when="after", pairs=PAIRS, config=config, trainer=trainer)
+    trainer.add_callback(callback)
     trainer.train()
     found = callback.result.search
     print(f"kept {len(found.kept)} of {len(found.trials)} candidates")
