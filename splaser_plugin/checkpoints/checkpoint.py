@@ -22,6 +22,7 @@ from splaser_plugin.checkpoints.folder import INDEX_NAME, ModelFolder, find_shar
 from splaser_plugin.checkpoints.header import StoredTensor, read_header
 from splaser_plugin.checkpoints.identity import identity_of, sampled_places
 from splaser_plugin.errors import CheckpointError
+from splaser_plugin.files.locked import WINDOWS
 from splaser_plugin.files.reading import open_file
 from splaser_plugin.files.text import shown
 
@@ -148,8 +149,9 @@ def _read_tensor(file: BufferedReader, stored: StoredTensor, file_bytes: int) ->
 
 def _fresh_buffer(byte_count: int) -> torch.Tensor:
     # Pages of its own go back to the system with the tensor. malloc keeps those of several freed tensors below
-    # 32 MB: 16 tensors of 31 MB, read one after another, left 248 MB resident instead of 62.
-    if byte_count < OWN_PAGES_BYTES:
+    # 32 MB: 16 tensors of 31 MB, read one after another, left 248 MB resident instead of 62. Windows gives such sizes
+    # pages of their own by itself, and promises no private pages without a file.
+    if byte_count < OWN_PAGES_BYTES or WINDOWS:
         return torch.empty(byte_count, dtype=torch.uint8)
     return torch.frombuffer(mmap.mmap(-1, byte_count, access=mmap.ACCESS_COPY), dtype=torch.uint8)
 

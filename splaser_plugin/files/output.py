@@ -6,6 +6,7 @@ import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ STATISTICS = ".splaser-statistics"
 """The folder that it leaves there, too, where it measured what a reduction goes by: nobody else's name for one."""
 UNFINISHED = ".unfinished-"
 REPLACED = ".replaced"
+PATIENCE_S = 3.0
+"""How long others may keep what is renamed open, on Windows."""
 MAKE_ROOM = "Make room there, or choose another --output."
 
 
@@ -107,7 +110,7 @@ def whole_folder(out: Path, *, needed: int = 0) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not out.exists():
-            replaced.rename(out)
+            _rename(replaced, out)
         if _is_about_writing(error):
             raise OutputError(
                 f"{out}: can't be written ({error}): it needs {size(needed)}, and {size(_free_bytes(out))} are free "
@@ -121,8 +124,8 @@ def _take_place(temporary: Path, out: Path, replaced: Path) -> None:
     """Have `temporary` be `out`, and `replaced` what `out` was."""
     if not WINDOWS or not out.exists():
         if out.exists():
-            out.rename(replaced)
-        temporary.rename(out)
+            _rename(out, replaced)
+        _rename(temporary, out)
         return
     # The journal in it is held. The mark goes first and comes last, so that no half of a folder has it.
     replaced.mkdir()
@@ -133,13 +136,13 @@ def _take_place(temporary: Path, out: Path, replaced: Path) -> None:
     done = []
     try:
         for source, target in moves:
-            source.rename(target)
+            _rename(source, target)
             done.append((source, target))
         if (out / JOURNAL).exists():
             os.truncate(out / JOURNAL, 0)  # it is removed when it is let go
     except BaseException:
         for source, target in reversed(done):
-            target.rename(source)
+            _rename(target, source)
         replaced.rmdir()
         raise
     temporary.rmdir()
@@ -160,7 +163,7 @@ def cached_folder(out: Path, fill: Callable[[Path], None]) -> Path:
             fill(temporary)
             temporary.chmod(0o777 & ~_umask())
             _sync(temporary)
-            temporary.rename(out)
+            _rename(temporary, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
@@ -212,7 +215,7 @@ def _put_back(out: Path) -> None:
     for replaced in _left_beside(out, REPLACED):
         if not out.exists():
             os.close(open_locked(replaced / JOURNAL))  # raises where that process is still alive
-            replaced.rename(out)
+            _rename(replaced, out)
 
 
 def _clear_unfinished(out: Path) -> None:
@@ -290,6 +293,19 @@ def _sync_one(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _rename(source: Path, target: Path) -> None:
+    """On Windows again and again for a while: a virus scanner or an indexer may have a new file open."""
+    until = time.monotonic() + (PATIENCE_S if WINDOWS else 0)
+    while True:
+        try:
+            source.rename(target)
+            return
+        except PermissionError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(0.1)
 
 
 def _umask() -> int:

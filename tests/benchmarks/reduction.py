@@ -22,7 +22,6 @@ import argparse
 import itertools
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -181,6 +180,8 @@ class Study:
         stored = sum(stored_numbers(matrix, rank, method.storage) for matrix, rank in ranks.items())
         stages = ["allocation", "reduction", f"decomposition ({method.reduce})"]
         stages += ["statistics"] if method.reduce != "svd" else []
+        import resource  # not on Windows
+
         return Row(
             name,
             budget,

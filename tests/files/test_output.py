@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from splaser_plugin.errors import OutputError
-from splaser_plugin.files.output import check_output, held, hold, let_go, whole_folder
+from splaser_plugin.files import output
+from splaser_plugin.files.output import cached_folder, check_output, held, hold, let_go, whole_folder
 
 JOURNAL = '{"schema": "splaser.laser-journal/1", "run": {}}\n{"subject": "a"}\n'
 
@@ -85,3 +88,24 @@ def test_an_error_leaves_the_old_output_and_no_rest(tmp_path):
         raise OSError("the disk is full")
     assert (out / "recipe.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("is_windows", [False, True])
+def test_what_a_virus_scanner_has_open_for_a_while_is_renamed_when_it_lets_go(is_windows, tmp_path, monkeypatch):
+    rename, tries = Path.rename, []
+
+    def scanned(source, target):
+        tries.append(source)
+        if len(tries) < 3:
+            raise PermissionError(13, "Permission denied")
+        return rename(source, target)
+
+    monkeypatch.setattr(output, "WINDOWS", is_windows)
+    monkeypatch.setattr(Path, "rename", scanned)
+    if not is_windows:
+        with pytest.raises(OutputError, match="Permission denied"):
+            cached_folder(tmp_path / "out", lambda folder: None)
+        assert len(tries) == 1
+        return
+    assert list(cached_folder(tmp_path / "out", lambda folder: (folder / "a").touch()).iterdir())
+    assert len(tries) == 3

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 import json
+import mmap
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from splaser_plugin import LaserConfig, laser, scan
+from splaser_plugin.checkpoints.checkpoint import OWN_PAGES_BYTES, open_checkpoint, read_groups
 from tests.builders import ROOT, TO_COMPRESS, TO_RESUME
 
 RULES = [sys.executable, "-X", "warn_default_encoding", "-m", "tests.files.windows_rules"]
@@ -44,6 +48,33 @@ def test_a_scan_and_two_runs_end_under_windows_rules_as_they_do_here(whole_folde
         assert sorted(path.name for path in (theirs / out).iterdir()) == names
         for name in ("recipe.json", "model.safetensors"):
             assert (theirs / out / name).read_bytes() == (ours / out / name).read_bytes()
+
+
+def test_large_tensors_are_read_without_private_pages_of_no_file(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(87, "The parameter is incorrect")
+
+    monkeypatch.setattr("splaser_plugin.checkpoints.checkpoint.WINDOWS", True)
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    stored = torch.arange(OWN_PAGES_BYTES).float()
+    save_file({"large": stored}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    [[read]] = read_groups(checkpoint, [list(checkpoint.tensors.values())])
+    assert torch.equal(read, stored)
+
+
+def test_no_test_needs_a_module_of_other_systems_before_it_runs():
+    names = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "termios", "tty"}
+    paths = [path for path in (ROOT / "tests").rglob("*.py") if path.name != "windows_rules.py"]
+    imported = [
+        f"{path}: {alias.name}"
+        for path in paths
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+        if {alias.name, getattr(node, "module", None)} & names
+    ]
+    assert paths and not imported
 
 
 def names_no_encoding(call: ast.Call) -> bool:
