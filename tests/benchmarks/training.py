@@ -7,8 +7,8 @@ Pairs fall into three parts by their prompts: to train on, to choose each arm's 
 trains on the chosen answers (`sft`) or on preferences (`dpo`), LoRA at as many parameters for each arm, or the
 matrices themselves (`unfrozen`: as many for all halves, and about twice as many for `all`). A random half is drawn anew
 for each seed, which is also that of the order of the data. Measured is what the held-out pairs say, and how much worse
-the model predicts a text that it wasn't trained on. --measured keeps the measurements, a line each, so that a stopped
-run goes on.
+the model predicts a text that it wasn't trained on, which also bounds DPO's learning rate. --measured keeps the
+measurements, a line each, so that a stopped run goes on.
 """
 
 from __future__ import annotations
