@@ -2,7 +2,8 @@
 
 The format: 8 bytes with the header's length, the header (a JSON object: tensor name to dtype, shape and
 offsets), then the tensors' bytes one after another, without holes. The file is untrusted, so
-nothing in the header is believed and nothing is allocated for what it only claims.
+nothing in the header is believed and nothing is allocated for what it only claims. The library's own `safe_open` takes
+a header that has a name twice, and doesn't say which tensor has a dtype that it doesn't know.
 Source: https://huggingface.co/docs/safetensors, section "Format".
 """
 

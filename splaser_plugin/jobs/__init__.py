@@ -1,1 +1,1 @@
-"""The commands as functions: laser, apply and compare, and the result that they give."""
+"""The commands as functions: laser, apply, compare and expand, and the results that they give."""
