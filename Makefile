@@ -31,7 +31,8 @@ fix: setup rooms
 	$(BIN)/ruff format .
 	$(BIN)/python docs/draw_rooms.py
 
-check: lint types docs models
+check:
+	$(MAKE) --jobs 2 lint types docs models
 	$(PYTEST) $(PARALLEL) -m "not browser and not real and not slow"
 
 test: lint types models
