@@ -131,7 +131,7 @@ def render(
         answer_counts=answer_counts(run) if run else (),
         answers=_answers(run) if run else (),
         most_answers=EXCHANGES,
-        attempts_axis=_axis([attempt.interval for attempt in run.attempts if attempt.interval]) if run else None,
+        changes_axis=_axis([found.interval for found in run.compared if found.interval]) if run else None,
         per_type=TRAINED_PER_TYPE,
         trained=trained,
         expand=_expand(output, trained) if trained and output and _is_factored(settings) else "",
@@ -262,9 +262,9 @@ def _chart_data(scan: Scan, run: Results | None, selection: Selection | SplaserE
     types = sorted({matrix.type for matrix in scan.matrices})
     shapes = {matrix.shape for matrix in scan.matrices}
     tried: dict[str, str] = {}
-    for attempt in run.candidates if run else ():
-        if tried.get(attempt.name) != "kept":
-            tried[attempt.name] = attempt.outcome
+    for candidate in run.candidates if run else ():
+        if tried.get(candidate.name) != "kept":
+            tried[candidate.name] = candidate.outcome
     verdict = run.verdict if run else None
     chosen = set() if isinstance(selection, SplaserError) else set(selection.names)
     points = max(LEAST_POINTS, SPECTRUM_VALUES // len(scan.matrices))

@@ -282,7 +282,7 @@ class Results:
         return self.held_out if isinstance(self.held_out, Verdict) else None
 
     @cached_property
-    def attempts(self) -> tuple[Compared, ...]:
+    def compared(self) -> tuple[Compared, ...]:
         """The candidates, each beside what it was compared with."""
         best: Sequence[float] = self.baseline.per_pair
         found = []
@@ -302,7 +302,7 @@ class Results:
 
     @property
     def kept(self) -> tuple[Compared, ...]:
-        return tuple(attempt for attempt in self.attempts if attempt.tried.outcome == "kept")
+        return tuple(found for found in self.compared if found.tried.outcome == "kept")
 
     @cached_property
     def answered(self) -> tuple[Exchange, ...]:
@@ -346,8 +346,8 @@ class Results:
     def _check(self) -> None:
         """Raises ValueError or IndexError where parts of different lengths don't fit together."""
         changes = chain(
-            (attempt.change for attempt in self.attempts if attempt.change is not None),
-            chain.from_iterable(attempt.interval for attempt in self.attempts if attempt.interval is not None),
+            (found.change for found in self.compared if found.change is not None),
+            chain.from_iterable(found.interval for found in self.compared if found.interval is not None),
             (answer.change for answer in self.answered),
             self.verdict.differences if self.verdict else (),
         )

@@ -25,7 +25,7 @@ from splaser_plugin.spectra.edges import same_fits
 
 Precision = Literal["auto", "float32", "float64", "svd"]
 
-_ATTEMPTS = {
+_DTYPES = {
     "auto": (torch.float64,),
     "float32": (torch.float32, torch.float64),
     "float64": (torch.float64,),
@@ -52,11 +52,11 @@ def singular_values(weight: Tensor, *, precision: Precision = "auto") -> np.ndar
     weight of exactly low rank, at most about eight of them.
     Raises SpectrumError when the weight is not a matrix of floats, is empty, or holds inf or nan.
     """
-    attempts = _attempts(precision)
+    dtypes = _dtypes(precision)
     matrix = _readable(weight, dimensions=2)
-    with _exact_products(matrix.device, *attempts[:1]):
+    with _exact_products(matrix.device, *dtypes[:1]):
         exponent = _exponent(matrix)
-        for dtype in attempts:
+        for dtype in dtypes:
             squares = _descending(torch.linalg.eigvalsh(_gram(matrix, exponent, dtype)))
             if _resolved(squares, matrix.shape, dtype):
                 return _unscaled(np.sqrt(squares), exponent)
@@ -71,22 +71,22 @@ def singular_values_of_batch(weights: Tensor, *, precision: Precision = "auto") 
     at most 1 MiB in float64 are computed as many at once as make 8 MiB, larger ones, where that is no faster,
     one by one. For the rest see `singular_values`.
     """
-    attempts = _attempts(precision)
+    dtypes = _dtypes(precision)
     stack = _readable(weights, dimensions=3)
     count, rows, columns = stack.shape
     at_once = _BATCH_BYTES // (8 * rows * columns)
     values = np.empty((count, min(rows, columns)))
-    if at_once < _BATCH_OF_AT_LEAST or not attempts:
+    if at_once < _BATCH_OF_AT_LEAST or not dtypes:
         for index in range(count):
             values[index] = singular_values(stack[index], precision=precision)
         return values
-    with _exact_products(stack.device, attempts[0]):
+    with _exact_products(stack.device, dtypes[0]):
         for start in range(0, count, at_once):
             some = stack[start : start + at_once]
             exponents = _exponents(some, start)
-            grams = _grams(some, exponents, attempts[0])
+            grams = _grams(some, exponents, dtypes[0])
             for index, squares in enumerate(_descending(torch.linalg.eigvalsh(grams))):
-                if _resolved(squares, (rows, columns), attempts[0]):
+                if _resolved(squares, (rows, columns), dtypes[0]):
                     values[start + index] = _unscaled(np.sqrt(squares), exponents[index])
                 else:
                     values[start + index] = singular_values(some[index], precision="float64")
@@ -157,10 +157,10 @@ def components(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(dtype).to(weight.device), vectors.flip(1).to(dtype).to(weight.device)
 
 
-def _attempts(precision: str) -> tuple[torch.dtype, ...]:
-    if precision not in _ATTEMPTS:
-        raise SpectrumError(f"unknown precision {precision!r}. Use one of: {', '.join(_ATTEMPTS)}.")
-    return _ATTEMPTS[precision]
+def _dtypes(precision: str) -> tuple[torch.dtype, ...]:
+    if precision not in _DTYPES:
+        raise SpectrumError(f"unknown precision {precision!r}. Use one of: {', '.join(_DTYPES)}.")
+    return _DTYPES[precision]
 
 
 def _readable(weight: Tensor, dimensions: int) -> Tensor:
@@ -320,7 +320,7 @@ def _resolved(squares: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -
 
 def _split(weight: Tensor, rank: int, precision: Precision) -> tuple[Tensor, Tensor, Tensor, int]:
     """The readable weight, singular vectors of its short side to keep and to remove, and its exponent."""
-    attempts = _attempts(precision)
+    dtypes = _dtypes(precision)
     matrix = _readable(weight, dimensions=2)
     short = min(matrix.shape)
     if not 1 <= rank <= short:
@@ -328,9 +328,9 @@ def _split(weight: Tensor, rank: int, precision: Precision) -> tuple[Tensor, Ten
             f"rank {rank}, but a weight of shape {tuple(matrix.shape)} allows 1 to {short}. "
             "Choose a rank in that range."
         )
-    with _exact_products(matrix.device, *attempts[:1]):
+    with _exact_products(matrix.device, *dtypes[:1]):
         exponent = _exponent(matrix)
-        for dtype in attempts:
+        for dtype in dtypes:
             squares, vectors = torch.linalg.eigh(_gram(matrix, exponent, dtype))
             if _separated(_descending(squares), rank, matrix.shape, dtype):
                 return matrix, vectors[:, short - rank :], vectors[:, : short - rank], exponent

@@ -53,7 +53,7 @@ def test_a_report_answers_in_the_order_of_the_questions():
 
 def test_the_interval_of_a_candidate_is_that_of_its_differences_to_the_best_before_it():
     run = Results.from_dict(RESULTS)
-    kept, restored, stopped, failed = run.attempts
+    kept, restored, stopped, failed = run.compared
     gained = RESULTS["final"]["score"] - RESULTS["baseline"]["score"]
     assert kept.change == pytest.approx(gained)
     assert restored.change == pytest.approx(-gained)
@@ -87,8 +87,8 @@ def test_a_stopped_candidate_stands_beside_the_best_model_on_the_same_pairs():
     stored["candidates"][2]["per_pair"] = [value - 0.05 for value in stored["final"]["per_pair"][:10]]
     run = Results.from_dict(stored)
     before = np.mean(stored["final"]["per_pair"][:10])
-    assert run.attempts[2].change == pytest.approx(-0.05)
-    assert run.attempts[2].score_before == pytest.approx(before)
+    assert run.compared[2].change == pytest.approx(-0.05)
+    assert run.compared[2].score_before == pytest.approx(before)
     sentence = f"-0.0500 -0.0500 to -0.0500 {before - 0.05:+.4f} against {before:+.4f} on the same 10 pairs"
     assert sentence in squeezed(Page(render(SCAN, run)).text)
 
@@ -129,7 +129,7 @@ def test_a_run_on_windows_of_text_by_the_harmless_rule_has_words_of_its_own():
     ):
         assert sentence in text
     assert "pair" not in text.split("The answers, before and after")[0].replace("Intel/orca_dpo_pairs", "")
-    stopped = run.attempts[2]
+    stopped = run.compared[2]
     gained = np.subtract(stored["final"]["per_pair"], stored["baseline"]["per_pair"])[:10]
     assert stopped.change == pytest.approx(gained.mean())
 
