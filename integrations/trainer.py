@@ -21,6 +21,7 @@ from splaser_plugin.data.pairs import PairSet
 from splaser_plugin.data.split import Split
 from splaser_plugin.errors import ConfigError, ModelError
 from splaser_plugin.files.output import check_output
+from splaser_plugin.integrations.colocated import find_llm, lent
 from splaser_plugin.integrations.freeze import check_without_adapters, freeze_all_but, head_of
 from splaser_plugin.integrations.training import (
     TRAINER,
@@ -77,7 +78,8 @@ class LaserCallback(TrainerCallback):
             first run only), `init` (while the trainer is made, before optimizer and wrapping), or None.
         pairs: See `splaser_plugin.laser`; without them the trainer's evaluation or training data are read.
         config: Options of the laser run; its device and dtype are the trainer's. `fisher` and `gradient` are measured
-            on its text, and `random` has its seed.
+            on its text, and `random` has its seed. With `engine` auto or vllm a vLLM that the trainer runs in its own
+            process (TRL's colocate mode; needs `trainer`) writes the answers.
         freeze_to: `top` trains only the matrices that are best of each module type; see `SelectConfig`.
         top: How many those are.
         fraction: What share of each type they are, instead.
@@ -114,8 +116,8 @@ class LaserCallback(TrainerCallback):
             raise ConfigError("top and fraction go with freeze_to='top'.")
         if when is None and freeze_to is None:
             raise ConfigError("there is nothing to do: give when=, or freeze_to='top'.")
-        if config is not None and config.engine == "vllm":
-            raise ConfigError("engine: vllm has no place beside a training run. Use transformers, or splaser laser.")
+        if config is not None and config.engine == "vllm" and not config.engine_url and trainer is None:
+            raise ConfigError(f"engine: vllm is the trainer's own here. Use {TRAINER}, engine_url, or transformers.")
         if config is not None and config.adapter:
             raise ConfigError("adapter: the trainer's model has its own. Leave it out; train from a merged model.")
         if config is not None and config.scan and when == "after":
@@ -258,7 +260,8 @@ class LaserCallback(TrainerCallback):
             check_rooms(run, training.folder(LASERED))
             check_scorers(self.config)
             everything = (*self._split.search, *self._split.held_out)
-            scorers, used = Scorers(model, training.tokenizer, self.config, pairs=everything), self.config.scorers
+            llm, used = find_llm(self.trainer, self.config), self.config.scorers
+            scorers = Scorers(model, training.tokenizer, self.config, pairs=everything, llm=llm)
             materials(self._split, scorers, self.config)
             for pair in everything if self.config.reads_prompts else ():
                 scorers.prompter.tokens(pair.messages, before_answer=bool(used & AFTER_PROMPTS))
@@ -279,7 +282,7 @@ class LaserCallback(TrainerCallback):
         if keeps_base:
             check_saves(training.model)
             check_output(training.folder(BASE), overwrite=True, inputs=(model_name(training.model),))
-        with undisturbed():
+        with undisturbed(), lent(self.trainer, training.model, self.config) as llm:
             self.result = laser_weights(
                 weights_of(training.model),
                 training.tokenizer,
@@ -287,6 +290,7 @@ class LaserCallback(TrainerCallback):
                 config=self.config,
                 name=model_name(training.model),
                 progress=training.progress,
+                llm=llm,
             )
         self._seconds = round(time.monotonic() - started, 3)
         self._prepared = weakref.ref(training.model)

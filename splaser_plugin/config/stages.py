@@ -145,7 +145,9 @@ class MeasureConfig(PlaceConfig):
     """Prompts generated for at once; 0 finds it by measurement."""
     engine: EngineName = "auto"
     """What writes the answers: a loop over transformers' generate, its continuous batching, or vLLM; auto is the loop,
-    and in `laser` on a GPU, in float32, the one of the first two that a warm-up finds faster."""
+    and in `laser` on a GPU, in float32, the one of those installed that a warm-up finds fastest."""
+    engine_url: str = ""
+    """Address of a vLLM server that is to write the answers, as http://localhost:8000; goes with --engine vllm."""
     dtype: Dtype = "auto"
     """Weights' dtype; auto is the checkpoint's own."""
     seed: int = Field(default=0, ge=0)
@@ -154,6 +156,10 @@ class MeasureConfig(PlaceConfig):
     def __post_init__(self) -> None:
         PlaceConfig.__post_init__(self)
         parse_template_kwargs(self.template_kwargs)
+        if self.engine_url and self.engine != "vllm":
+            raise ConfigError(f"--engine-url goes with --engine vllm, and this is --engine {self.engine}.")
+        if self.engine_url and not re.match(r"https?://[^/]", self.engine_url):
+            raise ConfigError(f"--engine-url: got '{self.engine_url}', expected one like http://localhost:8000.")
 
 
 @stage
@@ -271,6 +277,7 @@ class LaserConfig(ScanConfig, MeasureConfig):
             "window": not reads_text,
             "embedder": "semantic" not in self.scorers,
             "engine": "semantic" not in self.scorers,
+            "engine_url": "semantic" not in self.scorers,
             "tasks_path": not self.tasks_used,
         }
         return tuple(f"--{name.replace('_', '-')}" for name in unused if unused[name] and name in self.changes)

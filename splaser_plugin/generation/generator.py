@@ -61,16 +61,16 @@ class Generator:
         at_once = self._batch_size or FIRST_BATCH
         self._use(ContinuousBatching(self.model, self.end_tokens, pad=self._pad, batch_size=at_once))
 
-    def use_vllm(self, longest_prompt: int) -> None:
-        """Have vLLM, with a copy of the model in this process, write from now on.
+    def use_vllm(self, longest_prompt: int, *, url: str = "", llm: Any = None) -> None:
+        """Have vLLM write from now on: the server at `url`, an engine that is there, or a new one in this process.
 
-        longest_prompt: tokens, the template's among them. Raises ModelError as `use_continuous` does, and when vLLM
-        isn't installed.
+        longest_prompt: tokens, the template's among them. llm: a `vllm.LLM`. Raises ModelError as `use_continuous`
+        does, and when vLLM isn't installed.
         """
         longest = max(longest_prompt + self.max_new_tokens, PROBE_LENGTH)
         longest = min(longest, self.prompter.context or longest)
         at_once = self._batch_size or FIRST_BATCH
-        self._use(Vllm(self.model, self.end_tokens, longest=longest, batch_size=at_once))
+        self._use(Vllm(self.model, self.end_tokens, longest=longest, batch_size=at_once, url=url, llm=llm))
 
     def _use(self, engine: Engine) -> None:
         check_alike(engine, self.engine, self.model)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 
 from splaser_plugin.distributed import process_count
 from splaser_plugin.errors import ModelError
-from splaser_plugin.generation.engines import EXACT
+from splaser_plugin.generation.engines import EXACT, Engine
 from splaser_plugin.generation.generator import Generator
+from splaser_plugin.generation.vllm import Vllm
 from splaser_plugin.jobs.run import Measures, Run
 from splaser_plugin.scoring.scores import Scorer
 from splaser_plugin.scoring.semantic import SemanticScorer
@@ -25,14 +27,34 @@ def settle_engine(run: Run, measures: Measures) -> None:
     if scorer is None:
         return
     generator = scorer.generator
-    if run.config.engine == "auto" and may_choose(generator):
-        prompts = scorer.prompts[: 2 * generator.engine.at_once]
-        name = run.journal.once("engine", (), lambda: fastest(generator, prompts), str, str)
-        if name != generator.engine.name:
-            generator.use_continuous()
+    if run.config.engine == "auto" and run.llm is not None:
+        try:
+            generator.use_vllm(max(map(len, _prompts(measures))), llm=run.llm)
+        except ModelError as error:
+            run.progress.fact("engine", f"transformers, as the vLLM that is here can't be used: {error}")
+    elif run.config.engine == "auto" and may_choose(generator):
+        longest = max(map(len, _prompts(measures)))
+        engines = {generator.engine.name: generator.engine}
+
+        def fastest() -> str:
+            seconds = engine_seconds(generator, scorer.prompts[: 2 * generator.engine.at_once], longest, engines)
+            listed = ", ".join(f"{name} {taken:.1f} s" for name, taken in seconds.items())
+            run.progress.fact("engines", f"{listed}, for the first tokens of some answers")
+            return min(seconds, key=lambda name: seconds[name])
+
+        name = run.journal.once("engine", (), fastest, str, str)
+        if name not in engines:
+            _use(generator, name, longest)
+        generator.engine = engines.get(name, generator.engine)
     if generator.engine.name != "transformers" or run.config.engine != "auto":
         said = f"{generator.engine.name} for every answer of this run"
-        run.progress.fact("engine", said + _copy(generator) + _doubt(generator))
+        run.progress.fact("engine", said + _place(generator) + _doubt(generator))
+
+
+def _prompts(measures: Measures) -> list[Sequence[int]]:
+    """All that may be answered."""
+    plain = map(plain_scorer, _scorers(measures))
+    return [prompt for found in plain if isinstance(found, SemanticScorer) for prompt in found.prompts]
 
 
 def engine_of(measures: Measures) -> str | None:
@@ -47,19 +69,34 @@ def may_choose(generator: Generator) -> bool:
     return model.device.type != "cpu" and model.dtype in EXACT and process_count() == 1
 
 
-def fastest(generator: Generator, prompts: Sequence[Sequence[int]]) -> str:
-    """The name of the engine that writes the first tokens of answers in the shortest time, used by nobody yet.
+def engine_seconds(
+    generator: Generator, prompts: Sequence[Sequence[int]], longest_prompt: int, started: dict[str, Engine]
+) -> dict[str, float]:
+    """What each engine that can take the model takes for the first tokens of some answers.
 
-    prompts: token ids, more than are answered at once.
+    prompts: token ids, more than are answered at once. longest_prompt: tokens, of all that will be asked. started:
+    where the engines go.
     """
-    loop, other = generator.limited(WARM_UP_TOKENS), copy.copy(generator)
-    try:
-        other.use_continuous()
-    except ModelError:
-        return loop.engine.name
-    other = other.limited(WARM_UP_TOKENS)
-    loop_s, other_s = second_time(lambda: loop.answer(prompts)), second_time(lambda: other.answer(prompts))
-    return (loop if loop_s <= other_s else other).engine.name
+    seconds = {}
+    others = ["continuous"] + ["vllm"] * (importlib.util.find_spec("vllm") is not None)
+    for name in (generator.engine.name, *others):
+        each = copy.copy(generator)
+        try:
+            if name != generator.engine.name:
+                _use(each, name, longest_prompt)
+        except ModelError:
+            continue
+        started[name] = each.engine
+        short = each.limited(WARM_UP_TOKENS)
+        seconds[name] = second_time(lambda short=short: short.answer(prompts))  # type: ignore[misc]
+    return seconds
+
+
+def _use(generator: Generator, name: str, longest_prompt: int) -> None:
+    if name == "continuous":
+        generator.use_continuous()
+    else:
+        generator.use_vllm(longest_prompt)
 
 
 def second_time(work: Callable[[], object]) -> float:
@@ -80,8 +117,8 @@ def _scorers(measures: Measures) -> list[Scorer]:
     return [scorer for scorer in scorers if scorer is not None]
 
 
-def _copy(generator: Generator) -> str:
-    return ", with a second copy of the weights in memory" if generator.engine.name == "vllm" else ""
+def _place(generator: Generator) -> str:
+    return f", {generator.engine.where}" if isinstance(generator.engine, Vllm) else ""
 
 
 def _doubt(generator: Generator) -> str:

@@ -196,10 +196,14 @@ def laser_weights(
     name: str,
     journal: Journal | None = None,
     progress: Progress = SILENT,
+    llm: Any = None,
 ) -> LaserResult:
-    """The job of `laser` on weights that are loaded already, wherever they live. name: how the model is called."""
+    """The job of `laser` on weights that are loaded already, wherever they live.
+
+    name: how the model is called. llm: a `vllm.LLM` of this process, which may be given any weights.
+    """
     with masters_following(weights.model), whole_where_it_fits(weights.model):
-        run = begin(weights, tokenizer, name=name, config=config, journal=journal, progress=progress)
+        run = begin(weights, tokenizer, name=name, config=config, journal=journal, progress=progress, llm=llm)
         check_room(run, None)
         return _laser(run, prepare_measures(run, split))
 

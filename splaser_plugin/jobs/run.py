@@ -32,6 +32,8 @@ class Run:
     """Of the model, in its order: those that the run may reduce."""
     journal: Journal
     progress: Progress
+    llm: Any = None
+    """A `vllm.LLM` of this process that may write the answers; None for none."""
     began: float = field(default_factory=time.monotonic)
 
     @property

@@ -57,8 +57,12 @@ def begin(
     config: LaserConfig,
     journal: Journal | None = None,
     progress: Progress = SILENT,
+    llm: Any = None,
 ) -> Run:
-    """A run on these weights, wherever they live, and the facts about it. Raises ModelError when they can't be used."""
+    """A run on these weights, wherever they live, and the facts about it. Raises ModelError when they can't be used.
+
+    llm: a `vllm.LLM` of this process, which may be given any weights.
+    """
     if config.save == "factored":
         weights.keep_factors()
     if config.orders_by_gradient:
@@ -66,7 +70,7 @@ def begin(
     if config.reducer != "svd":
         check_measurable(weights)
     matrices, _ = weights.matrices(config.include, config.exclude, config.towers)
-    run = Run(weights, tokenizer, name, config, tuple(matrices), journal or Journal(), progress)
+    run = Run(weights, tokenizer, name, config, tuple(matrices), journal or Journal(), progress, llm)
     progress.fact("model", f"{name}: {overview(matrices)}, {size(weights.size)} in all")
     progress.fact("device", f"{weights.place}, {run.dtype}")
     for label, values in (("options", config.changes), ("versions", versions())):
@@ -80,7 +84,7 @@ def prepare_measures(run: Run, split: Split) -> Measures:
     """The scorers of the run, which have tokenized and embedded what they measure on."""
     config, journal, progress = run.config, run.journal, run.progress
     everything = (*split.search, *split.held_out)
-    scorers = Scorers(run.weights.model, run.tokenizer, config, run.weights, pairs=everything)
+    scorers = Scorers(run.weights.model, run.tokenizer, config, run.weights, pairs=everything, llm=run.llm)
     split, searched, unseen = materials(split, scorers, config)
     if split.pairs.pairs:
         progress.fact("pairs", split.pairs.summary)

