@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from splaser_plugin.errors import ModelError
+from splaser_plugin.errors import ModelError, ScoreError
 from splaser_plugin.files.text import printable
 from splaser_plugin.generation.vllm_copies import Written, check_fits
 
@@ -120,8 +120,12 @@ class Server:
         try:
             return ask(self._url + path, body)
         except urllib.error.HTTPError as error:
+            said = _said(error)
+            if said.startswith(NOT_FINITE):
+                raise ScoreError("the model's logits are nan, so that it has no answers.") from error
+            place = path.partition("?")[0]
             raise ModelError(
-                f"{self._whose}: {path.partition('?')[0]} answers {error.code}: {_said(error)}."
+                f"{self._whose}: {place} answers {error.code}: {said}. Use --engine transformers."
             ) from error
         except (OSError, ValueError) as error:
             raise ModelError(

@@ -59,7 +59,7 @@ def test_a_server_answers_as_the_loop_does_gets_its_own_weights_back_and_what_it
     assert found["steps"][0] == found["steps"][1] != []
     assert found["scores"][0] == found["scores"][1]
     assert found["differed"]
-    assert found["restored"]
+    assert found["own weights"]
 
     url = r"engine_url http://127\.0\.0\.1:\d+"
     ends = r".* or use engine transformers\."

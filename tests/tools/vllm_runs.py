@@ -91,7 +91,7 @@ def server(folder: str) -> Any:
         found["steps"] = [[(step.name, step.rank) for step in result.recipe.steps] for result in results]
         found["scores"] = [result.search.final.values for result in results]
         restore(url, served)
-        found["restored"] = own.answers(prompts, [12] * 5, [2]) == first
+        found["own weights"] = own.answers(prompts, [12] * 5, [2]) == first
         found["differed"] = [tokens for tokens, _ in first] != [list(tokens) for tokens in found["before"][0]]
         found["nan"] = said_of_nan(other, prompts)  # last, as a cache on the CPU keeps a trace of them
     found["gone"] = said(lambda: Vllm(model, [2], longest=64, batch_size=2, url=url))
