@@ -41,6 +41,7 @@ from splaser_plugin.scanning.scan import scan_source
 from splaser_plugin.scanning.selection import Selection, choose
 from splaser_plugin.scoring.embedding import SentenceEmbedder
 from splaser_plugin.scoring.scorers import Scorers, check_scorers
+from splaser_plugin.scoring.semantic import directions
 from splaser_plugin.weights.adapted import BaseWeights, restore_base, weights_of
 from splaser_plugin.weights.in_memory import Weights, check_generates, model_name
 from splaser_plugin.weights.loading import context_length
@@ -268,7 +269,11 @@ class LaserCallback(TrainerCallback):
             if "semantic" in used and self.config.engine != "auto":
                 training.progress.detail("engine", scorers.engine)
             if "semantic" in used and self.config.embedder != "self":
-                SentenceEmbedder(self.config.embedder, torch.device("cpu"), allow_pickle=self.config.allow_pickle)
+                embedder = SentenceEmbedder(
+                    self.config.embedder, torch.device("cpu"), allow_pickle=self.config.allow_pickle
+                )
+                if warning := directions(embedder, everything)[1].warning:
+                    training.progress.result("warning", warning)
 
     def _read_pairs(self, training: Training) -> Split:
         tokenizer, context = training.tokenizer, context_length(training.model)

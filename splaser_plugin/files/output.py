@@ -286,9 +286,12 @@ def _sync(folder: Path) -> None:
 
 
 def _sync_one(path: Path) -> None:
-    if WINDOWS and path.is_dir():  # can't be opened there, and a file has to be writable
-        return
-    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # a file has to be writable there
+    except OSError:
+        if path.is_dir():  # Windows opens none
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:

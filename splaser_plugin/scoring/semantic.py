@@ -60,19 +60,7 @@ class SemanticScorer:
         self.embedder = embedder
         self.size = len(pairs)
         self.prompts = [generator.prompter.tokens(pair.messages) for pair in pairs]
-        texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs if pair.rejected is not None]
-        vectors = embedder.embed(texts)
-        rejected = iter(vectors[len(pairs) :])
-        self._direction = torch.stack(
-            [
-                chosen if pair.rejected is None else chosen - next(rejected)
-                for pair, chosen in zip(pairs, vectors, strict=False)
-            ]
-        )
-        distances = from_main(self._direction.norm(dim=-1).tolist())
-        self.references = References(
-            len(texts), sum(embedder.cut(texts)), len(pairs), sum(distance <= ALIKE for distance in distances)
-        )
+        self._direction, self.references = directions(embedder, pairs)
 
     def score(self, items: Sequence[int], like: Scores | None = None) -> Scores:
         return self.scored(items, self.answers(items, like), like)
@@ -101,6 +89,21 @@ class SemanticScorer:
             return self.generator.answer([self.prompts[item] for item in part], lengths)
 
         return share(items, generate, self.generator.model)
+
+
+def directions(embedder: Embedder, pairs: Sequence[Pair]) -> tuple[torch.Tensor, References]:
+    """The vector of each chosen answer less that of the rejected one, and what the embedder sees of both."""
+    texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs if pair.rejected is not None]
+    vectors = embedder.embed(texts)
+    rejected = iter(vectors[len(pairs) :])
+    found = torch.stack(
+        [
+            chosen if pair.rejected is None else chosen - next(rejected)
+            for pair, chosen in zip(pairs, vectors, strict=False)
+        ]
+    )
+    alike = sum(distance <= ALIKE for distance in from_main(found.norm(dim=-1).tolist()))
+    return found, References(len(texts), sum(embedder.cut(texts)), len(pairs), alike)
 
 
 def _known(items: Sequence[int], answers: Sequence[Answer], like: Scores | None) -> dict[int, tuple[float, bool]]:

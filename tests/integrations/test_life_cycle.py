@@ -115,7 +115,11 @@ def test_without_the_lasered_base_an_adapter_is_not_trained_on(trainer_of, pairs
         trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def test_a_smaller_batch_after_too_little_memory_is_no_second_laser(tmp_path, tokens, tokenizer, pairs, monkeypatch):
+@pytest.mark.parametrize("with_trainer", [False, True])
+@pytest.mark.parametrize("when", ["before", "init"])
+def test_a_smaller_batch_after_too_little_memory_is_no_second_laser(
+    when, with_trainer, tmp_path, tokens, tokenizer, pairs, monkeypatch
+):
     class Cramped(Trainer):
         def training_step(self, model, inputs, *rest, **named):
             if len(inputs["input_ids"]) > 1:
@@ -124,9 +128,13 @@ def test_a_smaller_batch_after_too_little_memory_is_no_second_laser(tmp_path, to
 
     monkeypatch.setattr("splaser_plugin.search.acceptance.Improve.accepts", lambda rule, scores, best: True)
     model, first = tiny_llama(), AtFirstStep()
-    callback = LaserCallback(when="before", pairs=pairs, config=CONFIG)
+    callback = None if with_trainer else LaserCallback(when=when, pairs=pairs, config=CONFIG)
     arguments = training_arguments(tmp_path / "run", auto_find_batch_size=True, per_device_train_batch_size=4)
-    trainer = Cramped(model, arguments, train_dataset=tokens, processing_class=tokenizer, callbacks=[callback, first])
+    callbacks = [callback, first] if callback else [first]
+    trainer = Cramped(model, arguments, train_dataset=tokens, processing_class=tokenizer, callbacks=callbacks)
+    if callback is None:
+        callback = LaserCallback(when=when, pairs=pairs, config=CONFIG, trainer=trainer)
+        trainer.callback_handler.callbacks.insert(0, callback)
     trainer.train()
     assert changed(states(tiny_llama()), first.weights) == steps_of(callback)
     assert len(steps_of(callback)) == 4
@@ -204,10 +212,16 @@ def test_a_laser_at_each_end_of_training_is_two_lasers(trainer_of, pairs):
     assert first.weights_identity != second.weights_identity
 
 
-def test_each_trial_of_a_search_is_lasered_into_its_own_folder_and_pruned_ones_are_not(remaking, pairs, tmp_path):
+@pytest.mark.parametrize("with_trainer", [False, True])
+def test_each_trial_of_a_search_is_lasered_into_its_own_folder_and_pruned_ones_are_not(
+    with_trainer, remaking, pairs, tmp_path
+):
     optuna = pytest.importorskip("optuna")
-    callback = LaserCallback(pairs=pairs, config=CONFIG)
-    trainer = remaking(callback, eval_strategy="steps", eval_steps=1)
+    callback = None if with_trainer else LaserCallback(pairs=pairs, config=CONFIG)
+    trainer = remaking(*[callback] * (not with_trainer), eval_strategy="steps", eval_steps=1)
+    if callback is None:
+        callback = LaserCallback(pairs=pairs, config=CONFIG, trainer=trainer)
+        trainer.add_callback(callback)
     pruned = []
 
     class PruneThird(optuna.pruners.BasePruner):

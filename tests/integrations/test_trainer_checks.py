@@ -43,10 +43,11 @@ def test_pairs_come_from_the_trainers_evaluation_data_if_it_has_text(trainer_of,
     parts = Dataset.from_list(pairs[:2]), Dataset.from_list(pairs[2:])
     wanted = {row["prompt"] for row in pairs}
     by_name = dict(zip("ab", parts, strict=True))
-    for data in (Dataset.from_list(pairs), by_name, DatasetDict(by_name)):
+    rows, with_parts = Dataset.from_list(pairs), DatasetDict(by_name)
+    for data, when in ((rows, "after"), (by_name, "after"), (with_parts, "after"), (by_name, "before")):
         trainer = trainer_of(tiny_llama())
         trainer.eval_dataset = data
-        callback = LaserCallback(config=CONFIG, trainer=trainer)
+        callback = LaserCallback(when=when, config=CONFIG, trainer=trainer)
         trainer.add_callback(callback)
         trainer.train()
         assert {pair.prompt for pair in callback.result.pairs} == wanted
@@ -176,6 +177,24 @@ def test_what_would_stop_the_laser_after_training_stops_it_before(trainer_of, pa
     (tmp_path / "run" / "lasered" / "mine.txt").write_text("x")
     with pytest.raises(OutputError, match=r"no recipe\.json"):
         trainer_of(tiny_llama(), LaserCallback(pairs=pairs, config=CONFIG), Trains()).train()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_answers_that_the_embedder_cuts_are_counted_before_training(when, trainer_of, pairs, minilm, capsys):
+    class Begins(TrainerCallback):
+        def on_step_begin(self, args, state, control, **rest):
+            self.said = capsys.readouterr().err
+            control.should_training_stop = True
+
+    long = [{**row, "chosen": 300 * "yes " + row["chosen"]} for row in pairs]
+    config = dataclasses.replace(CONFIG, embedder=str(minilm), candidates=1, held_out_fraction=0, max_answer_tokens=900)
+    begins = Begins()
+    trainer_of(
+        tiny_llama(max_position_embeddings=1024), LaserCallback(when=when, pairs=long, config=config), begins
+    ).train()
+    count = len(pairs)
+    assert f"laser: warning: {count} of {2 * count} reference answers are longer than the embedder reads" in begins.said
 
 
 @pytest.mark.slow
