@@ -64,7 +64,7 @@ def engine_of(measures: Measures) -> str | None:
 
 
 def may_choose(generator: Generator) -> bool:
-    """Whether there is more than one engine to choose from. On the CPU the loop was faster: see docs/performance.md."""
+    """Whether there is more than one engine to choose from: not on the CPU, see docs/performance.md."""
     model = generator.model
     return model.device.type != "cpu" and model.dtype in EXACT and process_count() == 1
 
