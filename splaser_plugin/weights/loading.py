@@ -18,7 +18,7 @@ from splaser_plugin.checkpoints.quantised import (
     read_weights,
     with_weights,
 )
-from splaser_plugin.checkpoints.skeleton import answering_class, skeleton_of
+from splaser_plugin.checkpoints.skeleton import answering_class, empty_model, skeleton_of
 from splaser_plugin.errors import CheckpointError, ConfigError, ModelError
 from splaser_plugin.files.sources import path_of
 from splaser_plugin.files.text import first_line_of, shown
@@ -28,6 +28,8 @@ from splaser_plugin.weights.factored_folder import load_factored
 from splaser_plugin.weights.factored_format import stored_layers
 from splaser_plugin.weights.model_source import ModelSource, find_model
 from splaser_plugin.weights.spread import arguments_of, every_process_loads, resolved_map
+
+OTHER_SHAPES = "its tensors have other shapes than its metadata says, or than transformers makes of that."
 
 
 def load_model(
@@ -103,7 +105,7 @@ def _config(source: ModelSource) -> Any:
         try:
             known[place] = AutoConfig.from_pretrained(source.folder, **_files(source))
         except library_errors() as error:
-            raise _unloadable(error, source) from error
+            raise _unloadable(_reason(error, source), source) from error
     return known[place]
 
 
@@ -144,8 +146,10 @@ def _load(source: ModelSource, dtype: str | torch.dtype, spread: dict[str, Any])
             with every_process_loads():
                 loaded = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **files, **spread)
     except library_errors() as error:
-        raise _unloadable(error, source) from error
+        raise _unloadable(_reason(error, source), source) from error
     model, found = loaded
+    if source.gguf and not _has_planned_shapes(model, folder):
+        raise _unloadable(OTHER_SHAPES, source)
     if missing := sorted(found["missing_keys"]):
         why = "Its config.json asks for another model than its weights are."
         if source.gguf:
@@ -180,9 +184,9 @@ def _dequantised(source: ModelSource, config: Any, dtype: str | torch.dtype) -> 
     return model, found
 
 
-def _unloadable(error: Exception, source: ModelSource) -> CheckpointError:
+def _unloadable(reason: str, source: ModelSource) -> CheckpointError:
     return CheckpointError(
-        f"{source.name}: can't be loaded as a causal language model ({_reason(error, source)}) "
+        f"{source.name}: can't be loaded as a causal language model ({reason}) "
         "Give a folder saved by save_pretrained, a .gguf file, or a hub id that can be reached."
     )
 
@@ -192,7 +196,7 @@ def _reason(error: Exception, source: ModelSource) -> str:
     if "above report" not in str(error):
         return first_line_of(error)
     if source.gguf:
-        return "its tensors have other shapes than its metadata says, or than transformers makes of that."
+        return OTHER_SHAPES
     return f"{skeleton_of(source.checkpoint or open_checkpoint(source.folder)).problem or 'shapes differ'}."
 
 
@@ -215,6 +219,12 @@ def _tokenizer_of_adapter(folder: Path, of_base: Any) -> Any:
     tokenizer = _tokenizer(f"--adapter {folder}", folder, {"trust_remote_code": False})
     tokenizer.chat_template = tokenizer.chat_template or of_base.chat_template
     return tokenizer
+
+
+def _has_planned_shapes(model: nn.Module, folder: Path) -> bool:
+    """Whether parameters are as the configuration plans them: transformers 5.20 takes a .gguf file's at any shape."""
+    planned = {name: parameter.shape for name, parameter in empty_model(model.config, folder).named_parameters()}
+    return all(planned.get(name, it.shape) == it.shape for name, it in model.named_parameters())
 
 
 def _forget_gguf(model: Any) -> None:
