@@ -9,7 +9,7 @@ from typing import Any
 from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.errors import ModelError
 from splaser_plugin.generation.vllm import check_takes, push_all
-from splaser_plugin.generation.vllm_copies import Local
+from splaser_plugin.generation.vllm_copies import Copy, Local
 
 
 def find_llm(trainer: Any, config: LaserConfig) -> Any:
@@ -37,13 +37,14 @@ def lent(trainer: Any, model: Any, config: LaserConfig) -> Iterator[Any]:
     try:
         yield llm
     finally:
-        if llm is not None and _takes(model):
-            push_all(Local(llm, model, longest=0), model)
+        if llm is not None and (copy := _copy(llm, model)) is not None:
+            push_all(copy, model)
 
 
-def _takes(model: Any) -> bool:
+def _copy(llm: Any, model: Any) -> Copy | None:
+    """What a run may have given weights to; None where it was refused."""
     try:
         check_takes(model)
+        return Local(llm, model, longest=0)
     except ModelError:
-        return False
-    return True
+        return None

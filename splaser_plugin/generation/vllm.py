@@ -58,10 +58,8 @@ class Vllm:
         else:
             self._copy = Local.started(model, longest=longest, at_once=batch_size)
         self.where = self._copy.where
-        if url or llm is not None:
-            push_all(self._copy, model)  # its weights may be others
         self._states = _states(model)
-        self._check_follows()
+        self._check_follows(has_others=bool(url) or llm is not None)
 
     def fixed(self) -> Vllm:
         return self
@@ -102,9 +100,14 @@ class Vllm:
         if blocks:
             self._copy.load(_tensors(self.model, set(blocks), without))
 
-    def _check_follows(self) -> None:
-        """Raise ModelError unless it answers, and follows a change of every kind of matrix."""
+    def _check_follows(self, *, has_others: bool) -> None:
+        """Raise ModelError unless it answers, and follows a change of every kind of matrix.
+
+        has_others: whether its weights may be others than the model's.
+        """
         try:
+            if has_others:
+                push_all(self._copy, self.model)
             name = self._not_followed()
         except SplaserError:
             raise

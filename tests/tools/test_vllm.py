@@ -82,6 +82,7 @@ def test_a_trainers_own_vllm_writes_the_answers_and_is_left_with_the_models_weig
     assert (plain.pop("engine"), own.pop("engine"), auto.pop("engine")) == ("transformers", "vllm", "vllm")
     assert plain["steps"]
     assert plain == own == auto
+    assert found["refused"]["engine"] == "transformers"
     by_llm, by_loop = found["left"]
     assert by_llm == by_loop
     assert found["asleep"].startswith("ModelError: engine vllm: the trainer's vLLM sleeps between its steps, without ")

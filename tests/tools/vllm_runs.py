@@ -117,8 +117,11 @@ def colocated(folder: str) -> Any:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     found: dict[str, Any] = {}
-    for case, engine in (("transformers", "transformers"), ("own", "vllm"), ("auto", "auto")):
-        model, tokenizer = load_model(folder, device="cpu", dtype="float32")
+    cases = {"refused": "auto", "transformers": "transformers", "own": "vllm", "auto": "auto"}
+    for case, engine in cases.items():
+        # TRL's vLLM has the checkpoint's dtype, and its model may have another
+        dtype: Any = "bfloat16" if case == "refused" else "float32"
+        model, tokenizer = load_model(folder, device="cpu", dtype=dtype)
         arguments = TrainingArguments(
             case, max_steps=2, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
         )
