@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
+import http.client
 import json
+import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ NOT_FINITE = "Out of range float values"
 """How the message begins where a server has no finite log-probabilities to send."""
 SAID = 200
 """Characters of a server's message that are told."""
+NO_SERVER = "no vLLM server answers there"
+START = "Start one: `VLLM_SERVER_DEV_MODE=1 vllm serve MODEL`, or use --engine transformers."
+RESET = "/reset_prefix_cache"
 RESETS, RESET_WAIT_S = 20, 0.1
 """How often a server is asked to throw away what it keeps of prompts, as it can't while it answers."""
 
@@ -52,8 +56,12 @@ class Server:
         self._url = url.rstrip("/")
         self.where = f"in the server at {self._url}"
         self._whose = f"--engine-url {self._url}"
-        served = self._asked("/v1/models")["data"][0]
-        self._name, root = served["id"], served.get("root") or served["id"]
+        served = self._asked("/v1/models")
+        try:
+            self._name = served["data"][0]["id"]
+            root = served["data"][0].get("root") or self._name
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ModelError(f"{self._whose}: {NO_SERVER}. {START}") from error
         check_fits(self._config(root), _stored_config(root), model, longest=longest, whose=self._whose)
         self._root = root
         _restore_at_exit(self._url, root)
@@ -72,12 +80,8 @@ class Server:
                     f"{str(error).partition(' Use --engine')[0]} It has to see {folder} (set TMPDIR to a folder that "
                     "both see) and to serve this model; or use --engine transformers."
                 ) from error
-        for _ in range(RESETS):
-            found = self._asked("/reset_prefix_cache", {})
-            if found is None or found["success"]:  # older ones answer nothing
-                return
-            time.sleep(RESET_WAIT_S)
-        raise ModelError(f"{self._whose}: the server is at work for others. Give one that nobody else uses.")
+        if not _forgets(lambda: self._asked(RESET, {})):
+            raise ModelError(f"{self._whose}: the server is at work for others. Give one that nobody else uses.")
 
     def answers(self, prompts: Sequence[Sequence[int]], rooms: Sequence[int], ends: Sequence[int]) -> list[Written]:
         """See `Copy.answers`."""
@@ -127,11 +131,8 @@ class Server:
             raise ModelError(
                 f"{self._whose}: {place} answers {error.code}: {said}. Use --engine transformers."
             ) from error
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"{self._whose}: no vLLM server answers there ({getattr(error, 'reason', error)}). Start one: "
-                "`VLLM_SERVER_DEV_MODE=1 vllm serve MODEL`, or use --engine transformers."
-            ) from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise ModelError(f"{self._whose}: {NO_SERVER} ({getattr(error, 'reason', error)}). {START}") from error
 
 
 def _stored_config(root: str) -> Any:
@@ -166,7 +167,23 @@ def _restore_at_exit(url: str, root: str) -> None:
 
 
 def restore(url: str, root: str) -> None:
-    """Have a server load its own weights again, if it still runs."""
-    with contextlib.suppress(OSError):
+    """Have a server load its own weights again, if it still runs; say so where it can't."""
+    try:
         ask(url + "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": root}})
-        ask(url + "/reset_prefix_cache", {})
+        is_restored = _forgets(lambda: ask(url + RESET, {}))
+    except urllib.error.HTTPError:
+        is_restored = False
+    except (OSError, http.client.HTTPException):  # it is gone
+        return
+    if not is_restored:
+        print(f"{url}: the vLLM server may still have a candidate's weights. Start it anew.", file=sys.stderr)
+
+
+def _forgets(reset: Callable[[], Any]) -> bool:
+    """Whether a server throws away what it keeps of prompts, asked by `reset`."""
+    for _ in range(RESETS):
+        found = reset()
+        if found is None or found["success"]:  # older ones answer nothing
+            return True
+        time.sleep(RESET_WAIT_S)
+    return False
