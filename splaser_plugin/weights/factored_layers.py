@@ -159,7 +159,7 @@ class GaugeLinear(FactoredLinear):
         flat = input.reshape(-1, self.in_features)  # torch selects columns of a 2-D tensor ten times as fast
         rank = weight.shape[0 if self.by_rows else 1]
         many = rank if flat.requires_grad else MANY_TOKENS * rank
-        if len(flat) > many and rank**2 < LOW_RANK * len(order):
+        if flat.shape[0] > many and rank**2 < LOW_RANK * len(order):
             left, right = self._ordered()
             outputs = functional.linear(functional.linear(flat, right), left, self.bias)
         elif self.by_rows:

@@ -111,6 +111,16 @@ def test_many_tokens_are_computed_at_a_high_rank_as_at_a_low_one(transposed):
     assert torch.allclose(GaugeLinear.of(found)(x), x @ found.product().mT, atol=1e-10)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [3, 50])
+def test_an_exported_layer_takes_other_numbers_of_tokens(tokens):
+    found = gauge(*factors_of(40, 24, 4), torch.float64)
+    layer, dynamic = GaugeLinear.of(found), {0: torch.export.Dim.AUTO}
+    example, other = (torch.randn(count, 24, dtype=torch.float64) for count in (tokens, tokens + 1))
+    exported = torch.export.export(layer, (example,), dynamic_shapes=(dynamic,), strict=False).module()
+    assert torch.allclose(exported(other), other @ found.product().mT, atol=1e-10)
+
+
 def test_the_layer_is_filled_from_a_state_dict_and_trains():
     left, right = factors_of(12, 10, 4)
     layer = GaugeLinear.of(gauge(left, right, torch.float32))
