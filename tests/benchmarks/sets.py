@@ -11,8 +11,8 @@ The matrices of lowest snr are the candidates, one fewer than runs, each at its 
 - `zero sum`: components of the same matrices, the smallest predicted effects on the margin first, their running sum
   held at 0 (ZS-SVD, arXiv 2602.02848): as many as a model of the screening loses on average. The gradients are of the
   pairs searched on, so that it takes far fewer tokens; confirmed in the same way.
-All are judged on the first pairs of examples/data/held_out.jsonl. Each model is measured once and kept in the file: run
-the command again to go on where it was stopped.
+All are judged on the first pairs of examples/data/held_out.jsonl. Each model is measured once and kept in the file, and
+the options beside it in FILE.settings: run the command again to go on where it was stopped.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from scipy.linalg import hadamard
 from scipy.stats import t
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from splaser_plugin.cli.demo import prepare_model
 from splaser_plugin.data.pairs import load_pairs
 from splaser_plugin.generation.prompts import Prompter
@@ -39,6 +41,7 @@ from splaser_plugin.spectra.spectrum import components, singular_values, truncat
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import context_length, load_model
 from splaser_plugin.weights.matrices import Matrix
+from tests.benchmarks.reduction_rows import hold_to
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "data"
@@ -149,6 +152,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--judged", type=int, default=96, help="held-out pairs")
     parser.add_argument("--threads", type=int, help="threads of torch")
     arguments = parser.parse_args(words)
+    names = ("runs", "searched", "judged")
+    hold_to(", ".join(f"--{name} {getattr(arguments, name)}" for name in names), arguments.measured)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     runs = arguments.runs
