@@ -3,11 +3,12 @@
     python tests/benchmarks/ranking.py [--depths 10] [--ranks 2] [--pairs 12] [--tokens 24] [--measured FILE]
         [--statistics FILE.pt]
 
-Every type of matrix at evenly spaced depths is truncated alone, each to one of several ranks, all in turn. What
-it does to the mean margin is measured on some of the pairs that the gradient was taken from, and on others; with
---tokens also what it does to the score of the model's own answers to those others. --measured keeps the measurements,
-a line each, so that a stopped run goes on; what is predicted is computed anew each time. With --statistics, those that
-tests/benchmarks/reduction.py has left, truncations are those of `--reduce fisher`.
+Every type of matrix at evenly spaced depths is truncated alone, each to one of several ranks, all in turn. What it does
+to the mean margin is measured on some of the pairs that the gradient was taken from, and on others; with --tokens also
+what it does to the score of the model's own answers to those others. --measured keeps the measurements, a line each, so
+that a stopped run goes on, with the pairs and statistics beside it in FILE.settings; what is predicted is computed anew
+each time. With --statistics, those that tests/benchmarks/reduction.py has left, truncations are those of `--reduce
+fisher`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from splaser_plugin.cli.demo import prepare_embedder, prepare_model
 from splaser_plugin.data.pairs import load_pairs
@@ -41,6 +44,7 @@ from splaser_plugin.spectra.spectrum import singular_values
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import context_length, load_model
 from splaser_plugin.weights.matrices import Matrix
+from tests.benchmarks.reduction_rows import hold_to
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "data"
@@ -309,6 +313,8 @@ def main() -> None:
     parser.add_argument("--statistics", type=Path, help="FILE.pt that tests/benchmarks/reduction.py has left")
     parser.add_argument("--threads", type=int, help="threads of torch")
     arguments = parser.parse_args()
+    if arguments.measured:
+        hold_to(f"--pairs {arguments.pairs}, --statistics {arguments.statistics}", arguments.measured)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     study = Study(arguments.pairs, arguments.tokens, arguments.depths, arguments.statistics)
