@@ -120,6 +120,7 @@ def test_mlflow_and_wandb_get_the_curve_in_the_trainings_own_run(trainer_of, pai
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{wandb_folder}/mlruns")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE", "1")  # its file store loses what threads write at once
     trainer = trainer_of(tiny_llama(), report_to=["mlflow", "wandb"], run_name="both")
     callback = LaserCallback(when="after", pairs=pairs, config=CONFIG, trainer=trainer)
     trainer.add_callback(callback)
@@ -194,6 +195,7 @@ def test_a_tracker_that_fails_loses_neither_the_lasered_model_nor_other_trackers
     (tmp_path / "file").touch()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{wandb_folder}/mlruns")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE", "1")  # its file store loses what threads write at once
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "unwritable")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
     mlflow.MlflowClient().create_experiment("unwritable", artifact_location=str(tmp_path / "file" / "artifacts"))
