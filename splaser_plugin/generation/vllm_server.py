@@ -72,14 +72,16 @@ class Server:
             Path(folder).chmod(0o755)  # the server may be another user's
             save_file({name: tensor.contiguous() for name, tensor in tensors}, Path(folder) / WEIGHTS)
             (Path(folder) / WEIGHTS).chmod(0o644)
+            advice = (
+                f"It has to see {folder} (set TMPDIR to a folder that both see) and to serve this model; or use "
+                "--engine transformers."
+            )
+            asked = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
             try:
-                self._asked("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-            except ModelError as error:
+                self._asked("/collective_rpc", asked, advice=advice)
+            except ModelError:
                 restore(self._url, self._root)  # it would end at its next answer
-                raise ModelError(
-                    f"{str(error).partition(' Use --engine')[0]} It has to see {folder} (set TMPDIR to a folder that "
-                    "both see) and to serve this model; or use --engine transformers."
-                ) from error
+                raise
         if not _forgets(lambda: self._asked(RESET, {})):
             raise ModelError(f"{self._whose}: the server is at work for others. Give one that nobody else uses.")
 
@@ -119,8 +121,8 @@ class Server:
             raise
         return {**found, "dtype": found["dtype"].removeprefix("torch.")}
 
-    def _asked(self, path: str, body: Any = None) -> Any:
-        """What the server answers, None for nothing. Raises ModelError."""
+    def _asked(self, path: str, body: Any = None, *, advice: str = "Use --engine transformers.") -> Any:
+        """What the server answers, None for nothing. advice: what to do where it refuses. Raises ModelError."""
         try:
             return ask(self._url + path, body)
         except urllib.error.HTTPError as error:
@@ -128,9 +130,7 @@ class Server:
             if said.startswith(NOT_FINITE):
                 raise ScoreError("the model's logits are nan, so that it has no answers.") from error
             place = path.partition("?")[0]
-            raise ModelError(
-                f"{self._whose}: {place} answers {error.code}: {said}. Use --engine transformers."
-            ) from error
+            raise ModelError(f"{self._whose}: {place} answers {error.code}: {said}. {advice}") from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise ModelError(f"{self._whose}: {NO_SERVER} ({getattr(error, 'reason', error)}). {START}") from error
 

@@ -242,6 +242,23 @@ def test_a_server_that_does_not_get_its_own_weights_back_is_told(capsys):
     assert not capsys.readouterr().err, "it is gone"
 
 
+def test_weights_that_a_server_does_not_take_are_told_with_one_advice(tiny_model):
+    served = {"quantization": None, "dtype": "torch.float32", "max_model_len": 64}
+    answers = {
+        "/v1/models": (200, {"data": [{"id": "mine", "root": "./none"}]}),
+        "/server_info?config_format=json": (200, {"vllm_config": {"model_config": served}}),
+        "/collective_rpc": (500, {"error": {"message": "no such folder"}}),
+    }
+    with serving(answers) as url:
+        server = Server(url, tiny_model, longest=32)
+        with pytest.raises(
+            ModelError,
+            match=rf"^engine_url {url}: /collective_rpc answers 500: no such folder\. It has to see .* to serve this "
+            r"model; or use engine transformers\.$",
+        ):
+            server.load([("weight", torch.zeros(2))])
+
+
 def test_a_server_at_work_is_asked_again_to_throw_prompts_away(capsys, monkeypatch):
     monkeypatch.setattr(vllm_server, "RESET_WAIT_S", 0)
     with serving({"/collective_rpc": (200, {}), vllm_server.RESET: (200, {"success": False})}) as url:
