@@ -6,6 +6,8 @@ import copy
 import importlib.util
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from splaser_plugin.distributed import process_count
 from splaser_plugin.errors import ModelError
@@ -34,18 +36,19 @@ def settle_engine(run: Run, measures: Measures) -> None:
             run.progress.fact("engine", f"transformers, as the vLLM that is here can't be used: {error}")
     elif run.config.engine == "auto" and may_choose(generator):
         longest = max(map(len, _prompts(measures)))
-        engines = {generator.engine.name: generator.engine}
+        tried: dict[str, Tried] = {}
 
         def fastest() -> str:
-            seconds = engine_seconds(generator, scorer.prompts[: 2 * generator.engine.at_once], longest, engines)
-            listed = ", ".join(f"{name} {taken:.1f} s" for name, taken in seconds.items())
+            tried.update(try_engines(generator, scorer.prompts[: 2 * generator.engine.at_once], longest))
+            listed = ", ".join(f"{name} {found.seconds:.1f} s" for name, found in tried.items())
             run.progress.fact("engines", f"{listed}, for the first tokens of some answers")
-            return min(seconds, key=lambda name: seconds[name])
+            return min(tried, key=lambda name: tried[name].seconds)
 
         name = run.journal.once("engine", (), fastest, str, str)
-        if name not in engines:
+        if name in tried:
+            generator.engine = tried[name].engine
+        elif name != generator.engine.name:
             _use(generator, name, longest)
-        generator.engine = engines.get(name, generator.engine)
     if generator.engine.name != "transformers" or run.config.engine != "auto":
         said = f"{generator.engine.name} for every answer of this run"
         run.progress.fact("engine", said + _place(generator) + _doubt(generator))
@@ -69,15 +72,18 @@ def may_choose(generator: Generator) -> bool:
     return model.device.type != "cpu" and model.dtype in EXACT and process_count() == 1
 
 
-def engine_seconds(
-    generator: Generator, prompts: Sequence[Sequence[int]], longest_prompt: int, started: dict[str, Engine]
-) -> dict[str, float]:
-    """What each engine that can take the model takes for the first tokens of some answers.
+class Tried(NamedTuple):
+    engine: Engine
+    seconds: float
+    """For the first tokens of some answers."""
 
-    prompts: token ids, more than are answered at once. longest_prompt: tokens, of all that will be asked. started:
-    where the engines go.
+
+def try_engines(generator: Generator, prompts: Sequence[Sequence[int]], longest_prompt: int) -> dict[str, Tried]:
+    """Each engine that can take the model, by its name.
+
+    prompts: token ids, more than are answered at once. longest_prompt: tokens, of all that will be asked.
     """
-    seconds = {}
+    found = {}
     others = ["continuous"] + ["vllm"] * (importlib.util.find_spec("vllm") is not None)
     for name in (generator.engine.name, *others):
         each = copy.copy(generator)
@@ -86,10 +92,9 @@ def engine_seconds(
                 _use(each, name, longest_prompt)
         except ModelError:
             continue
-        started[name] = each.engine
-        short = each.limited(WARM_UP_TOKENS)
-        seconds[name] = second_time(lambda short=short: short.answer(prompts))  # type: ignore[misc]
-    return seconds
+        answer = partial(each.limited(WARM_UP_TOKENS).answer, prompts)
+        found[name] = Tried(each.engine, second_time(answer))
+    return found
 
 
 def _use(generator: Generator, name: str, longest_prompt: int) -> None:

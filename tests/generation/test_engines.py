@@ -281,7 +281,7 @@ def test_a_model_with_another_state_than_keys_and_values_is_refused(tokenizer):
     generator = Generator(model, Prompter(tokenizer), max_new_tokens=4, batch_size=2)
     with pytest.raises(ModelError, match=r"engine continuous .*Use engine transformers"):
         generator.use_continuous()
-    assert list(choice.engine_seconds(generator, PROBES, 20, {})) == [generator.engine.name] == ["transformers"]
+    assert list(choice.try_engines(generator, PROBES, 20)) == [generator.engine.name] == ["transformers"]
 
 
 def test_an_older_transformers_is_refused(tiny_model, monkeypatch):
@@ -294,11 +294,10 @@ def test_an_older_transformers_is_refused(tiny_model, monkeypatch):
 @needs_continuous
 def test_auto_measures_engines_and_leaves_the_generator_as_it_is(tiny_model, tokenizer, prompts):
     generator = Generator(tiny_model, Prompter(tokenizer), max_new_tokens=4, batch_size=2)
-    started = {}
-    seconds = choice.engine_seconds(generator, prompts, 20, started)
-    assert set(seconds) == set(started) >= {"transformers", "continuous"}
-    assert {name: engine.name for name, engine in started.items()} == {name: name for name in started}
-    assert min(seconds.values()) > 0
+    tried = choice.try_engines(generator, prompts, 20)
+    assert set(tried) >= {"transformers", "continuous"}
+    assert {name: found.engine.name for name, found in tried.items()} == {name: name for name in tried}
+    assert min(found.seconds for found in tried.values()) > 0
     assert generator.engine.name == "transformers"
     assert not choice.may_choose(generator)
 
