@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from splaser_plugin.config.stages import LaserConfig
 from splaser_plugin.errors import ModelError
+from splaser_plugin.files.text import first_line_of
 from splaser_plugin.generation.vllm import check_takes, push_all
-from splaser_plugin.generation.vllm_copies import Copy, Local
+from splaser_plugin.generation.vllm_copies import Local
+
+logger = logging.getLogger(__name__)
 
 
 def find_llm(trainer: Any, config: LaserConfig) -> Any:
@@ -37,14 +41,23 @@ def lent(trainer: Any, model: Any, config: LaserConfig) -> Iterator[Any]:
     try:
         yield llm
     finally:
-        if llm is not None and (copy := _copy(llm, model)) is not None:
-            push_all(copy, model)
+        if llm is not None:
+            _give_back(llm, model)
 
 
-def _copy(llm: Any, model: Any) -> Copy | None:
-    """What a run may have given weights to; None where it was refused."""
+def _give_back(llm: Any, model: Any) -> None:
+    """Give it the model's weights, unless a run was refused it. A failure is logged: the run's result is kept."""
     try:
         check_takes(model)
-        return Local(llm, model, longest=0)
+        copy = Local(llm, model, longest=0)
     except ModelError:
-        return None
+        return
+    try:
+        push_all(copy, model)
+    except Exception as error:  # vLLM raises anything
+        logger.warning(
+            "the trainer's vLLM doesn't take the model's weights (%s: %s), so that its answers may be of others. Start "
+            "it anew, and use engine='transformers'.",
+            type(error).__name__,
+            first_line_of(error),
+        )

@@ -82,7 +82,9 @@ def test_a_trainers_own_vllm_writes_the_answers_and_is_left_with_the_models_weig
     assert (plain.pop("engine"), own.pop("engine"), auto.pop("engine")) == ("transformers", "vllm", "vllm")
     assert plain["steps"]
     assert plain == own == auto
-    assert found["refused"]["engine"] == "transformers"
+    assert found["refused"]["engine"] == found["failing"]["engine"] == "transformers"
+    assert plain["saved"]
+    assert found["failing"] == {"engine": "transformers", **plain}
     by_llm, by_loop = found["left"]
     assert by_llm == by_loop
     assert found["asleep"].startswith("ModelError: engine vllm: the trainer's vLLM sleeps between its steps, without ")

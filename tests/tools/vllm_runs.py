@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,7 +117,7 @@ def colocated(folder: str) -> Any:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     found: dict[str, Any] = {}
-    cases = {"refused": "auto", "transformers": "transformers", "own": "vllm", "auto": "auto"}
+    cases = {"refused": "auto", "failing": "auto", "transformers": "transformers", "own": "vllm", "auto": "auto"}
     for case, engine in cases.items():
         # TRL's vLLM has the checkpoint's dtype, and its model may have another
         dtype: Any = "bfloat16" if case == "refused" else "float32"
@@ -129,10 +129,12 @@ def colocated(folder: str) -> Any:
         trainer.vllm_generation = SimpleNamespace(mode="colocate", llm=llm, enable_sleep_mode=False)
         callback = LaserCallback(pairs=PAIRS, config=LaserConfig(**options, engine=engine), trainer=trainer)
         trainer.add_callback(callback)
-        trainer.train()
+        with pushes_failing(llm) if case == "failing" else nullcontext():
+            trainer.train()
         result = callback.result
         steps = [(step.name, step.rank) for step in result.recipe.steps]
         found[case] = {"engine": result.engine, "steps": steps, "scores": result.search.final.values}
+        found[case]["saved"] = Path(case, "lasered", "model.safetensors").is_file()
     prompter = Prompter(tokenizer, context=256)
     prompts = [prompter.tokens(pair.messages) for pair in load_pairs(PAIRS).pairs[:5]]
     loop, _ = generators(model, prompter)
@@ -142,6 +144,20 @@ def colocated(folder: str) -> Any:
     found["asleep"] = said(lambda: find_llm(trainer, LaserConfig(engine="vllm")))
     found["none"] = said(lambda: find_llm(object(), LaserConfig(engine="vllm")))
     return found
+
+
+@contextmanager
+def pushes_failing(llm: Any) -> Iterator[None]:
+    """Inside, it takes no weights."""
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise TypeError("reload_weights() got an unexpected keyword argument")
+
+    llm.collective_rpc = fail
+    try:
+        yield
+    finally:
+        del llm.collective_rpc
 
 
 @contextmanager
