@@ -11,7 +11,7 @@ from splaser_plugin import LaserCallback, LaserConfig
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.errors import ConfigError, ModelError
 from tests.builders import changed, states, tiny_llama
-from tests.integrations.trainings import CONFIG, steps_of, training_arguments
+from tests.integrations.trainings import CONFIG, AtFirstStep, steps_of, training_arguments
 
 pytestmark = pytest.mark.slow
 
@@ -30,12 +30,6 @@ def base_of(model):
 @torch.no_grad()
 def logits(model):
     return model.eval()(input_ids=torch.arange(5, 25)[None]).logits
-
-
-class AtFirstStep(TrainerCallback):
-    def on_step_begin(self, args, state, control, model=None, **rest):
-        if not state.global_step:
-            self.weights = states(model)
 
 
 @pytest.fixture

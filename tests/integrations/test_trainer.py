@@ -16,7 +16,7 @@ from splaser_plugin import LaserCallback, LaserConfig, expand, laser, load
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.weights.adapted import MergedWeights
 from tests.builders import EXAMPLE_PAIRS, changed, states, tiny_llama
-from tests.integrations.trainings import CONFIG, Logs, steps_of
+from tests.integrations.trainings import CONFIG, AtFirstStep, Logs, steps_of
 
 pytestmark = pytest.mark.slow
 
@@ -61,17 +61,11 @@ def test_a_callback_compresses_as_python_does(trainer_of, tokenizer):
     model = tiny_llama()
     options = {"budget": 0.04, "tolerance": 5.0, "samples": 16, "calibration_tokens": 200, "device": "cpu"}
     config = LaserConfig(objective="compress", **options)
-    snapshots = {}
-
-    class AtFirstStep(TrainerCallback):
-        def on_step_begin(self, args, state, control, model=None, **rest):
-            snapshots.setdefault("weights", states(model))
-
-    callback = LaserCallback(when="before", pairs=EXAMPLE_PAIRS, config=config)
-    trainer_of(model, callback, AtFirstStep()).train()
+    first, callback = AtFirstStep(), LaserCallback(when="before", pairs=EXAMPLE_PAIRS, config=config)
+    trainer_of(model, callback, first).train()
     by_python = laser(tiny_llama(), EXAMPLE_PAIRS, config=config, tokenizer=tokenizer)
     assert callback.result.search.kept_budget == by_python.search.kept_budget == "4 %"
-    assert not changed(snapshots["weights"], states(by_python.model))
+    assert not changed(first.weights, states(by_python.model))
     assert callback.result.held_out == by_python.held_out
 
 
@@ -89,18 +83,12 @@ def test_given_the_trainer_what_belongs_to_its_making_is_done_at_once(trainer_of
 
 def test_before_training_the_same_parameters_are_lasered_in_place(trainer_of, pairs):
     model = tiny_llama()
-    before, identities = states(model), [id(parameter) for parameter in model.parameters()]
-    snapshots = {}
-
-    class AtFirstStep(TrainerCallback):
-        def on_step_begin(self, args, state, control, model=None, **rest):
-            snapshots.setdefault("weights", states(model))
-
+    first, before, identities = AtFirstStep(), states(model), [id(parameter) for parameter in model.parameters()]
     callback = LaserCallback(when="before", pairs=pairs, config=CONFIG)
-    trainer_of(model, callback, AtFirstStep()).train()
-    assert changed(before, snapshots["weights"]) == steps_of(callback) != set()
+    trainer_of(model, callback, first).train()
+    assert changed(before, first.weights) == steps_of(callback) != set()
     assert [id(parameter) for parameter in model.parameters()] == identities
-    assert changed(snapshots["weights"], states(model))
+    assert changed(first.weights, states(model))
 
 
 def test_at_init_the_weights_change_before_there_is_an_optimizer(trainer_of, pairs):

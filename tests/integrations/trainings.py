@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import TrainerCallback, TrainingArguments
 
 from splaser_plugin import LaserConfig
+from tests.builders import states
 
 CONFIG = LaserConfig(embedder="self", max_new_tokens=6, candidates=4, edge="mp")
 SHORT = {
@@ -33,6 +34,14 @@ class Logs(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **rest):
         self.seen.update(logs)
+
+
+class AtFirstStep(TrainerCallback):
+    """Keeps the weights with which the first step begins."""
+
+    def on_step_begin(self, args, state, control, model=None, **rest):
+        if not state.global_step:
+            self.weights = states(model)
 
 
 def steps_of(callback):
