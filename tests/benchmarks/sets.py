@@ -26,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.linalg import hadamard
-from scipy.stats import t
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -42,6 +41,7 @@ from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import context_length, load_model
 from splaser_plugin.weights.matrices import Matrix
 from tests.benchmarks.reduction_rows import hold_to
+from tests.benchmarks.training import interval
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "data"
@@ -98,9 +98,9 @@ class Study:
         return self.measured(name, pairs_of, changed) - self.measured("", pairs_of, {})
 
 
-def interval(changes: np.ndarray) -> str:
-    half = t.ppf(0.975, len(changes) - 1) * changes.std(ddof=1) / len(changes) ** 0.5
-    return f"{changes.mean():+.4f} ({changes.mean() - half:+.4f} to {changes.mean() + half:+.4f})"
+def shown(changes: np.ndarray) -> str:
+    low, high = interval(changes)
+    return f"{changes.mean():+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 def greedy(study: Study) -> list[int]:
@@ -161,7 +161,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"{len(study.matrices)} candidates, which lose {study.dropped} components in all", file=sys.stderr)
     kept = greedy(study)
     held = study.change(kept, "held out")
-    print(f"greedy keeps {kept}: searched {interval(study.change(kept, 'searched'))}, held out {interval(held)}")
+    print(f"greedy keeps {kept}: searched {shown(study.change(kept, 'searched'))}, held out {shown(held)}")
     explored = arguments.searched - 2 * arguments.searched // runs
     effect, error = effects(study, explored)
     print("effects: " + ", ".join(f"{one:+.4f} +- {of:.4f}" for one, of in zip(effect, error, strict=True)))
@@ -173,17 +173,15 @@ def main(words: Sequence[str] | None = None) -> None:
         there = study.change(picks, "held out")
         print(
             f"screening, above {title}: {picks}, predicted {effect[picks].sum():+.4f}, confirmed "
-            f"{interval(study.change(picks, 'confirmed'))}, held out {interval(there)}, less greedy "
-            f"{interval(there - held)}"
+            f"{shown(study.change(picks, 'confirmed'))}, held out {shown(there)}, less greedy "
+            f"{shown(there - held)}"
         )
     changed = zero_sum(study)
     confirmed, there = (
         study.measured("zero sum", pairs_of, changed) - study.measured("", pairs_of, {})
         for pairs_of in ("confirmed", "held out")
     )
-    print(
-        f"zero sum: confirmed {interval(confirmed)}, held out {interval(there)}, less greedy {interval(there - held)}"
-    )
+    print(f"zero sum: confirmed {shown(confirmed)}, held out {shown(there)}, less greedy {shown(there - held)}")
     print(
         f"pairs scored: greedy {runs * arguments.searched}; screening {runs * explored + 2 * arguments.searched}; zero "
         f"sum {arguments.searched} gradients and {2 * arguments.searched}"

@@ -213,7 +213,7 @@ def tuned(merit_of: Callable[[float], float], rates: Sequence[float]) -> float:
         merits |= {rate: merit_of(rate) for rate in beyond}
 
 
-def interval(differences: Sequence[float]) -> tuple[float, float]:
+def interval(differences: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean of paired differences, at least 2. Source: Student 1908."""
     values = np.asarray(differences, dtype=np.float64)
     spread = values.std(ddof=1) / math.sqrt(len(values)) * t_critical(math.log(RISK / 2), len(values) - 1)
