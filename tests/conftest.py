@@ -6,6 +6,7 @@ What takes seconds to import is imported by the fixtures: the process that hands
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the tiny models are slower on two; the processes that tests start read it, too
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may be told to ignore it
 CACHE = Path(__file__).parents[1] / ".cache"
 
 
