@@ -169,3 +169,11 @@ def test_the_lowest_versions_that_are_tried_are_those_that_are_allowed():
     allowed = {name for list in lists for name in re.findall(r'"(.*?)"', list) if "python_version" not in name}
     lines = (ROOT / ".ci" / "lowest.txt").read_text(encoding="utf-8").splitlines()
     assert {line.replace("==", ">=") for line in lines if "==" in line} == allowed
+
+
+def test_no_step_of_a_workflow_may_fail_unseen():
+    workflows = sorted((ROOT / ".github" / "workflows").iterdir())
+    assert workflows
+    for path in workflows:
+        text = path.read_text(encoding="utf-8")
+        assert "continue-on-error" not in text and "|| true" not in text, shown(path)

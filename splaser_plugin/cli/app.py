@@ -20,6 +20,7 @@ from splaser_plugin import __version__
 from splaser_plugin.cli.lines import fitted
 from splaser_plugin.cli.options import options
 from splaser_plugin.cli.summaries import show_comparison, show_laser, show_scan
+from splaser_plugin.cli.systems import warn_of_system
 from splaser_plugin.cli.threads import fit_threads
 from splaser_plugin.config.stages import ApplyConfig, CompareConfig, LaserConfig, ScanConfig
 from splaser_plugin.errors import ConfigError, SplaserError, on_command_line
@@ -351,6 +352,7 @@ def _progress(quiet: bool, verbose: bool, module: str, *, transformers: bool = T
         if computes:
             importlib.import_module("torch")
     if computes:
+        warn_of_system(progress)
         fit_threads(progress)
     return progress
 

@@ -96,6 +96,17 @@ def test_wrong_usage_is_one_sentence_that_is_not_wrapped_inside_a_word_either(co
     assert all(len(line) <= columns for line in lines if " " in line)
 
 
+@pytest.mark.parametrize(("system", "is_told"), [("win32", True), ("linux", False)])
+def test_on_a_system_where_nobody_has_run_it_a_command_says_so_before_its_work(
+    system, is_told, splaser, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("splaser_plugin.cli.systems.SYSTEM", system)
+    code, _, stderr = splaser("scan", tmp_path / "none", "-o", tmp_path / "scan.json")
+    assert code == 1
+    assert ("splaser was never run on Windows" in " ".join(stderr.split())) is is_told
+    assert stderr.find("never run") < stderr.index("CheckpointError")
+
+
 def test_without_a_command_the_help_is_shown(splaser):
     for arguments in ((), ("emit",)):
         code, printed, stderr = splaser(*arguments)
