@@ -52,7 +52,7 @@ def check_plan(plan: Plan, empty: Any | None) -> bool:
     if plan.mode == "qlora" and packed:
         raise MatrixError(
             f"{packed[0]}: PEFT can adapt it alone only where its weight isn't packed into 4 bits. Use --mode lora, or "
-            "choose other --types, as self_attn."
+            f"choose {plan.selection.other_types(' '.join(packed))}."
         )
     targets = {"target_modules": modules, "target_parameters": parameters}
     return check_adapters(plan.selection, model, empty, task_type="CAUSAL_LM", **targets)
@@ -104,17 +104,17 @@ def check_adapters(selection: Selection, model: str, empty: Any | None, **values
             adapted = get_peft_model(empty, LoraConfig(**plain))
     except Exception as error:  # whatever PEFT says here it would say in training
         raise MatrixError(
-            f"{model}: PEFT can't adapt the chosen matrices ({first_line_of(error)}). Choose other --types, as "
-            "self_attn, or train in mode unfrozen."
+            f"{model}: PEFT can't adapt the chosen matrices ({first_line_of(error)}). Choose "
+            f"{selection.other_types(str(error))}, or train in mode unfrozen."
         ) from error
     layers = adapted_layers(adapted.get_base_model())
-    _compare(set(selection.names), set(layers), model, "PEFT")
+    _compare(selection, set(selection.names), set(layers), model, "PEFT")
     for matrix in selection.matrices:
         count = getattr(layers[matrix.name], "num_experts", 1)
         if count != matrix.experts:
             raise MatrixError(
                 f"{model}: PEFT would adapt {matrix.name} as {count} matrices, and it holds {matrix.experts} experts. "
-                "Leave experts out, as with --types self_attn, or train in mode unfrozen."
+                f"Choose {selection.other_types(matrix.name)}, or train in mode unfrozen."
             )
     return True
 
@@ -134,7 +134,7 @@ def check_unfrozen(selection: Selection, model: str, empty: Any | None, patterns
     _refuse_unknown(wanted, parameters, model)
     compiled = [re.compile(pattern.replace(".", r"\.")) for pattern in patterns]
     trained = {name for name in parameters if any(pattern.match(name) for pattern in compiled)}
-    _compare(set(wanted), trained, model, "the trainer")
+    _compare(selection, set(wanted), trained, model, "the trainer")
     return True
 
 
@@ -187,7 +187,7 @@ def _refuse_unchecked(selection: Selection, model: str) -> None:
         raise MatrixError(
             f"{doubtful[0]}: PEFT takes such a name for experts in some models, so {len(doubtful)} of "
             f"{len(selection.matrices)} targets can only be checked where the model {model or 'itself'} and PEFT are: "
-            "run emit there, or leave these types out, as with --types self_attn."
+            f"run emit there, or choose {selection.other_types(' '.join(doubtful))}."
         )
 
 
@@ -200,10 +200,10 @@ def _refuse_unknown(names: Sequence[str], known: Collection[str], model: str) ->
         )
 
 
-def _compare(wanted: set[str], trained: set[str], model: str, tool: str) -> None:
+def _compare(selection: Selection, wanted: set[str], trained: set[str], model: str, tool: str) -> None:
     for what, wrong in (("train", trained - wanted), ("not train", wanted - trained)):
         if wrong:
             raise MatrixError(
                 f"{model}: {tool} would {what} {min(wrong)}, as {len(wrong)} in all, against the choice of "
-                f"{len(wanted)} matrices. Choose other --types, as self_attn, or train in mode unfrozen."
+                f"{len(wanted)} matrices. Choose {selection.other_types(' '.join(wrong))}, or train in mode unfrozen."
             )

@@ -123,10 +123,11 @@ def targets(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
             # with frozen weights below, reentrant checkpointing loses the gradients
             "gradient_checkpointing_kwargs": {**kwargs, "use_reentrant": False},
         }
-    if given.get("lora_dropout") and lora_targets(plan.selection)[1]:
+    parameters = lora_targets(plan.selection)[1]
+    if given.get("lora_dropout") and parameters:
         raise ConfigError(
-            f"lora_dropout {given['lora_dropout']}: PEFT has no dropout for experts. Set it to 0, or leave experts "
-            "out, as with --types self_attn."
+            f"lora_dropout {given['lora_dropout']}: PEFT has no dropout for experts. Set it to 0, or choose "
+            f"{plan.selection.other_types(' '.join(parameters))}."
         )
     return {
         **_adapter(plan, given),

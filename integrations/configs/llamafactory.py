@@ -135,7 +135,7 @@ def targets(plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
     if parameters:
         raise MatrixError(
             f"{parameters[0]}: PEFT has to be told it as a parameter, and LLaMA-Factory has no key for that. Use "
-            "--mode unfrozen, leave it out as with --types self_attn, or train in Axolotl."
+            f"--mode unfrozen, {plan.selection.other_types(' '.join(parameters))}, or train in Axolotl."
         )
     return values | {"lora_target": ",".join(modules)}
 

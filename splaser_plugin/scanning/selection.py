@@ -70,6 +70,16 @@ class Selection(Table):
             groups.setdefault(matrix.type, []).append(matrix.name)
         return groups
 
+    def other_types(self, refused: str) -> str:
+        """What to choose where a tool trains others than these: attention's types, or those that it doesn't refuse.
+
+        refused: names of modules, or what the tool said of them.
+        """
+        left = [kind for kind in self.by_type if kind.rpartition(".")[2] not in refused]
+        attention = next((kind for kind in left if "att" in kind), "")
+        named = [attention.rpartition(".")[0] or attention] if attention else left
+        return f"other --types, as {' or '.join(named)}" if named else "other --types"
+
     @property
     def rule(self) -> str:
         """The choice in words: `top 16 of each module type by snr_ratio (edge iqr)`."""

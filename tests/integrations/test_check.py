@@ -71,6 +71,10 @@ def test_what_peft_has_no_layer_for_and_names_of_another_model_are_refused(tmp_p
     folder = saved(build("mamba", CAUSAL["mamba"]), tmp_path / "mamba")
     with pytest.raises(MatrixError, match=r"PEFT can't adapt the chosen matrices .*incompatible with Mamba"):
         check(chosen(folder, "mixer.out_proj"), folder)
+    advised = r"Choose other types, as mixer\.dt_proj or mixer\.in_proj or mixer\.x_proj, or train in mode"
+    with pytest.raises(MatrixError, match=advised):
+        check(chosen(folder, "mixer"), folder)
+    check(chosen(folder, "mixer.dt_proj", "mixer.in_proj", "mixer.x_proj"), folder)
     other = saved(llava(), tmp_path / "llava")
     selection = chosen(other, "self_attn")
     on_disk = [matrix.name.replace("model.language_model.", "language_model.model.") for matrix in selection.matrices]
