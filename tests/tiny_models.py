@@ -82,9 +82,9 @@ def build(kind, settings, auto=AutoModelForCausalLM, seed=0):
     return auto.from_config(AutoConfig.for_model(kind, **settings)).eval()
 
 
-def llava():
+def llava(**text):
     parts = {
-        "text_config": {"model_type": "llama", **TEXT},
+        "text_config": {"model_type": "llama", **TEXT, **text},
         "vision_config": {"model_type": "clip_vision_model", **CLIP},
     }
     return build("llava", {**parts, "image_token_index": 5}, AutoModelForImageTextToText)

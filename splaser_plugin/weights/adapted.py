@@ -143,7 +143,8 @@ def restore_base(model: Any, folder: Path) -> None:
     weights = BaseWeights(model)
     kind: Any = next(base for base in type(weights.model).__mro__ if not issubclass(base, FSDPModule))
     stored = kind.from_pretrained(folder, dtype=next(iter(weights.parameters.values())).dtype)
-    matrices, _ = weights.matrices(settings.get("include", ()), settings.get("exclude", ()))
+    chosen = settings.get("include", ()), settings.get("exclude", ()), settings.get("towers", False)
+    matrices, _ = weights.matrices(*chosen)
     for matrix in matrices:
         if matrix.name in steps:
             device = weights.parameters[matrix.parameter].device

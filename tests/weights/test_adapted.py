@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import peft
@@ -15,8 +16,9 @@ from splaser_plugin import LaserCallback, LaserConfig, laser
 from splaser_plugin.errors import ModelError
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.scoring.margin import MarginScorer
-from splaser_plugin.weights.adapted import restore_base
-from tests.builders import VOCABULARY, tiny_llama
+from splaser_plugin.weights.adapted import BaseWeights, restore_base
+from tests.builders import VOCABULARY, changed, states, tiny_llama
+from tests.tiny_models import llava
 
 pytestmark = pytest.mark.slow
 
@@ -173,6 +175,19 @@ def test_an_adapter_of_transformers_own_is_refused_with_what_makes_it_whole(toke
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ModelError, match=r"got its adapter by add_adapter.*peft\.get_peft_model"):
         laser(model, pairs, config=CONFIG, tokenizer=tokenizer)
+
+
+def test_a_lasered_base_is_restored_with_its_towers(tokenizer, pairs, tmp_path, keeping_all):
+    make = partial(llava, vocab_size=VOCABULARY)
+    lora = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", task_type="CAUSAL_LM")
+    model, again = get_peft_model(make(), lora), get_peft_model(make(), lora)
+    config = LaserConfig(**{**vars(CONFIG), "towers": True, "include": ("fc1", "down_proj")})
+    result = laser(model, pairs, config=config, tokenizer=tokenizer)
+    replace(result, weights=BaseWeights(model)).save(tmp_path / "base")
+    towers = {"vision_tower" in step.name for step in result.recipe.steps}
+    assert towers == {True, False}
+    restore_base(again, tmp_path / "base")
+    assert not changed(states(model), states(again))
 
 
 @pytest.mark.parametrize(
