@@ -246,6 +246,24 @@ def test_each_trial_of_a_search_is_lasered_into_its_own_folder_and_pruned_ones_a
     assert len({recipe.weights_identity for recipe in recipes.values()}) > 1
 
 
+@pytest.mark.parametrize("when", ["init", "before"])
+def test_in_a_search_each_trial_trains_a_lasered_model(when, remaking, pairs):
+    pytest.importorskip("optuna")
+    callback, found = LaserCallback(when=when, pairs=pairs, config=CONFIG), []
+
+    class Begins(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **rest):
+            found.append((changed(states(tiny_llama()), states(model)), steps_of(callback), callback.result))
+
+    remaking(callback, Begins(), max_steps=1, eval_strategy="steps", eval_steps=1).hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-1)},
+        compute_objective=lambda metrics: metrics["eval_loss"], n_trials=2, backend="optuna",
+    )  # fmt: skip
+    (lasered, steps, first), (lasered_again, steps_again, second) = found
+    assert lasered == steps == lasered_again == steps_again != set()
+    assert first is not second
+
+
 def test_models_that_write_no_text_are_refused_at_once_but_may_be_frozen(trainer_of, pairs):
     config = tiny_llama().config
     for when in ("init", "before", "after"):
