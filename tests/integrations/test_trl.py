@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from splaser_plugin import LaserCallback
 from splaser_plugin.weights.adapted import MergedWeights
-from tests.builders import states, tiny_llama
+from tests.builders import THREE_PAIRS, states, tiny_llama
 from tests.integrations.trainings import CONFIG, SHORT
 
 pytestmark = pytest.mark.slow
@@ -84,3 +84,45 @@ def test_dpo_trainer_with_pairs_given_or_from_its_own_data(
     model = trainer.model
     now = states(model) if adapter is None else MergedWeights(model).state_dict()
     assert same_on_disk(now, tmp_path / "lasered")
+
+
+RATED = [
+    {"prompt": row["prompt"], "completion": row[answer], "label": answer == "chosen"}
+    for row in THREE_PAIRS
+    for answer in ("chosen", "rejected")
+]
+PROMPTS = [{"prompt": row["prompt"]} for row in 2 * THREE_PAIRS]
+SAMPLING = {"num_generations": 2, "max_completion_length": 6}
+
+
+def lengths(completions, **columns):
+    """A reward."""
+    return [float(len(completion)) for completion in completions]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "options", "arguments"),
+    [
+        ("trl.KTO", RATED, {}, {}),
+        ("trl.GRPO", PROMPTS, SAMPLING, {"reward_funcs": lengths}),
+        ("trl.RLOO", PROMPTS, SAMPLING, {"reward_funcs": lengths}),
+        ("trl.experimental.orpo.ORPO", 2 * THREE_PAIRS, {}, {}),
+        ("trl.experimental.cpo.CPO", 2 * THREE_PAIRS, {}, {}),
+    ],
+)
+def test_other_trainers_end_with_a_lasered_model(name, rows, options, arguments, tiny_folder, tokenizer, tmp_path):
+    place, _, kind = name.rpartition(".")
+    module = pytest.importorskip(place)
+    callback = LaserCallback(when="after", pairs=THREE_PAIRS, config=CONFIG)
+    trainer = getattr(module, f"{kind}Trainer")(
+        str(tiny_folder),
+        args=getattr(module, f"{kind}Config")(output_dir=str(tmp_path), **QUIET, **options),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[callback],
+        **arguments,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert callback.result.search.kept
+    assert same_on_disk(states(trainer.model), tmp_path / "lasered")
