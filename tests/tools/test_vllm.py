@@ -57,7 +57,9 @@ def test_a_server_answers_as_the_loop_does_gets_its_own_weights_back_and_what_it
     check_followed(found)
     assert found["engines"] == ["transformers", "vllm"]
     assert found["steps"][0] == found["steps"][1] != []
-    assert found["scores"][0] == found["scores"][1]
+    assert found["scores"][0] == found["scores"][1] == found["scores"][2]
+    assert re.match(r"\d+ measurements were left by a run that was stopped; none is made again", found["gone on"])
+    assert found["files with the key"] == []
     assert found["differed"]
     assert found["own weights"]
 
@@ -69,6 +71,8 @@ def test_a_server_answers_as_the_loop_does_gets_its_own_weights_back_and_what_it
         "dtype": rf"ModelError: engine vllm: {url} computes in float32, and this .* bfloat16\. Start{ends}",
         "other": rf"ModelError: engine vllm: {url} has a model of another num_hidden_layers\. Start it with {ends}",
         "shape": rf"ModelError: {url}: /collective_rpc answers 500: .* It has to see {ends}",
+        "hung": rf"ModelError: {url}: /\S+ has answered nothing for 20 s, as if .* with the same output it goes on .*",
+        "key": rf"ModelError: {url}: /v1/models answers 401: Unauthorized\. Set VLLM_API_KEY to the key {ends}",
         "gone": rf"ModelError: {url}: no vLLM server answers there \(.*refused\)\. Start one: `VLLM_SERVER_{ends}",
         "no weights": rf"ModelError: {url}: this server takes no weights\. Start it anew with VLLM_SERVER_DEV_{ends}",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,24 +14,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 import transformers
 
-from splaser_plugin import CompareConfig, LaserConfig, compare, laser
+from splaser_plugin import CompareConfig, LaserConfig, LaserResult, compare, laser
 from splaser_plugin.data.pairs import load_pairs
 from splaser_plugin.errors import SplaserError
+from splaser_plugin.generation import requests, vllm_server
 from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.generation.vllm import Vllm
 from splaser_plugin.generation.vllm_copies import Local
-from splaser_plugin.generation.vllm_server import Server, ask, restore
+from splaser_plugin.generation.vllm_server import Server, restore
 from splaser_plugin.integrations.colocated import find_llm
+from splaser_plugin.progress import Progress
+from splaser_plugin.search.candidates import Candidate
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import load_model
 
 PAIRS = "pairs.jsonl"
+SECRET = "a-secret-of-the-server"
 SHORT = {"max_new_tokens": 12, "device": "cpu", "dtype": "float32"}
 
 
@@ -69,7 +75,8 @@ def server(folder: str) -> Any:
     other_model.save_pretrained(served)
     tokenizer.save_pretrained(served)
     found: dict[str, Any] = {}
-    with serving(served, dev="1") as url:
+    os.environ["VLLM_API_KEY"] = SECRET
+    with serving(served, dev="1") as (url, process):
         own = Server(url, model, longest=128)
         first = own.answers(prompts, [12] * 5, [2])
         found["shape"] = said(lambda: own.load([("model.norm.weight", torch.zeros(3))]))
@@ -86,18 +93,48 @@ def server(folder: str) -> Any:
             **SHORT, engine="vllm", engine_url=url, embedder="self", candidates=4, edge="mp", samples=6
         )
         plain = LaserConfig(**SHORT, engine="transformers", embedder="self", candidates=4, edge="mp", samples=6)
-        results = [laser(folder, PAIRS, config=each) for each in (plain, config)]
+        results = [laser(folder, PAIRS, config=plain), laser(folder, PAIRS, config=config, output="by-server")]
         found["engines"] = [result.engine for result in results]
         found["steps"] = [[(step.name, step.rank) for step in result.recipe.steps] for result in results]
         found["scores"] = [result.search.final.values for result in results]
+        found["hung"], found["gone on"], again = hung(folder, config, process)
+        found["scores"].append(again.search.final.values)
+        written = [path for output in ("by-server", "hung") for path in Path(output).rglob("*") if path.is_file()]
+        found["files with the key"] = [str(path) for path in written if SECRET.encode() in path.read_bytes()]
+        with mock.patch.dict(os.environ, {"VLLM_API_KEY": "another"}):
+            found["key"] = said(lambda: Vllm(model, [2], longest=64, batch_size=2, url=url))
         restore(url, served)
         found["own weights"] = own.answers(prompts, [12] * 5, [2]) == first
         found["differed"] = [tokens for tokens, _ in first] != [list(tokens) for tokens in found["before"][0]]
         found["nan"] = said_of_nan(other, prompts)  # last, as a cache on the CPU keeps a trace of them
     found["gone"] = said(lambda: Vllm(model, [2], longest=64, batch_size=2, url=url))
-    with serving(served, dev="0") as url:
+    with serving(served, dev="0") as (url, _):
         found["no weights"] = said(lambda: Vllm(model, [2], longest=64, batch_size=2, url=url))
     return found
+
+
+def hung(folder: str, config: LaserConfig, process: subprocess.Popen[bytes]) -> tuple[str, str, LaserResult]:
+    """What is said of a server that stops at the second candidate, of going on, and what comes out of that."""
+
+    class Told(Progress):
+        facts: ClassVar[dict[str, str]] = {}
+        tried = 0
+
+        def fact(self, label: str, value: str) -> None:
+            self.facts[label] = value
+
+        def event(self, event: object) -> None:
+            self.tried += isinstance(event, Candidate)
+            if self.tried == 2:
+                process.send_signal(signal.SIGSTOP)
+
+    with mock.patch.object(vllm_server, "WORK_S", 20.0), mock.patch.object(requests, "WORK_S", 20.0):
+        ended = said(lambda: laser(folder, PAIRS, config=config, output="hung", progress=Told()))
+    process.send_signal(signal.SIGCONT)
+    told = Told()
+    told.tried = 9
+    result = laser(folder, PAIRS, config=config, output="hung", progress=told)
+    return ended, told.facts.get("going on", ""), result
 
 
 def colocated(folder: str) -> Any:
@@ -161,8 +198,11 @@ def pushes_failing(llm: Any) -> Iterator[None]:
 
 
 @contextmanager
-def serving(folder: str, dev: str) -> Iterator[str]:
-    """The address of a vLLM server of that model. dev: whether it has endpoints for development, "1" or "0"."""
+def serving(folder: str, dev: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The address of a vLLM server of that model, and its process.
+
+    dev: whether it has endpoints for development, "1" or "0".
+    """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     options = {"dtype": "float32", "max-model-len": 256, "max-num-seqs": 4, "host": "127.0.0.1", "port": port}
@@ -176,7 +216,7 @@ def serving(folder: str, dev: str) -> Iterator[str]:
         while said_at(url + "/v1/models"):
             assert process.poll() is None, Path("server.log").read_text()[-2000:]
             time.sleep(1)
-        yield url
+        yield url, process
     finally:
         process.terminate()
         process.wait()
@@ -190,8 +230,8 @@ def free_port() -> int:
 
 def said_at(url: str) -> str:
     try:
-        ask(url)
-    except OSError as error:
+        requests.ask(url)
+    except (OSError, requests.SilentError) as error:
         return str(error)
     return ""
 
