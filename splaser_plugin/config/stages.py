@@ -145,9 +145,10 @@ class MeasureConfig(PlaceConfig):
     """Prompts generated for at once; 0 finds it by measurement."""
     engine: EngineName = "auto"
     """What writes the answers: a loop over transformers' generate, its continuous batching, or vLLM; auto is the loop,
-    and in `laser` on a GPU, in float32, the one of those installed that a warm-up finds fastest."""
+    and in a long `laser` in float32 the one of those installed that a warm-up finds fastest."""
     engine_url: str = ""
-    """Address of a vLLM server that is to write the answers, as http://localhost:8000; goes with --engine vllm."""
+    """Address of a vLLM server that is to write the answers, as http://localhost:8000; goes with --engine vllm.
+    Its key, if it has one, is read from VLLM_API_KEY or OPENAI_API_KEY."""
     dtype: Dtype = "auto"
     """Weights' dtype; auto is the checkpoint's own."""
     seed: int = Field(default=0, ge=0)

@@ -90,8 +90,13 @@ class ContinuousBatching:
         )
 
 
+def is_installed() -> bool:
+    """Whether this transformers has it."""
+    return tuple(map(int, transformers.__version__.split(".")[:2])) >= LEAST_VERSION
+
+
 def _check(model: Any) -> None:
-    if tuple(map(int, transformers.__version__.split(".")[:2])) < LEAST_VERSION:
+    if not is_installed():
         raise ModelError(
             f"--engine continuous needs transformers {'.'.join(map(str, LEAST_VERSION))} or newer, and this is "
             f"{transformers.__version__}. Use --engine transformers, or upgrade it."

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from splaser_plugin.errors import ModelError
 from splaser_plugin.generation.continuous import ContinuousBatching
 from splaser_plugin.generation.engines import PROBE_LENGTH, Engine, check_alike
 from splaser_plugin.generation.loop import FIRST_BATCH, Loop
@@ -70,7 +71,12 @@ class Generator:
         longest = max(longest_prompt + self.max_new_tokens, PROBE_LENGTH)
         longest = min(longest, self.prompter.context or longest)
         at_once = self._batch_size or FIRST_BATCH
-        self._use(Vllm(self.model, self.end_tokens, longest=longest, batch_size=at_once, url=url, llm=llm))
+        engine = Vllm(self.model, self.end_tokens, longest=longest, batch_size=at_once, url=url, llm=llm)
+        try:
+            self._use(engine)
+        except ModelError:
+            engine.stop()
+            raise
 
     def _use(self, engine: Engine) -> None:
         check_alike(engine, self.engine, self.model)

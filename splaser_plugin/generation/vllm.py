@@ -59,7 +59,15 @@ class Vllm:
             self._copy = Local.started(model, longest=longest, at_once=batch_size)
         self.where = self._copy.where
         self._states = _states(model)
-        self._check_follows(has_others=bool(url) or llm is not None)
+        try:
+            self._check_follows(has_others=bool(url) or llm is not None)
+        except SplaserError:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """See `Copy.stop`."""
+        self._copy.stop()
 
     def fixed(self) -> Vllm:
         return self

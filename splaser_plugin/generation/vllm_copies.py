@@ -9,10 +9,13 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Any, Protocol, TypeAlias
 
+import psutil
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from splaser_plugin.errors import ModelError
+from splaser_plugin.files.output import size
 from splaser_plugin.generation.evaluation import plain_generation
 
 MEMORY_SHARE = 0.4
@@ -40,6 +43,9 @@ class Copy(Protocol):
     def answers(self, prompts: Sequence[Sequence[int]], rooms: Sequence[int], ends: Sequence[int]) -> list[Written]:
         """The tokens that follow each prompt, up to and with the first of `ends`, at most as many as its room."""
 
+    def stop(self) -> None:
+        """Give back what was taken in this process; it isn't used again."""
+
 
 class Local:
     """A `vllm.LLM` in this process.
@@ -52,6 +58,7 @@ class Local:
     def __init__(self, llm: Any, model: Any, *, longest: int) -> None:
         self._vllm = _imported()
         self._llm = llm
+        self._is_ours = self._is_grouped = False
         config = llm.llm_engine.model_config
         found = {
             "quantization": config.quantization,
@@ -63,9 +70,21 @@ class Local:
     @classmethod
     def started(cls, model: Any, *, longest: int, at_once: int) -> Local:
         """One that is started with a copy of the model, which it loads from a folder that is deleted then."""
-        found = cls(_started(_imported(), model, longest=longest, at_once=at_once), model, longest=longest)
+        vllm, had_group = _imported(), dist.is_initialized()
+        found = cls(_started(vllm, model, longest=longest, at_once=at_once), model, longest=longest)
         found.where = "with a second copy of the weights in memory"
+        found._is_ours, found._is_grouped = True, not had_group
         return found
+
+    def stop(self) -> None:
+        """See `Copy.stop`. One that was here before goes on."""
+        if not self._is_ours:
+            return
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        if self._is_grouped:
+            import_module("vllm.distributed").cleanup_dist_env_and_memory()
+        gc.collect()
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """See `Copy.load`."""
@@ -143,11 +162,23 @@ def _imported() -> Any:
         ) from error
 
 
+def _check_memory(model: Any) -> None:
+    """Raise ModelError where a second copy of the model has no room: the system would end this process."""
+    needed = sum(parameter.nbytes for parameter in model.parameters()) + CPU_CACHE_BYTES
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ModelError(
+            f"--engine vllm takes {size(needed)} of memory for its copy and cache, and {size(free)} are free. Use "
+            "--engine transformers."
+        )
+
+
 def _started(vllm: Any, model: Any, *, longest: int, at_once: int) -> Any:
     """vLLM with a copy of the model. Raises ModelError when it doesn't take that."""
     is_on_cpu = model.device.type == "cpu"
     memory: dict[str, Any] = {"gpu_memory_utilization": MEMORY_SHARE}
     if is_on_cpu:
+        _check_memory(model)
         memory = {"gpu_memory_utilization": CPU_MEMORY_SHARE, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
     gc.collect()  # the copy of a model before
     set_num_threads = torch.set_num_threads

@@ -108,6 +108,9 @@ class Server:
                         likelihoods += _likelihoods(choice)
         return found
 
+    def stop(self) -> None:
+        """See `Copy.stop`."""
+
     def _config(self, root: str) -> dict[str, Any]:
         """What `check_fits` reads."""
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from splaser_plugin.distributed import in_main, my_part, process_count
 from splaser_plugin.errors import ScoreError
 from splaser_plugin.files.output import check_space, is_same_disk, size
 from splaser_plugin.generation.kv_cache import roomy_cache
-from splaser_plugin.jobs.engine import WARM_UP_TOKENS, plain_scorer, second_time
 from splaser_plugin.jobs.run import Measures, Run
 from splaser_plugin.progress import SILENT, Progress, duration
 from splaser_plugin.reduction.measured_reducer import stored_bytes
@@ -26,10 +26,13 @@ from splaser_plugin.scoring.own_scorer import CallableScorer
 from splaser_plugin.scoring.scores import Scorer, Scores
 from splaser_plugin.scoring.semantic import SemanticScorer
 from splaser_plugin.search.budgets import shares
+from splaser_plugin.search.journal import RecordedScorer
 from splaser_plugin.search.racing import Race
 from splaser_plugin.statistics import POWER, RISK, pairs_needed, smallest_difference
 from splaser_plugin.weights.factored import is_factorable
 
+WARM_UP_TOKENS = 16
+"""Of each answer by which engines, and costs, are measured."""
 SMALL_CHANGE = 0.01
 """Of the mean score, for which the number of held-out items that would show it is said."""
 
@@ -77,20 +80,11 @@ class Cost:
 
 def cost_of(run: Run, measures: Measures) -> Cost:
     """The most that the run will cost, with the time that a short warm-up says."""
-    config = run.config
-    ranks = max(1, len(parse_ranks(config.ranks)))
-    candidates = len(shares(config.budget)) if config.tries_budgets else len(run.matrices) * ranks
-    candidates = candidates if config.tries_budgets else min(config.candidates, candidates)
-    searched = [measures.scorer, *(guard.scorer for guard in measures.guards), measures.text]
-    unseen = [measures.held_out, measures.held_out_text]
-    passes = [(plain_scorer(scorer), 1 + candidates) for scorer in searched if scorer is not None]
-    passes += [(plain_scorer(scorer), 2) for scorer in unseen if scorer is not None]
-    parts = Race(measures.scorer.size, seed=config.seed).parts if config.race else [range(measures.scorer.size)]
+    config, candidates, passes = run.config, _candidates(run), _passes(run, measures)
     seconds: float | None = 0.0
     with run.progress.phase("warm-up", 1):
         for scorer, count in passes:
-            its_parts: Sequence[Sequence[int]] = parts if scorer is passes[0][0] else [range(scorer.size)]
-            one_pass = _pass_s(scorer, its_parts)
+            one_pass = _pass_s(scorer, _parts(run, measures, scorer))
             seconds = None if seconds is None or one_pass is None else seconds + count * one_pass
     answers = sum(count * scorer.size for scorer, count in passes if isinstance(scorer, SemanticScorer))
     return Cost(
@@ -103,6 +97,35 @@ def cost_of(run: Run, measures: Measures) -> Cost:
         output_bytes=run.weights.size,
         statistics_bytes=statistics_bytes(run),
     )
+
+
+def answering_s(run: Run, measures: Measures) -> float:
+    """The most seconds that this process takes for all answers of the run, by a short warm-up."""
+    answering = [found for found in _passes(run, measures) if isinstance(found[0], SemanticScorer)]
+    return sum(count * (_pass_s(scorer, _parts(run, measures, scorer)) or 0.0) for scorer, count in answering)
+
+
+def _candidates(run: Run) -> int:
+    """The most candidates, or budgets, that are tried."""
+    config = run.config
+    if config.tries_budgets:
+        return len(shares(config.budget))
+    return min(config.candidates, len(run.matrices) * max(1, len(parse_ranks(config.ranks))))
+
+
+def _passes(run: Run, measures: Measures) -> list[tuple[Scorer, int]]:
+    """Each scorer, and how often it scores all it has at most."""
+    searched = [measures.scorer, *(guard.scorer for guard in measures.guards), measures.text]
+    unseen = [measures.held_out, measures.held_out_text]
+    passes = [(plain_scorer(scorer), 1 + _candidates(run)) for scorer in searched if scorer is not None]
+    return passes + [(plain_scorer(scorer), 2) for scorer in unseen if scorer is not None]
+
+
+def _parts(run: Run, measures: Measures, scorer: Scorer) -> Sequence[Sequence[int]]:
+    """The items of a scorer as they are scored together."""
+    if run.config.race and scorer is plain_scorer(measures.scorer):
+        return Race(scorer.size, seed=run.config.seed).parts
+    return [range(scorer.size)]
 
 
 def statistics_bytes(run: Run) -> int:
@@ -171,6 +194,19 @@ def tell_smallest_effect(base: Scores | None, unit: str, progress: Progress) -> 
         f"{spread:.4f} (two-sided t test at {RISK:g}, power {POWER:g}, if base and result correlate by 0.5); "
         f"{SMALL_CHANGE:g} would take {needed:,} of them",
     )
+
+
+def second_time(work: Callable[[], object]) -> float:
+    """Seconds that it takes, done again: what is slow only the first time doesn't count."""
+    work()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def plain_scorer(scorer: Scorer) -> Scorer:
+    """Without the journal, which a warm-up is not to be written to."""
+    return scorer.scorer if isinstance(scorer, RecordedScorer) else scorer
 
 
 def _pass_s(scorer: Scorer, parts: Sequence[Sequence[int]]) -> float | None:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import copy
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 from splaser_plugin.distributed import process_count
-from splaser_plugin.errors import ModelError
+from splaser_plugin.errors import ModelError, SplaserError
+from splaser_plugin.generation import continuous
 from splaser_plugin.generation.engines import EXACT, Engine
 from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.vllm import Vllm
+from splaser_plugin.jobs.cost import WARM_UP_TOKENS, answering_s, plain_scorer, second_time
 from splaser_plugin.jobs.run import Measures, Run
+from splaser_plugin.progress import SILENT, Progress, duration
 from splaser_plugin.scoring.scores import Scorer
 from splaser_plugin.scoring.semantic import SemanticScorer
-from splaser_plugin.search.journal import RecordedScorer
 
-WARM_UP_TOKENS = 16
-"""Of each answer by which engines, and costs, are measured."""
+WORTH_TRYING_S = 600
+"""Other engines are tried where a run's answers may take the loop that long: vLLM's start takes half a minute."""
 
 
 def settle_engine(run: Run, measures: Measures) -> None:
@@ -39,16 +41,23 @@ def settle_engine(run: Run, measures: Measures) -> None:
         tried: dict[str, Tried] = {}
 
         def fastest() -> str:
-            tried.update(try_engines(generator, scorer.prompts[: 2 * generator.engine.at_once], longest))
+            if not is_worth_trying(run, measures):
+                return generator.engine.name
+            started = time.perf_counter()
+            prompts = scorer.prompts[: 2 * generator.engine.at_once]
+            tried.update(try_engines(generator, prompts, longest, run.progress))
             listed = ", ".join(f"{name} {found.seconds:.1f} s" for name, found in tried.items())
-            run.progress.fact("engines", f"{listed}, for the first tokens of some answers")
+            took = duration(time.perf_counter() - started)
+            run.progress.fact("engines", f"{listed}, for the first tokens of some answers; trying them took {took}")
             return min(tried, key=lambda name: tried[name].seconds)
 
         name = run.journal.once("engine", (), fastest, str, str)
         if name in tried:
-            generator.engine = tried[name].engine
+            generator.engine = tried.pop(name).engine
         elif name != generator.engine.name:
             _use(generator, name, longest)
+        for left in tried.values():
+            _stop(left.engine)
     if generator.engine.name != "transformers" or run.config.engine != "auto":
         said = f"{generator.engine.name} for every answer of this run"
         run.progress.fact("engine", said + _place(generator) + _doubt(generator))
@@ -67,9 +76,25 @@ def engine_of(measures: Measures) -> str | None:
 
 
 def may_choose(generator: Generator) -> bool:
-    """Whether there is more than one engine to choose from: not on the CPU, see docs/performance.md."""
-    model = generator.model
-    return model.device.type != "cpu" and model.dtype in EXACT and process_count() == 1
+    """Whether there is more than one engine to choose from."""
+    return bool(installed()) and generator.model.dtype in EXACT and process_count() == 1
+
+
+def installed() -> list[str]:
+    """The engines beside the loop that are here."""
+    here = {"continuous": continuous.is_installed(), "vllm": importlib.util.find_spec("vllm") is not None}
+    return [name for name in here if here[name]]
+
+
+def is_worth_trying(run: Run, measures: Measures) -> bool:
+    """Whether the answers may take the loop so long that other engines are tried."""
+    at_most_s = answering_s(run, measures)
+    said = f"all answers may take the loop {duration(at_most_s)}"
+    if at_most_s < WORTH_TRYING_S:
+        run.progress.detail("engine", f"transformers, as {said}: others are tried from {duration(WORTH_TRYING_S)} on")
+        return False
+    run.progress.fact("engines", f"trying {' and '.join(installed())}, as {said}")
+    return True
 
 
 class Tried(NamedTuple):
@@ -78,22 +103,26 @@ class Tried(NamedTuple):
     """For the first tokens of some answers."""
 
 
-def try_engines(generator: Generator, prompts: Sequence[Sequence[int]], longest_prompt: int) -> dict[str, Tried]:
-    """Each engine that can take the model, by its name.
+def try_engines(
+    generator: Generator, prompts: Sequence[Sequence[int]], longest_prompt: int, progress: Progress = SILENT
+) -> dict[str, Tried]:
+    """Each engine that can take the model, by its name; why another can't is told.
 
     prompts: token ids, more than are answered at once. longest_prompt: tokens, of all that will be asked.
     """
-    found = {}
-    others = ["continuous"] + ["vllm"] * (importlib.util.find_spec("vllm") is not None)
-    for name in (generator.engine.name, *others):
+
+    def measured(each: Generator) -> Tried:
+        return Tried(each.engine, second_time(partial(each.limited(WARM_UP_TOKENS).answer, prompts)))
+
+    found = {generator.engine.name: measured(generator)}  # first: vLLM leaves traces in a process
+    for name in installed():
         each = copy.copy(generator)
         try:
-            if name != generator.engine.name:
-                _use(each, name, longest_prompt)
-        except ModelError:
-            continue
-        answer = partial(each.limited(WARM_UP_TOKENS).answer, prompts)
-        found[name] = Tried(each.engine, second_time(answer))
+            _use(each, name, longest_prompt)
+            found[name] = measured(each)
+        except SplaserError as error:
+            progress.fact("engines", f"without {name}: {error}")
+            _stop(each.engine)
     return found
 
 
@@ -104,17 +133,10 @@ def _use(generator: Generator, name: str, longest_prompt: int) -> None:
         generator.use_vllm(longest_prompt)
 
 
-def second_time(work: Callable[[], object]) -> float:
-    """Seconds that it takes, done again: what is slow only the first time doesn't count."""
-    work()
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def plain_scorer(scorer: Scorer) -> Scorer:
-    """Without the journal, which a warm-up is not to be written to."""
-    return scorer.scorer if isinstance(scorer, RecordedScorer) else scorer
+def _stop(engine: Engine) -> None:
+    """Have an engine that isn't used give its memory back."""
+    if isinstance(engine, Vllm):
+        engine.stop()
 
 
 def _scorers(measures: Measures) -> list[Scorer]:

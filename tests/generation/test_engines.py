@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 from splaser_plugin import LaserConfig, laser
 from splaser_plugin.errors import ConfigError, ModelError, OutputError, ScoreError
-from splaser_plugin.generation import continuous, vllm
+from splaser_plugin.generation import continuous, vllm, vllm_copies
 from splaser_plugin.generation.engines import PROBES, check_alike
 from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.prompts import Prompter
@@ -215,7 +216,8 @@ def test_auto_measures_engines_and_leaves_the_generator_as_it_is(tiny_model, tok
     assert {name: found.engine.name for name, found in tried.items()} == {name: name for name in tried}
     assert min(found.seconds for found in tried.values()) > 0
     assert generator.engine.name == "transformers"
-    assert not choice.may_choose(generator)
+    assert choice.may_choose(generator)
+    assert not choice.may_choose(Generator(tiny_model.bfloat16(), Prompter(tokenizer), max_new_tokens=4, batch_size=2))
 
 
 @pytest.mark.slow
@@ -226,22 +228,54 @@ def test_auto_takes_the_engine_that_was_measured_fastest_and_says_so(
     seconds, wanted, tiny_folder, pairs, tmp_path, monkeypatch
 ):
     left = iter(seconds)
-    monkeypatch.setattr(choice, "may_choose", lambda generator: True)
+    monkeypatch.setattr(choice, "answering_s", lambda run, measures: choice.WORTH_TRYING_S)
     monkeypatch.setattr(choice, "second_time", lambda work: next(left))
     told = Told()
     config = LaserConfig(**{**QUICK, "candidates": 1, "dtype": "float32"})
     result = laser(tiny_folder, pairs, config=config, output=tmp_path / "out", progress=told)
     assert result.engine == wanted
     listed = "transformers {:.1f} s, continuous {:.1f} s, for the first tokens of some answers".format(*seconds)
-    assert told.facts["engines"] == listed
+    trying, took = told.all["engines"]
+    assert trying == "trying continuous, as all answers may take the loop 10 min"
+    assert re.fullmatch(rf"{re.escape(listed)}; trying them took \d+ s", took)
+
+
+@without_vllm
+def test_auto_goes_on_with_the_loop_where_another_engine_cannot_start_and_says_so(tiny_folder, pairs, monkeypatch):
+    monkeypatch.setattr(choice, "answering_s", lambda run, measures: choice.WORTH_TRYING_S)
+    monkeypatch.setattr(choice, "installed", lambda: ["vllm"])
+    told = Told()
+    config = LaserConfig(**{**QUICK, "candidates": 1, "dtype": "float32"})
+    assert laser(tiny_folder, pairs, config=config, progress=told).engine == "transformers"
+    without = [line for line in told.all["engines"] if line.startswith("without vllm: engine vllm: No module named ")]
+    assert len(without) == 1
+
+
+def test_auto_tries_nothing_where_the_answers_take_the_loop_no_time(tiny_folder, pairs, monkeypatch):
+    monkeypatch.setattr(choice, "try_engines", None)
+    monkeypatch.setattr(choice, "installed", lambda: ["continuous", "vllm"])
+    told = Told()
+    config = LaserConfig(**{**QUICK, "candidates": 1, "dtype": "float32"})
+    assert laser(tiny_folder, pairs, config=config, progress=told).engine == "transformers"
+    said = r"transformers, as all answers may take the loop \d+ s: others are tried from 10 min on"
+    assert re.fullmatch(said, told.facts["engine"])
+
+
+def test_a_second_copy_that_has_no_room_is_refused(tiny_model, monkeypatch):
+    monkeypatch.setattr(vllm_copies, "CPU_CACHE_BYTES", 2**60)
+    with pytest.raises(ModelError, match=r"^engine vllm takes \S+ .?B of memory for its copy and cache, and .* free"):
+        vllm_copies._started(None, tiny_model, longest=32, at_once=2)
 
 
 class Told(type(SILENT)):
     def __init__(self):
-        self.facts = {}
+        self.facts, self.all = {}, {}
 
     def fact(self, label, value):
         self.facts[label] = value
+        self.all.setdefault(label, []).append(value)
+
+    detail = fact
 
 
 @needs_continuous

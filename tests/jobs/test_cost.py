@@ -14,10 +14,12 @@ from splaser_plugin import LaserConfig, laser
 from splaser_plugin.data.pairs import pairs_from_rows
 from splaser_plugin.errors import OutputError
 from splaser_plugin.files.output import size
+from splaser_plugin.jobs import cost as costs
 from splaser_plugin.jobs.cost import Cost, smallest_effect
-from splaser_plugin.jobs.laser import plan
+from splaser_plugin.jobs.laser import _begin, plan
 from splaser_plugin.progress import Progress, duration
 from splaser_plugin.scoring.scores import Scores
+from splaser_plugin.search.journal import Journal
 from tests.builders import EXAMPLE_PAIRS, FLAGS, QUICK, tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -39,8 +41,8 @@ def test_a_plan_says_the_cost_and_what_can_be_shown_and_writes_nothing(splaser, 
     run = ["laser", tiny_folder, "--pairs", EXAMPLE_PAIRS, "--samples", 20, "-o", tmp_path / "out", *FLAGS]
     code, printed, stderr = splaser(*run, "--plan", "--json")
     assert code == 0, stderr
-    cost = json.loads(printed)
-    assert (cost["candidates"], cost["scored_items"]) == (4, 14 * 5 + 6 * 2)
+    planned = json.loads(printed)
+    assert (planned["candidates"], planned["scored_items"]) == (4, 14 * 5 + 6 * 2)
     assert f"at most  4 candidates, 82 items scored, {82 * 6} tokens generated, " in stderr
     assert "by a short warm-up" in stderr and "so far, and" in stderr
     assert "can show  a change of the mean by 0." in stderr and "on 6 held-out pairs" in stderr
@@ -48,6 +50,14 @@ def test_a_plan_says_the_cost_and_what_can_be_shown_and_writes_nothing(splaser, 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     assert splaser(*run, "--plan")[0] == 1
+
+
+def test_the_time_of_answers_counts_each_pass_of_what_generates_alone(tokenizer, monkeypatch):
+    monkeypatch.setattr(costs, "_pass_s", lambda scorer, parts: float(scorer.size))
+    config = LaserConfig(**{**QUICK, "candidates": 4, "guard": "margin:5.0"})
+    run, measures = _begin(tiny_llama(), pairs_from_rows(ROWS), config, tokenizer, Journal(), None, Progress())
+    assert costs.answering_s(run, measures) == 14 * 5 + 6 * 2
+    assert costs.cost_of(run, measures).measuring_s == 2 * 14 * 5 + 6 * 2
 
 
 @pytest.mark.parametrize(

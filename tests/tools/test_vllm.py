@@ -80,6 +80,24 @@ def test_a_server_answers_as_the_loop_does_gets_its_own_weights_back_and_what_it
         assert re.fullmatch(said, found[name]), found[name]
 
 
+def test_auto_takes_the_faster_of_loop_and_vllm_where_that_is_worth_trying(run_in, small_smollm2):
+    found = answer(run_in("vllm", "python", SCRIPT, "auto", str(small_smollm2)))
+    taken = {case: each["outcome"].pop("engine") for case, each in found.items()}
+    assert found["short"]["outcome"]["steps"]
+    assert all(each["outcome"] == found["short"]["outcome"] for each in found.values())
+    assert (found["short"]["told"], taken["short"]) == ([], "transformers")
+    trying, without, listed = found["no room"]["told"]
+    assert trying.startswith("trying vllm, as all answers may take the loop ")
+    assert without.startswith("without vllm: engine vllm takes ")
+    assert re.fullmatch(r"transformers \S+ s, for the first tokens of some answers; trying them took \d+ s", listed)
+    for case in ("slower", "tried"):
+        seconds = dict(re.findall(r"(\w+) (\d+\.\d) s", found[case]["told"][-1]))
+        assert set(seconds) == {"transformers", "vllm"}
+        assert float(seconds[taken[case]]) == min(map(float, seconds.values()))
+    assert taken["no room"] == taken["slower"] == "transformers"
+    assert not found["slower"]["group"], "a vLLM that isn't used leaves no group of processes behind"
+
+
 def test_a_trainers_own_vllm_writes_the_answers_and_is_left_with_the_models_weights(run_in, small_smollm2):
     found = answer(run_in("vllm", "python", SCRIPT, "colocated", str(small_smollm2)))
     plain, own, auto = (found[case] for case in ("transformers", "own", "auto"))

@@ -14,22 +14,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import transformers
 
 from splaser_plugin import CompareConfig, LaserConfig, LaserResult, compare, laser
 from splaser_plugin.data.pairs import load_pairs
 from splaser_plugin.errors import SplaserError
-from splaser_plugin.generation import requests, vllm_server
+from splaser_plugin.generation import requests, vllm_copies, vllm_server
 from splaser_plugin.generation.generator import Generator
 from splaser_plugin.generation.prompts import Prompter
 from splaser_plugin.generation.vllm import Vllm
 from splaser_plugin.generation.vllm_copies import Local
 from splaser_plugin.generation.vllm_server import Server, restore
 from splaser_plugin.integrations.colocated import find_llm
+from splaser_plugin.jobs import engine as choice
+from splaser_plugin.jobs.cost import second_time
 from splaser_plugin.progress import Progress
 from splaser_plugin.search.candidates import Candidate
 from splaser_plugin.weights.in_memory import Weights
@@ -116,12 +119,8 @@ def server(folder: str) -> Any:
 def hung(folder: str, config: LaserConfig, process: subprocess.Popen[bytes]) -> tuple[str, str, LaserResult]:
     """What is said of a server that stops at the second candidate, of going on, and what comes out of that."""
 
-    class Told(Progress):
-        facts: ClassVar[dict[str, str]] = {}
+    class Stopping(Told):
         tried = 0
-
-        def fact(self, label: str, value: str) -> None:
-            self.facts[label] = value
 
         def event(self, event: object) -> None:
             self.tried += isinstance(event, Candidate)
@@ -129,12 +128,11 @@ def hung(folder: str, config: LaserConfig, process: subprocess.Popen[bytes]) -> 
                 process.send_signal(signal.SIGSTOP)
 
     with mock.patch.object(vllm_server, "WORK_S", 20.0), mock.patch.object(requests, "WORK_S", 20.0):
-        ended = said(lambda: laser(folder, PAIRS, config=config, output="hung", progress=Told()))
+        ended = said(lambda: laser(folder, PAIRS, config=config, output="hung", progress=Stopping()))
     process.send_signal(signal.SIGCONT)
     told = Told()
-    told.tried = 9
     result = laser(folder, PAIRS, config=config, output="hung", progress=told)
-    return ended, told.facts.get("going on", ""), result
+    return ended, "".join(told.all.get("going on", [])), result
 
 
 def colocated(folder: str) -> Any:
@@ -286,6 +284,39 @@ def search(folder: str, embedder: str) -> Any:
     return found
 
 
+def auto(folder: str) -> Any:
+    """What `--engine auto` takes in a short run; where trying is worth while; where vLLM is slower, or can't start."""
+    found: dict[str, Any] = {}
+    options = {**SHORT, "embedder": "self", "candidates": 4, "edge": "mp", "samples": 6}
+    no_room = mock.patch.object(vllm_copies, "CPU_CACHE_BYTES", 2**60)
+    slow = mock.patch.object(choice, "second_time", slower_by_vllm)
+    for case, changed in {"short": None, "no room": no_room, "slower": slow, "tried": nullcontext()}.items():
+        told = Told()
+        worth = mock.patch.object(choice, "WORTH_TRYING_S", 0) if changed else nullcontext()
+        with worth, changed or nullcontext():
+            result = laser(folder, PAIRS, config=LaserConfig(**options), progress=told)
+        steps = [(step.name, step.rank) for step in result.recipe.steps]
+        outcome = {"steps": steps, "scores": result.search.final.values, "engine": result.engine}
+        found[case] = {"outcome": outcome, "told": told.all.get("engines", []), "group": dist.is_initialized()}
+    return found
+
+
+def slower_by_vllm(work: Any) -> float:
+    """Of `second_time` for what vLLM writes: a minute more."""
+    generator = work.func.__self__
+    return second_time(work) + 60 * (generator.engine.name == "vllm")
+
+
+class Told(Progress):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.all: dict[str, list[str]] = {}
+
+    def fact(self, label: str, value: str) -> None:
+        self.all.setdefault(label, []).append(value)
+
+
 def said(work: Callable[[], object]) -> str:
     """The error that it ends with."""
     try:
@@ -296,5 +327,5 @@ def said(work: Callable[[], object]) -> str:
 
 
 if __name__ == "__main__":
-    jobs = {"answers": answers, "search": search, "server": server, "colocated": colocated}
+    jobs = {"answers": answers, "auto": auto, "search": search, "server": server, "colocated": colocated}
     print(json.dumps(jobs[sys.argv[1]](*sys.argv[2:])))
