@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,14 @@ from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
+import typer.main
+import yaml
 from importlinter import api
+from packaging.specifiers import SpecifierSet
 from setuptools import find_packages
 
 import splaser_plugin
+from splaser_plugin.cli.app import app
 from tests.builders import ROOT
 
 LINT = "from importlinter.cli import lint_imports_command as lint; lint()"
@@ -132,12 +137,6 @@ def test_the_tests_lie_in_folders_of_the_packages_names():
     assert folders - FOR_WHOLE_RUNS <= packages
 
 
-def test_nothing_is_imported_from_a_test_module_or_conftest():
-    """What tests share is in helper modules, so that a test file can be read, run and moved alone."""
-    found = re.compile(r"^\s*(?:from|import) tests\.(?:\w+\.)*(?:test_\w+|conftest)\b.*", re.MULTILINE)
-    assert {shown(path): found.findall(path.read_text()) for path in TESTS if found.search(path.read_text())} == {}
-
-
 def test_there_is_one_version_number():
     assert metadata("splaser_plugin")["Version"] == splaser_plugin.__version__
     stated = [
@@ -154,13 +153,53 @@ def test_the_reference_has_every_public_name():
     assert sorted([*names, "__version__"]) == sorted(splaser_plugin.__all__)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=shown)
-def test_nothing_is_imported_from_a_test_module(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-        modules = [name for name in names if name.split(".")[-1].startswith("test_") and name.startswith("tests.")]
-        assert not modules, ast.unparse(node)
+def imported_by(tree: ast.AST) -> set[str]:
+    """Modules, and what is taken from them by its whole name: a module too, or not."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", TESTS, ids=shown)
+def test_nothing_is_imported_from_a_test_module_or_conftest(path):
+    """What tests share is in helper modules, so that a test file can be read, run and moved alone."""
+    found = re.compile(r"tests\.(?:\w+\.)*(?:test_\w+|conftest)\b")
+    assert not [name for name in imported_by(ast.parse(path.read_text(encoding="utf-8"))) if found.match(name)]
+
+
+def commands_of_workflow() -> list[str]:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    return [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+
+
+def hooks_of_pre_commit() -> list[str]:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    return [hook["entry"] for repository in config["repos"] for hook in repository["hooks"]]
+
+
+@pytest.mark.parametrize("command", [*commands_of_workflow(), *hooks_of_pre_commit()])
+def test_what_the_workflow_and_pre_commit_run_is_there(command):
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        assert subprocess.run([*words, "--dry-run"], cwd=ROOT, capture_output=True, check=False).returncode == 0
+    elif words[0] == "splaser":
+        assert words[1] in typer.main.get_command(app).commands
+    else:
+        assert words[0].endswith(("python", "ruff"))
+        assert all((ROOT / word).is_file() for word in words[1:] if word.endswith(".py"))
+        if words[1:3] == ["-m", "pytest"]:
+            assert set(re.findall(r"not (\w+)", command)) <= {"browser", "real", "slow"}
+
+
+def test_the_workflow_tries_every_python_that_is_allowed():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    allowed = SpecifierSet(re.search(r'requires-python = "(.*?)"', (ROOT / "pyproject.toml").read_text())[1])
+    tried = workflow["jobs"]["test"]["strategy"]["matrix"]["python-version"]
+    assert tried == [f"3.{minor}" for minor in range(30) if f"3.{minor}" in allowed]
 
 
 def test_the_lowest_versions_that_are_tried_are_those_that_are_allowed():
