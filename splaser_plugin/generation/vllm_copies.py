@@ -106,7 +106,7 @@ class Local:
         ]
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         outputs = [output.outputs[0] for output in self._llm.generate(asked, settings, use_tqdm=False)]
-        return [(list(each.token_ids), list(map(_likelihood, each.token_ids, each.logprobs))) for each in outputs]
+        return [(list(found.token_ids), list(map(_likelihood, found.token_ids, found.logprobs))) for found in outputs]
 
 
 def check_fits(config: dict[str, Any], served: Any, model: Any, *, longest: int, whose: str) -> None:

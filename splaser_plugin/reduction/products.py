@@ -68,12 +68,12 @@ class _Products(TorchFunctionMode):
         if not outputs.requires_grad:  # nothing that is watched comes before it
             outputs = outputs.requires_grad_().clone()
 
-        def told(gradient: Tensor) -> None:
+        def see(gradient: Tensor) -> None:
             for matrix, as_stored, part, place in seen:
                 mine = gradient if place is None else gradient[place]
                 self._see(matrix, _flat(part.detach()), _flat(mine), columns_are_inputs == as_stored)
 
-        outputs.register_hook(told)
+        outputs.register_hook(see)
         return outputs
 
     def _find(self, weight: Tensor) -> tuple[Matrix, bool] | None:

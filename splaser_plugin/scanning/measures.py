@@ -21,7 +21,7 @@ CONTROLS = ("random", "uniform")
 """They look at nothing, and are what a choice has to beat."""
 
 KAPPA_ERROR = 0.01
-"""Relative error of a smallest singular value above which no condition number is told."""
+"""Relative error of a smallest singular value above which no condition number is given."""
 _ROUNDING = {"float32": 2.0**-24, "float64": 2.0**-53}
 
 

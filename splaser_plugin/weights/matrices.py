@@ -185,17 +185,17 @@ def choose_matrices(
             other = candidate.tied_to
             skipped.append(Skipped(name, reason, module_name(other) if other else None))
     if not matrices:
-        raise MatrixError(f"no weight matrix is left of {len(names)} parameters{_told_of(skipped, patterns)}")
+        raise MatrixError(f"no weight matrix is left of {len(names)} parameters{_why_none(skipped, patterns)}")
     return matrices, skipped
 
 
-def _told_of(skipped: Sequence[Skipped], patterns: Collection[str]) -> str:
+def _why_none(skipped: Sequence[Skipped], patterns: Collection[str]) -> str:
     """Why nothing is left: by the options, or by what the model is."""
     if patterns:
         return ". Loosen --include and --exclude."
     reasons = Counter("shares its weight with another" if one.tied_to else one.reason for one in skipped)
-    told = "; ".join(f"{reason}: {count}" for reason, count in reasons.most_common(3))
-    return f" ({told}). Give another model, or --towers for the parts beside its language model."
+    listed = "; ".join(f"{reason}: {count}" for reason, count in reasons.most_common(3))
+    return f" ({listed}). Give another model, or --towers for the parts beside its language model."
 
 
 def _asked(role: Role, patterns: Sequence[str], towers: bool) -> bool:

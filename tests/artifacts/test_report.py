@@ -188,9 +188,9 @@ def test_experts_are_listed_as_the_stack_that_is_trained():
 def test_edges_that_disagree_are_told():
     scan = Scan.load(SMOLLM2)
     text = squeezed(Page(render(scan)).text)
-    for each in agreements(scan, choose(scan, top=16)):
-        row = f"{each.type} iqr, {each.other} {each.shared} of 16 8.5 {each.correlation:+.2f}"
-        assert f"{row} disagree " in text if each.disagrees else f"{row} " in text
+    for found in agreements(scan, choose(scan, top=16)):
+        row = f"{found.type} iqr, {found.other} {found.shared} of 16 8.5 {found.correlation:+.2f}"
+        assert f"{row} disagree " in text if found.disagrees else f"{row} " in text
     assert "Where edges disagree" in text and "self_attn.v_proj iqr, mp 5 of 16 8.5 -0.75 disagree" in text
 
 

@@ -42,7 +42,7 @@ def test_the_rank_correlation_is_spearmans():
     random = np.random.default_rng(0)
     first, second = random.integers(0, 30, size=(2, 40)).tolist()
     ranks = [
-        [sum(one < each for one in values) + sum(one == each for one in values) / 2 for each in values]
+        [sum(one < value for one in values) + sum(one == value for one in values) / 2 for value in values]
         for values in (first, second)
     ]
     assert rank_correlation(first, second) == pytest.approx(np.corrcoef(*ranks)[0, 1])
@@ -69,7 +69,7 @@ def test_a_choice_of_everything_is_shared_and_no_disagreement(planted):
 
 def test_the_edges_halves_of_smollm2_are_counted_as_by_hand():
     half = choose(SMOLLM2, fraction=0.5)
-    found = {(each.other, each.type): each for each in agreements(SMOLLM2, half)}
+    found = {(agreed.other, agreed.type): agreed for agreed in agreements(SMOLLM2, half)}
     for other in ("mp", "gavish-donoho"):
         theirs = choose(SMOLLM2, fraction=0.5, edge=other).by_type
         for kind, names in half.by_type.items():
