@@ -59,7 +59,7 @@ def check_without_adapters(model: nn.Module) -> None:
     if has_adapters(model):
         raise ModelError(
             "freezing is for full fine-tuning, and this model has adapters. Give PEFT the LoraConfig of "
-            "splaser_plugin.integrations.peft.lora_config instead."
+            "splaser_plugin.lora_config instead."
         )
 
 
