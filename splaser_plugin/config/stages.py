@@ -71,7 +71,7 @@ class SelectConfig(Options):
     fraction: float | None = Field(default=None, gt=0, le=1)
     """Share of each module type, rounded up."""
     by: Measure = "snr_ratio"
-    """What ranks them; random and uniform (evenly spaced by depth) are controls."""
+    """What ranks them: snr_ratio as published; random and uniform (evenly spaced by depth) are controls."""
     text: str = ""
     """Text that fisher and gradient are measured on: a file, or a hub data set as NAME or NAME:SUBSET."""
     seed: int = Field(default=0, ge=0)

@@ -99,7 +99,7 @@ class LaserResult:
 
     @property
     def kept(self) -> tuple[Candidate, ...]:
-        """What was kept, in order."""
+        """The candidates that were kept, in order; none where whole models were tried: see `search.kept_budget`."""
         return self.search.kept
 
     @property

@@ -48,7 +48,7 @@ def agreements(scan: Scan | PublishedScan, selection: Selection) -> tuple[Agreem
         selection: A choice by `snr_ratio`, `snr` or `rank`.
 
     Returns:
-        None where the choice isn't made by an edge, or the scan has the figures of one edge only. The head and the
+        Nothing where the choice isn't made by an edge, or the scan has the figures of one edge only. The head and the
         embeddings, each alone of its type, are left out.
     """
     config, edge = selection.config, selection.edge
