@@ -35,9 +35,9 @@ from splaser_plugin.jobs.cost import check_rooms
 from splaser_plugin.jobs.importance import importances
 from splaser_plugin.jobs.laser import LaserResult, laser_weights, read_pairs
 from splaser_plugin.jobs.materials import materials
-from splaser_plugin.jobs.stages import begin
+from splaser_plugin.jobs.stages import begin, scan_of_these_weights
 from splaser_plugin.scanning.measures import MEASURED
-from splaser_plugin.scanning.scan import scan_source
+from splaser_plugin.scanning.scan import Scan, scan_source
 from splaser_plugin.scanning.selection import Selection, choose
 from splaser_plugin.scoring.embedding import SentenceEmbedder
 from splaser_plugin.scoring.scorers import Scorers, check_scorers
@@ -334,11 +334,19 @@ class LaserCallback(TrainerCallback):
             metrics["laser/held_out_low"], metrics["laser/held_out_high"] = result.held_out.interval
         return metrics
 
+    def _scan(self, weights: Weights) -> Scan:
+        """A new scan, or the given one of these weights: lasered ones are others."""
+        config = self.config
+        if not config.scan or self.when == "init":
+            return scan_source(weights, config=config, name=getattr(weights.model.config, "_name_or_path", ""))
+        matrices, _ = weights.matrices(config.include, config.exclude, config.towers)
+        return scan_of_these_weights(config, matrices, weights.identity())
+
     def _freeze(self, training: Training) -> Any:
         args, model, select = training.args, training.model, self._select
         check_without_adapters(model)
         head = head_of(model)
-        scan = scan_source(Weights(model), config=self.config, name=getattr(model.config, "_name_or_path", ""))
+        scan = self._scan(Weights(model))
         values = None
         if select.by in MEASURED:
             values = importances(model, training.tokenizer, by=select.by, text=select.text, progress=training.progress)

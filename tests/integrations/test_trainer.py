@@ -12,8 +12,9 @@ from transformers import (
     TrainerCallback,
 )
 
-from splaser_plugin import LaserCallback, LaserConfig, expand, laser, load
+from splaser_plugin import LaserCallback, LaserConfig, choose, expand, laser, load, load_scan, scan
 from splaser_plugin.artifacts.recipe import Recipe
+from splaser_plugin.errors import RecipeError
 from splaser_plugin.weights.adapted import MergedWeights
 from tests.builders import EXAMPLE_PAIRS, changed, states, tiny_llama
 from tests.integrations.trainings import CONFIG, AtFirstStep, Logs, steps_of
@@ -191,6 +192,19 @@ def test_freezing_trains_exactly_the_matrices_of_highest_snr(trainer_of):
     assert changed(before, states(model)) == chosen
     trained = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
     assert trained == {id(model.get_parameter(name)) for name in chosen}
+
+
+def test_freezing_goes_by_the_given_scan_of_the_same_weights_and_refuses_another(trainer_of, tmp_path, monkeypatch):
+    model = tiny_llama()
+    scan(model, output=tmp_path / "scan.json")
+    scan(tiny_llama(seed=5), output=tmp_path / "other.json")
+    monkeypatch.setattr("splaser_plugin.integrations.trainer.scan_source", None)
+    callback = LaserCallback(when=None, freeze_to="top", top=1, config=LaserConfig(scan=str(tmp_path / "scan.json")))
+    trainer_of(model, callback)
+    assert callback.selection.names == choose(load_scan(tmp_path / "scan.json"), top=1).names
+    other = LaserCallback(when=None, freeze_to="top", top=1, config=LaserConfig(scan=str(tmp_path / "other.json")))
+    with pytest.raises(RecipeError, match=r"scan .*other\.json: of the weights \w{12} of .*, and these are \w{12}"):
+        trainer_of(model, other)
 
 
 def test_under_lora_the_merged_weights_are_lasered_and_saved_whole(trainer_of, pairs, tmp_path):
