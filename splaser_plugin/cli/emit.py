@@ -13,8 +13,10 @@ import typer
 
 from splaser_plugin.cli.lines import fitted
 from splaser_plugin.cli.options import options
-from splaser_plugin.config.stages import RankConfig, SelectConfig, TrainingConfig
+from splaser_plugin.config.stages import EDGES, RankConfig, SelectConfig, TrainingConfig
 from splaser_plugin.errors import ConfigError, OutputError
+from splaser_plugin.files.output import whole_file
+from splaser_plugin.files.sources import path_of
 from splaser_plugin.files.text import printable
 
 if TYPE_CHECKING:
@@ -29,12 +31,23 @@ app = typer.Typer(
 
 DEFAULT_TOP = 16
 
+
+def _at_home(path: Path | None) -> Path | None:
+    return None if path is None else path_of(path)
+
+
 ScanFile = Annotated[
-    Path, typer.Argument(metavar="SCAN", help="scan.json of splaser, or the JSON that Spectrum or laserRMT publish.")
+    Path,
+    typer.Argument(
+        metavar="SCAN", help="scan.json of splaser, or the JSON that Spectrum or laserRMT publish.", callback=_at_home
+    ),
 ]
-OutputFile = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
+OutputFile = Annotated[Path, typer.Option("--output", "-o", help="File to write.", callback=_at_home)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
-Edge = Annotated[str | None, typer.Option(help="Whose figures count: iqr, mp or gavish-donoho; else the scan's.")]
+Edge = Annotated[
+    str | None,
+    typer.Option(help=f"Whose figures count: {', '.join(EDGES)}; else the scan's.", autocompletion=lambda: EDGES),
+]
 Model = Annotated[str, typer.Option(help="Folder or hub id of the model; else the one that was scanned.")]
 
 
@@ -102,6 +115,7 @@ def axolotl(
 
     if rl not in (None, "dpo"):
         raise ConfigError(f"--rl: got '{rl}', expected dpo.")
+    training = dataclasses.replace(training, base=_at_home(training.base), dataset=_at_home(training.dataset))
     selection = _chosen(scan, select, training.model)
     run = f"axolotl train {shlex.quote(str(output))}"
     empty = empty_model_of(training.model or selection.model)
@@ -135,6 +149,7 @@ def llamafactory(
     if is_script != (output.suffix == ".py"):
         wanted = "a script: its name has to end in .py" if is_script else "YAML: its name can't end in .py"
         raise ConfigError(f"--output {output}: --mode {training.mode} is written as {wanted}.")
+    training = dataclasses.replace(training, base=_at_home(training.base), dataset=_at_home(training.dataset))
     selection = _chosen(scan, select, training.model)
     empty = empty_model_of(training.model or selection.model)
     plan = _plan(selection, training, stage, empty)
@@ -189,7 +204,10 @@ def spectrum(
     *,
     scan: ScanFile,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write; else where Axolotl's Spectrum plugin looks.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="File to write; else where Axolotl's Spectrum plugin looks.", callback=_at_home
+        ),
     ] = None,
     edge: Edge = None,
     model: Model = "",
@@ -213,9 +231,10 @@ def _write(path: Path, text: str, *, overwrite: bool) -> None:
     _check_file(path, text, overwrite=overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise OutputError(f"{path}: can't be written ({error.strerror}). Choose another --output.") from error
+    with whole_file(path) as file:
+        file.write(text)
 
 
 def _check_file(path: Path, text: str, *, overwrite: bool) -> None:

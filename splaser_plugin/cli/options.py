@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from splaser_plugin.config.options import Options, choices, flag, plain_type
 from splaser_plugin.config.placement import DeviceConfig, PlaceConfig
 from splaser_plugin.config.stages import LaserConfig, MeasureConfig, ScanConfig, SelectConfig, TrainingConfig
+from splaser_plugin.files.sources import path_of
 
 PANELS: dict[type, str] = {
     DeviceConfig: "Where it runs",
@@ -72,7 +73,7 @@ def _config_file(configs: list[type[Options]], own: list[inspect.Parameter]) -> 
         if path is not None:
             from splaser_plugin.config.run_file import read_run_file
 
-            values = read_run_file(path, configs, types)
+            values = read_run_file(path_of(path), configs, types)
             context.default_map = {names.get(key, key): value for key, value in values.items()}
         return path
 

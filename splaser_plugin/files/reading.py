@@ -8,6 +8,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from splaser_plugin.errors import SplaserError
+from splaser_plugin.files.sources import path_of
 
 MAX_JSON_BYTES = 100_000_000
 
@@ -16,9 +17,10 @@ MAX_JSON_BYTES = 100_000_000
 def open_file(file: Path, error: type[SplaserError]) -> Iterator[BufferedReader]:
     """`file` opened to read its bytes. Raises `error` when it is no regular file or can't be read."""
     try:
-        if file.exists() and not file.is_file():  # a pipe or a device would never end
+        path = path_of(file)
+        if path.exists() and not path.is_file():  # a pipe or a device would never end
             raise error(f"{file}: no regular file.")
-        with file.open("rb") as opened:
+        with path.open("rb") as opened:
             yield opened
     except OSError as problem:
         raise error(f"{file}: can't be read ({problem.strerror or problem}). Check the path.") from problem

@@ -36,6 +36,7 @@ def test_python_m_is_the_command_and_both_say_their_version(splaser):
         ("splaser emit ", ["axolotl", "llamafactory", "peft", "spectrum"]),
         ("splaser laser --held", ["--held-out", "--held-out-fraction"]),
         ("splaser laser --objective ", ["compress", "quality"]),
+        ("splaser emit spectrum --edge ", ["gavish-donoho", "iqr", "mp"]),
     ],
 )
 def test_a_shell_completes_commands_options_and_choices(words, expected):

@@ -10,8 +10,11 @@ from splaser_plugin.data.pairs import load_pairs
 from splaser_plugin.data.windows import open_text
 from splaser_plugin.errors import CheckpointError, EmbedderError, PairsError, TextError
 from splaser_plugin.files.sources import is_hub_id, looks_like_path, path_of
+from splaser_plugin.scanning.records import Scan
+from splaser_plugin.scanning.spectrum_format import load_scan
 from splaser_plugin.scoring.embedding import SentenceEmbedder
 from splaser_plugin.weights.model_source import find_model
+from tests.report_data import made_up_scan
 
 PAIR = '{"prompt": "Hi", "chosen": "Hello.", "rejected": "Go away."}\n'
 
@@ -55,6 +58,11 @@ def test_pairs_and_texts_are_found_below_the_home(home):
     (home / "text.md").write_text("some text\n")
     assert len(load_pairs("~/pairs.jsonl")) == 1
     assert "".join(open_text("~/text.md")) == "some text\n"
+
+
+def test_json_is_found_below_the_home(home):
+    made_up_scan(1).save("~/scan.json")
+    assert Scan.load("~/scan.json") == load_scan("~/scan.json") == Scan.load(home / "scan.json")
 
 
 @pytest.mark.parametrize("name", ["~/absent", "./absent", "~nobody-has-this-name/absent", "a/b/c"])

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -250,6 +251,33 @@ def test_a_base_that_would_train_something_else_is_refused(command, base, messag
     Path("mine.yml").write_text(base)
     with pytest.raises(ConfigError, match=message):
         emit(f"{command} --base mine.yml -o c.yml")
+
+
+@pytest.mark.parametrize("tool", ["axolotl", "llamafactory"])
+def test_a_tilde_is_the_home_in_every_file_that_is_named(tool, folder, monkeypatch):
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(folder))
+    Path("mine.yml").write_text("seed: 7\n")
+    Path("top.yml").write_text("top: 1\n")
+    there = emit(f"{tool} --config ~/top.yml --dataset ~/pairs.jsonl --base ~/mine.yml -o ~/c.yml", scan="~/scan.json")
+    assert f"written: {folder / 'c.yml'}" in there
+    written = Path("c.yml").read_text()
+    assert yaml.safe_load(written)["seed"] == 7 and "top 1 of each" in written and "~" not in written
+    if tool == "axolotl":
+        assert yaml.safe_load(written)["datasets"][0]["path"] == str(folder / "pairs.jsonl")
+    else:
+        assert [entry["file_name"] for entry in json.loads(Path("dataset_info.json").read_text()).values()] == [
+            "pairs.jsonl"
+        ]
+
+
+def test_what_is_emitted_is_written_whole_or_not_at_all(folder, monkeypatch):
+    emit("axolotl --dataset pairs.jsonl -o c.yml")
+    before = Path("c.yml").read_text()
+    monkeypatch.setattr("os.fsync", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OutputError, match=r"c\.yml: can't be written \(No space left on device\)"):
+        emit("axolotl --dataset pairs.jsonl --top 1 -o c.yml --overwrite")
+    assert Path("c.yml").read_text() == before and not list(Path().glob(".c.yml*"))
 
 
 def test_what_exists_is_not_overwritten_unasked(folder):
