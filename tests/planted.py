@@ -1,4 +1,4 @@
-"""Scorers whose scores are planted, and what tests read off a search by them."""
+"""Scorers whose scores are planted, what tests read off a search by them, and weights of a planted rank."""
 
 from __future__ import annotations
 
@@ -80,3 +80,10 @@ class Facts(Progress):
 
     def fact(self, label, value):
         self.facts.append((label, value))
+
+
+def low_rank(rows: int, columns: int) -> torch.Tensor:
+    """Of rank 3, without rounding."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randint(-2, 3, size, generator=generator).bfloat16() for size in ((rows, 3), (3, columns)))
+    return left @ right

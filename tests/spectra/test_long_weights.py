@@ -15,11 +15,12 @@ import torch
 from splaser_plugin.spectra import spectrum
 from splaser_plugin.spectra.spectrum import singular_values
 from tests import reference
+from tests.planted import low_rank
 
 PEAKS = """
     import json, sys, torch
     from splaser_plugin.spectra.spectrum import singular_values
-    from tests.spectra.test_long_weights import low_rank
+    from tests.planted import low_rank
 
     def resident(key):
         lines = open("/proc/self/status").read().splitlines()
@@ -35,13 +36,6 @@ PEAKS = """
         found.append(resident("VmHWM") - before)
     print(json.dumps(found))
 """
-
-
-def low_rank(rows: int, columns: int) -> torch.Tensor:
-    """Of rank 3, without rounding."""
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randint(-2, 3, size, generator=generator).bfloat16() for size in ((rows, 3), (3, columns)))
-    return left @ right
 
 
 @pytest.mark.slow
