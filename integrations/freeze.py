@@ -38,7 +38,16 @@ class FreezeCallback(TrainerCallback):
 def freeze_all_but(model: nn.Module, names: Collection[str]) -> None:
     """Let only the weights of these modules, and these stacks of experts, be trained.
 
-    Raises MatrixError when the model lacks one of them, ModelError when it has adapters: they would be frozen.
+    Args:
+        model: A loaded model; its parameters' `requires_grad` is set.
+        names: Modules and stacks, as `Selection.names` gives them.
+
+    Returns:
+        Nothing.
+
+    Raises:
+        MatrixError: When the model lacks one of them.
+        ModelError: When it has adapters: they would be frozen.
     """
     check_without_adapters(model)
     parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}

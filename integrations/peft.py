@@ -68,9 +68,17 @@ def adapted_modules(model: nn.Module) -> list[str]:
 def merge_and_unload(model: Any) -> Any:
     """PEFT's own `merge_and_unload`, for a model of `splaser_plugin.load` too, whose layers stay factored.
 
-    model: a `peft.PeftModel`. Where W = left right, W + s B A is [left, s B] [right; A]: the ranks add up. A layer
-    whose rank would be full becomes a plain one. Returns the base model.
-    Raises ModelError when a factored layer has an adapter other than plain LoRA.
+    Where W = left right, W + s B A is [left, s B] [right; A]: the ranks add up. A layer whose rank would be full
+    becomes a plain one.
+
+    Args:
+        model: A `peft.PeftModel`.
+
+    Returns:
+        The base model.
+
+    Raises:
+        ModelError: When a factored layer has an adapter other than plain LoRA.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -57,7 +57,7 @@ NOT_AT_INIT = (
     "one, or the callback was added later."
 )
 FREEZE_THERE = (
-    "Freeze in model_init, by splaser_plugin.integrations.freeze.freeze_all_but(model, names); or, without model_init, "
+    "Freeze in model_init, by splaser_plugin.freeze_all_but(model, names); or, without model_init, "
     f"give the callback to the trainer's callbacks=, or use {TRAINER}."
 )
 

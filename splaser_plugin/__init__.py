@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from splaser_plugin.data.pairs import load_pairs as load_pairs
     from splaser_plugin.errors import SplaserError as SplaserError
     from splaser_plugin.integrations.freeze import FreezeCallback as FreezeCallback
+    from splaser_plugin.integrations.freeze import freeze_all_but as freeze_all_but
     from splaser_plugin.integrations.peft import lora_config as lora_config
+    from splaser_plugin.integrations.peft import merge_and_unload as merge_and_unload
     from splaser_plugin.integrations.trainer import LaserCallback as LaserCallback
     from splaser_plugin.jobs.apply import ApplyResult as ApplyResult
     from splaser_plugin.jobs.apply import apply as apply
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from splaser_plugin.jobs.result import LaserResult as LaserResult
     from splaser_plugin.progress import Bars as Bars
     from splaser_plugin.progress import Progress as Progress
+    from splaser_plugin.scanning.agreement import Agreement as Agreement
+    from splaser_plugin.scanning.agreement import agreements as agreements
     from splaser_plugin.scanning.records import Scan as Scan
     from splaser_plugin.scanning.scan import scan as scan
     from splaser_plugin.scanning.selection import Selection as Selection
@@ -41,6 +45,7 @@ from splaser_plugin.weights.registration import register_with_transformers
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Agreement": "scanning.agreement",
     "ApplyConfig": "config.stages",
     "ApplyResult": "jobs.apply",
     "Bars": "progress",
@@ -59,16 +64,19 @@ _HOMES = {
     "Selection": "scanning.selection",
     "SplaserError": "errors",
     "TokenLimits": "data.limits",
+    "agreements": "scanning.agreement",
     "apply": "jobs.apply",
     "choose": "scanning.selection",
     "compare": "jobs.compare",
     "expand": "jobs.expand",
+    "freeze_all_but": "integrations.freeze",
     "importances": "jobs.importance",
     "laser": "jobs.laser",
     "load": "weights.factored_folder",
     "load_pairs": "data.pairs",
     "load_scan": "scanning.spectrum_format",
     "lora_config": "integrations.peft",
+    "merge_and_unload": "integrations.peft",
     "scan": "scanning.scan",
 }
 

@@ -31,6 +31,7 @@ same: s.Scan = s.Scan.load("scan.json")
 selection: s.Selection = s.choose(found, s.SelectConfig(top=3, by="snr"))
 published = s.choose(s.load_scan("scan.json"), fraction=0.5, by="rank", edge="mp", types=["mlp"]).names
 names: list[str] = selection.names
+beside: tuple[s.Agreement, ...] = s.agreements(found, selection)
 config = s.LaserConfig(candidates=3, objective="compress", save="factored")
 result: s.LaserResult = s.laser("m", s.load_pairs("p.jsonl"), config=config, output=Path("out"))
 gain: float = result.score_after - result.score_before
@@ -45,9 +46,11 @@ compared.save("c.json")
 callback = s.LaserCallback(when="after", config=config)
 frozen = s.FreezeCallback(names)
 lora = s.lora_config(selection, rank=8)
+s.freeze_all_but(lasered, names)
 pairs: s.PairSet = s.load_pairs("p.jsonl", limits=s.TokenLimits(result.tokenizer, prompt=64))
 model: PreTrainedModel = s.expand(s.load("m"))
 same_model: PreTrainedModel = s.expand("m")
+plain = s.merge_and_unload(model)
 values: dict[str, float] = s.importances(model, result.tokenizer, by="fisher", text="notes.txt")
 version: str = s.__version__
 table = found.to_dataframe()

@@ -60,7 +60,7 @@ class Generator:
         Raises ModelError when it can't take the model, or doesn't write what the loop does.
         """
         at_once = self._batch_size or FIRST_BATCH
-        self._use(ContinuousBatching(self.model, self.end_tokens, pad=self._pad, batch_size=at_once))
+        self._try(ContinuousBatching(self.model, self.end_tokens, pad=self._pad, batch_size=at_once))
 
     def use_vllm(self, longest_prompt: int, *, url: str = "", llm: Any = None) -> None:
         """Have vLLM write from now on: the server at `url`, an engine that is there, or a new one in this process.
@@ -73,13 +73,17 @@ class Generator:
         at_once = self._batch_size or FIRST_BATCH
         engine = Vllm(self.model, self.end_tokens, longest=longest, batch_size=at_once, url=url, llm=llm)
         try:
-            self._use(engine)
+            self._try(engine)
         except ModelError:
             engine.stop()
             raise
 
-    def _use(self, engine: Engine) -> None:
+    def _try(self, engine: Engine) -> None:
         check_alike(engine, self.engine, self.model)
+        self.use(engine)
+
+    def use(self, engine: Engine) -> None:
+        """Have an engine that was found to write what the loop does write from now on."""
         self.engine = engine
 
     def limited(self, max_new_tokens: int) -> Generator:

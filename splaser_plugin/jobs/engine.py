@@ -53,7 +53,7 @@ def settle_engine(run: Run, measures: Measures) -> None:
 
         name = run.journal.once("engine", (), fastest, str, str)
         if name in tried:
-            generator.engine = tried.pop(name).engine
+            generator.use(tried.pop(name).engine)
         elif name != generator.engine.name:
             _use(generator, name, longest)
         for left in tried.values():

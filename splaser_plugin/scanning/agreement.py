@@ -50,6 +50,9 @@ def agreements(scan: Scan | PublishedScan, selection: Selection) -> tuple[Agreem
     Returns:
         Nothing where the choice isn't made by an edge, or the scan has the figures of one edge only. The head and the
         embeddings, each alone of its type, are left out.
+
+    Raises:
+        MatrixError: When the selection's types match nothing of this scan.
     """
     config, edge = selection.config, selection.edge
     if config.by not in OF_EDGES or isinstance(scan, PublishedScan):
