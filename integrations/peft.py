@@ -68,7 +68,7 @@ def adapted_modules(model: nn.Module) -> list[str]:
 def merge_and_unload(model: Any) -> Any:
     """PEFT's own `merge_and_unload`, for a model of `splaser_plugin.load` too, whose layers stay factored.
 
-    Where W = left right, W + s B A is [left, s B] [right; A]: the ranks add up. A layer whose rank would be full
+    Where W = left right, W + s B A is `[left, s B] [right; A]`: the ranks add up. A layer whose rank would be full
     becomes a plain one.
 
     Args:
