@@ -36,13 +36,11 @@ def settle_engine(run: Run, measures: Measures) -> None:
             generator.use_vllm(max(map(len, _prompts(measures))), llm=run.llm)
         except ModelError as error:
             run.progress.fact("engine", f"transformers, as the vLLM that is here can't be used: {error}")
-    elif run.config.engine == "auto" and may_choose(generator):
+    elif run.config.engine == "auto" and may_choose(generator) and _are_tried(run, measures):
         longest = max(map(len, _prompts(measures)))
         tried: dict[str, Tried] = {}
 
         def fastest() -> str:
-            if not is_worth_trying(run, measures):
-                return generator.engine.name
             started = time.perf_counter()
             prompts = scorer.prompts[: 2 * generator.engine.at_once]
             tried.update(try_engines(generator, prompts, longest, run.progress))
@@ -84,6 +82,12 @@ def installed() -> list[str]:
     """The engines beside the loop that are here."""
     here = {"continuous": continuous.is_installed(), "vllm": importlib.util.find_spec("vllm") is not None}
     return [name for name in here if here[name]]
+
+
+def _are_tried(run: Run, measures: Measures) -> bool:
+    """Whether engines are tried, or were by the run that goes on."""
+    left = run.journal.next_left()
+    return is_worth_trying(run, measures) if left is None else left == "engine"
 
 
 def is_worth_trying(run: Run, measures: Measures) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -52,6 +53,10 @@ class Journal:
         """Tell what the results depend on. Returns how many results an earlier, unfinished run has left."""
         return 0
 
+    def next_left(self) -> str | None:
+        """What the next result is of that the earlier run has left; None where none is left."""
+        return None
+
     def once(
         self,
         what: str,
@@ -83,7 +88,7 @@ class LaserJournal(Journal):
         """Results in the file."""
         self._anew = anew
         self._began = False
-        self._left: Iterator[tuple[int, dict[str, Any]]] = iter(())
+        self._left: deque[tuple[int, dict[str, Any]]] = deque()
         self._file = JournalFile(self.path, SCHEMA)
         in_main(self._open)
 
@@ -94,10 +99,14 @@ class LaserJournal(Journal):
     def begin(self, run: Mapping[str, Any]) -> int:
         """See `Journal.begin`. Raises OutputError when what was left is of another run, and tells the difference."""
         left = gather(lambda: self._resume(dict(run)) if is_main() else [])
-        self._left = iter(left)
+        self._left = deque(left)
         self.finished = len(left)
         self._began = True
         return len(left)
+
+    def next_left(self) -> str | None:
+        """See `Journal.next_left`."""
+        return str(self._left[0][1].get("what")) if self._left else None
 
     def once(
         self,
@@ -108,9 +117,9 @@ class LaserJournal(Journal):
         unpack: Callable[[Any], _Result],
     ) -> _Result:
         name = {"subject": self._subject, "what": what, "asked": list(asked)}
-        line, record = next(self._left, (0, None))
-        if record is None:
+        if not self._left:
             return self._work(name, work, pack)
+        line, record = self._left.popleft()
         try:
             left = validated(_Line, record)
             if name != {"subject": left.subject, "what": left.what, "asked": list(left.asked)}:

@@ -311,6 +311,28 @@ def test_a_run_goes_on_with_its_own_engine_alone(tiny_folder, pairs, tmp_path, m
 
 
 @needs_continuous
+@without_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "then", "wanted"), [(0, choice.WORTH_TRYING_S, "transformers"), (choice.WORTH_TRYING_S, 0, "continuous")]
+)
+def test_a_run_goes_on_with_the_engine_that_auto_took(first, then, wanted, tiny_folder, pairs, tmp_path, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    left = iter([2.0, 1.0])
+    monkeypatch.setattr(choice, "second_time", lambda work: next(left))
+    config = LaserConfig(**{**QUICK, "candidates": 1, "dtype": "float32"})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(choice, "answering_s", lambda run, measures: first)
+        patch.setattr("splaser_plugin.search.search.is_passed_over", stop)
+        laser(tiny_folder, pairs, config=config, output=tmp_path / "out")
+    assert (tmp_path / "out" / "journal.jsonl").read_text().count("\n") > 1
+    monkeypatch.setattr(choice, "answering_s", lambda run, measures: then)
+    assert laser(tiny_folder, pairs, config=config, output=tmp_path / "out").engine == wanted
+
+
+@needs_continuous
 def test_an_engine_of_others_is_removed_from_the_model(tiny_model, tokenizer, prompts):
     loop, other = pair_of_generators(tiny_model, tokenizer)
     kept = tiny_model.init_continuous_batching(
