@@ -55,6 +55,8 @@ REACH_WEIGHTS = {
 """What c is chosen from, for each way to say how far a truncation reaches."""
 SCORERS = {"seen": "margin, pairs seen", "unseen": "margin, other pairs", "answers": "answers to other pairs"}
 SNR = "snr, lowest first"
+PRODUCT = "--rank-by gradient"
+"""What the product orders by: gradient - 2 SE - c times the reach, whose c was settled before this run."""
 PLAIN = "that of plain truncations"
 """What `--rank-by gradient` goes by where matrices are reduced by their own spectrum."""
 RANKS = ("iqr", 0.5, "mp", 0.25, 0.1)
@@ -89,8 +91,6 @@ class Study:
         self.reducer = self._reducer(statistics) if statistics else None
         self.reach = "nats" if statistics else "output lost"
         """How far a truncation reaches, by its name in the tables."""
-        self.default = f"gradient - 2 SE - c {self.reach}"
-        """What `--rank-by gradient` goes by, with the c it has."""
 
     def _reducer(self, statistics: Path) -> MeasuredReducer:
         moments = torch.load(statistics, weights_only=False)[0]
@@ -213,6 +213,7 @@ def predict(study: Study, edits: Sequence[tuple[Matrix, int]]) -> dict[str, np.n
         study.reach: -of_all(reach),
         "gradient": first_order,
         "gradient - 2 SE": first_order - 2 * of_all(lambda matrix, rank: found[matrix].standard_error(rank)),
+        PRODUCT: of_all(lambda matrix, rank: found[matrix].predicted(rank)),
         **({PLAIN: of_all(lambda matrix, rank: plain[matrix].predicted(rank))} if plain else {}),
     }
 
@@ -271,13 +272,13 @@ def report(study: Study, edits: Sequence[tuple[Matrix, int]], measured: Measured
         *table(predicted, changes, np.full(len(edits), True), f"All {len(edits)} truncations"),
         *table(predicted, changes, judged, f"The {int(judged.sum())} at depths {blocks[1::2]}"),
     ]
-    first, change = predicted[study.default][judged], changes["unseen"][judged]
+    first, change = predicted[PRODUCT][judged], changes["unseen"][judged]
     for name in (SNR, PLAIN) if study.reducer else (SNR,):
         second = predicted[name][judged]
         above = rank_correlation(first, change) - rank_correlation(second, change)
         low, high = interval(first, change, second)
         lines.append(
-            f"\nThere, on other pairs, '{study.default}' is above '{name}' by {above:+.2f} ({low:+.2f} to {high:+.2f})."
+            f"\nThere, on other pairs, '{PRODUCT}' is above '{name}' by {above:+.2f} ({low:+.2f} to {high:+.2f})."
         )
     return "\n".join(lines)
 
