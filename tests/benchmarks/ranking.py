@@ -1,7 +1,7 @@
 """Which ordering of truncations predicts best what they do: SmolLM2, the example pairs, as a table.
 
     python tests/benchmarks/ranking.py [--depths 10] [--ranks 2] [--pairs 12] [--tokens 24] [--measured FILE]
-        [--statistics FILE.pt]
+        [--statistics FILE.pt] [--only-others]
 
 Every type of matrix at evenly spaced depths is truncated alone, each to one of several ranks, all in turn. What it does
 to the mean margin is measured on some of the pairs that the gradient was taken from, and on others; with --tokens also
@@ -56,7 +56,7 @@ REACH_WEIGHTS = {
 SCORERS = {"seen": "margin, pairs seen", "unseen": "margin, other pairs", "answers": "answers to other pairs"}
 SNR = "snr, lowest first"
 PRODUCT = "--rank-by gradient"
-"""What the product orders by: gradient - 2 SE - c times the reach, whose c was settled before this run."""
+"""What the product orders by where matrices are reduced by their statistics: its c was chosen on no truncations."""
 PLAIN = "that of plain truncations"
 """What `--rank-by gradient` goes by where matrices are reduced by their own spectrum."""
 RANKS = ("iqr", 0.5, "mp", 0.25, 0.1)
@@ -65,17 +65,16 @@ RANKS = ("iqr", 0.5, "mp", 0.25, 0.1)
 class Study:
     """SmolLM2, its scorers, and the truncations to look at."""
 
-    def __init__(self, pairs: int, tokens: int, depths: int, statistics: Path | None) -> None:
+    def __init__(self, pairs: int, tokens: int, depths: int, statistics: Path | None, *, seen: bool) -> None:
         self.model, tokenizer = load_model(prepare_model(ROOT / ".cache"), device="cpu", dtype="float32")
         self.weights = Weights(self.model)
         prompter = Prompter(tokenizer, context=context_length(self.model))
         used = load_pairs(DATA / "pairs.jsonl", samples=max(pairs, GRADIENT_PAIRS)).pairs
         unseen = load_pairs(DATA / "held_out.jsonl", samples=pairs).pairs
         self.gradient = MarginScorer(self.model, prompter, used, batch_size=8)
-        self.margins = {
-            "seen": MarginScorer(self.model, prompter, used[:pairs], batch_size=8),
-            "unseen": MarginScorer(self.model, prompter, unseen, batch_size=8),
-        }
+        self.margins = {"unseen": MarginScorer(self.model, prompter, unseen, batch_size=8)}
+        if seen:
+            self.margins = {"seen": MarginScorer(self.model, prompter, used[:pairs], batch_size=8), **self.margins}
         self.answers: dict[str, Scorer] = {}
         if tokens:
             embedder = SentenceEmbedder(str(prepare_embedder()), torch.device("cpu"))
@@ -91,6 +90,8 @@ class Study:
         self.reducer = self._reducer(statistics) if statistics else None
         self.reach = "nats" if statistics else "output lost"
         """How far a truncation reaches, by its name in the tables."""
+        self.product = PRODUCT if statistics else "gradient - 2 SE - c output lost"
+        """The ordering that stands for `--rank-by gradient`; of plain truncations c was chosen by this benchmark."""
 
     def _reducer(self, statistics: Path) -> MeasuredReducer:
         moments = torch.load(statistics, weights_only=False)[0]
@@ -213,8 +214,11 @@ def predict(study: Study, edits: Sequence[tuple[Matrix, int]]) -> dict[str, np.n
         study.reach: -of_all(reach),
         "gradient": first_order,
         "gradient - 2 SE": first_order - 2 * of_all(lambda matrix, rank: found[matrix].standard_error(rank)),
-        PRODUCT: of_all(lambda matrix, rank: found[matrix].predicted(rank)),
-        **({PLAIN: of_all(lambda matrix, rank: plain[matrix].predicted(rank))} if plain else {}),
+        **{
+            name: of_all(lambda matrix, rank, of=of: of[matrix].predicted(rank))
+            for name, of in ((PRODUCT, found), (PLAIN, plain))
+            if study.reducer
+        },
     }
 
 
@@ -272,14 +276,14 @@ def report(study: Study, edits: Sequence[tuple[Matrix, int]], measured: Measured
         *table(predicted, changes, np.full(len(edits), True), f"All {len(edits)} truncations"),
         *table(predicted, changes, judged, f"The {int(judged.sum())} at depths {blocks[1::2]}"),
     ]
-    first, change = predicted[PRODUCT][judged], changes["unseen"][judged]
+    compared, where = (np.full(len(edits), True), "Over all") if study.reducer else (judged, "There")
+    first, change = predicted[study.product][compared], changes["unseen"][compared]
     for name in (SNR, PLAIN) if study.reducer else (SNR,):
-        second = predicted[name][judged]
+        second = predicted[name][compared]
         above = rank_correlation(first, change) - rank_correlation(second, change)
         low, high = interval(first, change, second)
-        lines.append(
-            f"\nThere, on other pairs, '{PRODUCT}' is above '{name}' by {above:+.2f} ({low:+.2f} to {high:+.2f})."
-        )
+        found = f"{above:+.2f} ({low:+.2f} to {high:+.2f})"
+        lines.append(f"\n{where}, on other pairs, '{study.product}' is above '{name}' by {found}.")
     return "\n".join(lines)
 
 
@@ -309,6 +313,7 @@ def main() -> None:
         "--ranks", type=int, default=2, choices=range(1, 6), help="how many of the ranks for each matrix"
     )
     parser.add_argument("--pairs", type=int, default=12, help="pairs to measure on, of those seen and of others")
+    parser.add_argument("--only-others", action="store_true", help="measure on the other pairs alone")
     parser.add_argument("--tokens", type=int, default=24, help="longest own answer, in tokens; 0 for none")
     parser.add_argument("--measured", type=Path, help="file that keeps the measurements")
     parser.add_argument("--statistics", type=Path, help="FILE.pt that tests/benchmarks/reduction.py has left")
@@ -318,7 +323,9 @@ def main() -> None:
         hold_to(f"--pairs {arguments.pairs}, --statistics {arguments.statistics}", arguments.measured)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    study = Study(arguments.pairs, arguments.tokens, arguments.depths, arguments.statistics)
+    study = Study(
+        arguments.pairs, arguments.tokens, arguments.depths, arguments.statistics, seen=not arguments.only_others
+    )
     measured = Measured(arguments.measured)
     edits = study.edits(arguments.ranks)
     measure_edits(study, edits, measured)
