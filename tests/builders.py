@@ -221,3 +221,16 @@ def run_python(script: str, *arguments: str, **environment: str) -> str:
         text=True,
         check=True,
     ).stdout
+
+
+def wandb_history(folder: Path) -> bytes:
+    """What W&B has stored of the one offline run in this folder, once its service has ended: until then it writes.
+
+    Without the header of each block of the file, which cuts records in two.
+    """
+    import wandb
+
+    wandb.teardown()
+    [file] = folder.glob("wandb/offline-run-*/*.wandb")
+    stored, block, header = file.read_bytes(), 2**15, 7
+    return stored[:block] + b"".join(stored[at + header : at + block] for at in range(block, len(stored), block))

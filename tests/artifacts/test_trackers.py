@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from splaser_plugin.artifacts import trackers
 from splaser_plugin.artifacts.results import Results
-from tests.builders import EXAMPLE_PAIRS, FLAGS
+from tests.builders import EXAMPLE_PAIRS, FLAGS, wandb_history
 
 pytestmark = pytest.mark.slow
 
@@ -57,8 +57,7 @@ def test_wandb_has_them_offline(splaser, run, wandb_folder):
     code, _, stderr = splaser(*run, "--report-to", "wandb")
     assert code == 0 and "reported to  wandb" in stderr, stderr
     found = Results.load(wandb_folder / "out" / "results.json")
-    [stored] = wandb_folder.glob("wandb/offline-run-*/*.wandb")
-    history = stored.read_bytes()
+    history = wandb_history(wandb_folder)
     for trial in found.candidates:
         assert history.count(b"laser/candidate_score") >= len(found.candidates)
         assert json.dumps(trial.score).encode() in history

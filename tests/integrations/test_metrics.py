@@ -12,7 +12,7 @@ from transformers.integrations import MLflowCallback, TensorBoardCallback, Wandb
 
 from splaser_plugin import LaserCallback
 from splaser_plugin.artifacts.trackers import COLUMNS, answers, markdown
-from tests.builders import ROOT, tiny_llama
+from tests.builders import ROOT, tiny_llama, wandb_history
 from tests.integrations.trainings import CONFIG
 
 pytestmark = pytest.mark.slow
@@ -108,12 +108,6 @@ def test_tensorboard_gets_metrics_and_a_curve_in_the_trainings_own_run(trainer_o
     assert not any("candidate" in key for logged in trainer.state.log_history for key in logged)
 
 
-def whole_records(file, block=2**15, header=7):
-    """An offline run of W&B without the header of each block of the file, which cuts records in two."""
-    stored = file.read_bytes()
-    return stored[:block] + b"".join(stored[at + header : at + block] for at in range(block, len(stored), block))
-
-
 def test_mlflow_and_wandb_get_the_curve_in_the_trainings_own_run(trainer_of, pairs, wandb_folder, monkeypatch):
     import mlflow
     import wandb
@@ -139,8 +133,7 @@ def test_mlflow_and_wandb_get_the_curve_in_the_trainings_own_run(trainer_of, pai
     wandb.finish()
     [table] = wandb_folder.glob("wandb/offline-run-*/files/media/table/laser/answers_*.json")
     assert json.loads(table.read_text()) == {"columns": COLUMNS, "data": rows} and rows
-    [stored] = wandb_folder.glob("wandb/offline-run-*/*.wandb")
-    history = whole_records(stored)
+    history = wandb_history(wandb_folder)
     assert all(json.dumps(score).encode() in history for score in scores)
 
 
