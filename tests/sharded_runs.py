@@ -74,7 +74,10 @@ ZERO_REFUSED = {
 """In the last ones `laser` is given what is inside the engine."""
 SPREAD = ("tp", "tp-plan", "own-fsdp", "loaded-fsdp")
 """By torch or by transformers itself, without a trainer."""
-WAYS = ("ddp", *FSDP2, "lora-ddp", *(f"lora-{way}" for way in FSDP2), *SPREAD)
+LOADED = {"tp": {"tp_size": 2}, "loaded-fsdp": {"fsdp_size": 2}}
+"""transformers' `DistributedConfig`."""
+IN_TRAINER = tuple(f"trainer-{way}" for way in LOADED)
+WAYS = ("ddp", *FSDP2, "lora-ddp", *(f"lora-{way}" for way in FSDP2), *SPREAD, *IN_TRAINER)
 REFUSED = ("fsdp1", "size", "main-alone")
 AFTER = LaserConfig(
     embedder="self", max_new_tokens=6, candidates=6, edge="mp", batch_size=2, include=("lm_head", "down_proj", "q_proj")
@@ -100,11 +103,24 @@ class Way:
     @property
     def sharding(self) -> dict[str, Any]:
         """The trainer's arguments for it."""
-        plain = self.name.removeprefix("lora-").removeprefix("own-")
-        zero_optimization = ZERO_REFUSED.get(self.name) or ZERO.get(plain)
-        return FSDP.get(plain, {}) if zero_optimization is None else zero_arguments(zero_optimization)
+        zero_optimization = ZERO_REFUSED.get(self.name) or ZERO.get(self.plain)
+        return FSDP.get(self.plain, {}) if zero_optimization is None else zero_arguments(zero_optimization)
+
+    @property
+    def plain(self) -> str:
+        """Its name without LoRA, and without who spreads the model."""
+        return self.name.removeprefix("lora-").removeprefix("own-").removeprefix("trainer-")
+
+    @property
+    def shards(self) -> bool:
+        """Whether accelerate has to be told that the CPU is its device."""
+        return bool(self.sharding) or self.name == "trainer-tp"
 
     def model(self, **arguments: Any) -> Any:
+        if loaded := LOADED.get(self.plain):
+            from transformers.distributed import DistributedConfig
+
+            arguments["distributed_config"] = DistributedConfig(**loaded)
         model = AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32, **arguments)
         if not self.name.startswith("lora-"):
             return model
@@ -124,7 +140,7 @@ class Way:
         settings = {
             "output_dir": str(out), "max_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 1e-9,
             "report_to": [], "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 1, "disable_tqdm": True,
-            "optim": "adamw_torch", "use_cpu": not self.sharding,
+            "optim": "adamw_torch", "use_cpu": not self.shards,
         }  # fmt: skip
         arguments = TrainingArguments(**{**settings, **self.sharding, **changes})  # first: ZeRO-3 loads in parts
         return Trainer(
@@ -182,12 +198,7 @@ class Way:
             fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
             register_fsdp_forward_method(model, "generate")
             return model
-        if self.name == "tp-plan":
-            return self.model(tp_plan="auto")
-        from transformers.distributed import DistributedConfig
-
-        size = {"tp": {"tp_size": 2}, "loaded-fsdp": {"fsdp_size": 2}}[self.name]
-        return self.model(distributed_config=DistributedConfig(**size))
+        return self.model(tp_plan="auto") if self.name == "tp-plan" else self.model()
 
     def refused(self) -> str:
         """What is said to what can't be done, or to a `laser` that only the main process calls; a line for each."""
@@ -299,7 +310,7 @@ def main() -> None:
             del os.environ[variable]
         print(f"--- {name}", file=sys.stderr, flush=True)
         way = Way(name, folder, source)
-        with sharding_on_cpus() if way.sharding else nullcontext():
+        with sharding_on_cpus() if way.shards else nullcontext():
             way.run()
     if dist.is_initialized():
         dist.destroy_process_group()
