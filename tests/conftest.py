@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from splaser_plugin.cli.demo import prepare_embedder, prepare_model
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the tiny models are slower on two; the processes that tests start read it, too
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may be told to ignore it
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 CACHE = Path(__file__).parents[1] / ".cache"
 
 
