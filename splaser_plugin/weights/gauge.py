@@ -69,7 +69,7 @@ class Gauge:
         whole = skeleton.new_empty(upright.shape)
         whole[pivots] = skeleton
         others = upright.interpolation.to(device).double() @ skeleton.double()
-        whole[others_of(pivots, len(whole))] = others.to(whole.dtype)
+        whole[others_of(pivots, len(whole))] = _rounded(others, whole.dtype)
         return (whole if self.by_rows else whole.mT.contiguous()).to(self.skeleton.device)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,10 @@ class Gauge:
 
 
 def gauge(left: Tensor, right: Tensor, dtype: torch.dtype) -> Gauge:
-    """left @ right stored by pivot rows or by pivot columns, whichever is closer to it once rounded to the dtype.
+    """left @ right stored by pivots of its shorter side: rows, or columns where these are fewer.
+
+    Choosing them takes less time there, fewer of a token's numbers are to be put in order, and rounding adds less
+    (tests/benchmarks/factored.py).
 
     Args:
         left: (rows, rank).
@@ -92,21 +95,14 @@ def gauge(left: Tensor, right: Tensor, dtype: torch.dtype) -> Gauge:
         dtype: To store it in; what is beyond its range becomes its largest number.
 
     Returns:
-        The form with the smaller Frobenius error, on the factors' device.
+        The matrix, on the factors' device.
     """
-    wide = [factor.detach().cpu().double() for factor in (left, right)]
-    exact = wide[0] @ wide[1]
-    forms = []
-    for by_rows, side, matrix in ((True, wide[0], exact), (False, wide[1].mT, exact.mT)):
-        pivots, coefficients = map(torch.from_numpy, interpolative(side.numpy()))
-        skeleton, interpolation = (_rounded(part, dtype) for part in (matrix[pivots], coefficients))
-        form = Gauge(pivots, skeleton, interpolation, by_rows=True)
-        forms.append(form if by_rows else form.mT)
-    best = min(forms, key=lambda form: float((form.product().double() - exact).norm()))
-    pivots, skeleton, interpolation = (
-        part.to(left.device) for part in (best.pivots, best.skeleton, best.interpolation)
-    )
-    return Gauge(pivots, skeleton, interpolation, best.by_rows)
+    if len(left) > right.shape[1]:
+        return gauge(right.mT, left.mT, dtype).mT
+    wide_left, wide_right = (factor.detach().cpu().double() for factor in (left, right))
+    pivots, coefficients = map(torch.from_numpy, interpolative(wide_left.numpy()))
+    skeleton, interpolation = (_rounded(part, dtype) for part in (wide_left[pivots] @ wide_right, coefficients))
+    return Gauge(pivots.to(left.device), skeleton.to(left.device), interpolation.to(left.device), by_rows=True)
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,12 +1,12 @@
 """What storing reduced matrices as factors saves on SmolLM2: parameters, bytes and time, as a table.
 
-    python tests/benchmarks/factored.py [--threads N] [--json FILE] [--layers]
+    python tests/benchmarks/factored.py [--threads N] [--json FILE] [--layers] [--rounding]
 
 Each case reduces some matrices of the base model to a part of their components, saves the same model dense and
 factored, and loads both; a third has two plain factors, r (n + m) numbers, in place of each factored layer. They take
 turns, and the best of the rounds counts, so that what else the machine does touches all alike. How good the answers
 still are is not measured here. --layers measures single layers instead: a forward pass by pivot rows or columns against
-one through two plain factors. Times are of the processor.
+one through two plain factors. --rounding measures what bfloat16 costs either way. Times are of the processor.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from splaser_plugin.cli.demo import prepare_model
+from splaser_plugin.spectra import spectrum
 from splaser_plugin.weights.factored import factored_layers
 from splaser_plugin.weights.factored_folder import load, save_model
 from splaser_plugin.weights.factored_layers import GaugeLinear, TwoFactorLinear
@@ -46,6 +47,9 @@ SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (2048, 2048))
 SHARES = (0.25, 0.5, 0.75)
 """Ranks of single layers, as shares of the full one."""
 TOKENS = (1, 8, 64, 512)
+ROUNDED_BLOCK = 15
+ROUNDED_SHARES = (0.1, 0.5, 0.9)
+"""Ranks that are rounded, as shares of the full one."""
 LAYER_ROUNDS = 30
 
 
@@ -185,15 +189,40 @@ def layers_table() -> str:
     return "\n".join(lines)
 
 
+def rounding_table() -> str:
+    """What bfloat16 does to the matrices of a block, each of its best approximations of some ranks stored in it."""
+    weights = Weights(load_model(prepare_model(ROOT / ".cache"), device="cpu", dtype="float32")[0])
+    lines = [
+        "| matrix, rank | pivots | two plain factors | the matrix itself |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for matrix in (matrix for matrix in weights.matrices()[0] if matrix.block == ROUNDED_BLOCK):
+        for share in ROUNDED_SHARES:
+            left, right = spectrum.factors(weights.read(matrix), round(share * min(matrix.shape)))
+            exact = left.double() @ right.double()
+            stored = (
+                gauge(left, right, torch.bfloat16).product(),
+                left.bfloat16().double() @ right.bfloat16().double(),
+                exact.bfloat16(),
+            )
+            cells = [f"{float((one.double() - exact).norm() / exact.norm()):.2%}" for one in stored]
+            lines.append(f"| {matrix.type}, {left.shape[1]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Dense against factored models on SmolLM2.")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--layers", action="store_true", help="single layers against two plain factors")
+    parser.add_argument("--rounding", action="store_true", help="errors of bfloat16, of single matrices")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.layers:
         print("time of a call, over that of two plain factors:", layers_table(), sep="\n")
+        return
+    if arguments.rounding:
+        print("error of bfloat16, of the matrix's norm:", rounding_table(), sep="\n")
         return
     results = {}
     for title, (names, fraction) in CASES.items():

@@ -60,21 +60,19 @@ def test_rounding_is_amplified_little(dtype, limit):
     error = (gauge(left, right, dtype).product().double() - exact).norm() / exact.norm()
     plain = ((left.to(dtype).double() @ right.to(dtype).double()).to(dtype).double() - exact).norm() / exact.norm()
     assert error < limit
-    assert error < 5 * plain
+    assert error < 4 * plain
 
 
-def test_rows_or_columns_by_which_is_closer_once_rounded():
-    left, right = factors_of(60, 60, 20)
-    lopsided = left.clone()
-    lopsided[0] *= 1e4
+def test_the_pivots_are_of_the_shorter_side():
+    left, right = factors_of(60, 50, 20)
+    lopsided = left * torch.logspace(0, 4, len(left), dtype=left.dtype)[:, None]
     exact = lopsided @ right
-    for found in (gauge(lopsided, right, torch.bfloat16), gauge(right.mT, lopsided.mT, torch.bfloat16)):
-        assert found.product().dtype == torch.bfloat16
-    one = gauge(lopsided, right, torch.bfloat16)
-    other = gauge(right.mT, lopsided.mT, torch.bfloat16)
-    assert one.by_rows != other.by_rows, "the transpose is stored the other way"
-    assert torch.equal(one.product(), other.product().mT)
-    assert (one.product().double() - exact).norm() < 1e-2 * exact.norm()
+    columns = gauge(lopsided, right, torch.bfloat16)
+    rows = gauge(right.mT, lopsided.mT, torch.bfloat16)
+    assert rows.by_rows
+    assert not columns.by_rows
+    assert torch.equal(columns.product(), rows.product().mT)
+    assert (columns.product().double() - exact).norm() < 1e-2 * exact.norm()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
