@@ -10,6 +10,7 @@ weight weighed by those of the other, W' G W or W C W'. Those are what is added 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,8 @@ class Moments:
     long_mean: float
     """Mean of M's diagonal."""
     short_noise: float
-    """Squared error, in the Frobenius norm, that is expected of `short` since it is a mean over so few tokens."""
+    """Squared error, in the Frobenius norm, that is expected of `short` since it is a mean over so few tokens; infinite
+    for a single one."""
     gram_noise: float
     """The same of `gram`."""
     short_is_inputs: bool
@@ -269,8 +271,13 @@ def _fourth(values: Tensor) -> float:
 
 
 def _noise(total: Tensor, fourth: float, tokens: int) -> float:
-    """Squared error expected of a sum of v v' over tokens that were drawn independently. fourth: the sum of |v|^4."""
-    return max(0.0, fourth - float(total.square().sum()) / tokens)
+    """Squared error expected of a sum of v v' over tokens that were drawn independently. fourth: the sum of |v|^4.
+
+    It is estimated from how they differ, without bias; infinite for a single token, which says nothing of it.
+    """
+    if tokens < 2:
+        return math.inf
+    return max(0.0, fourth - float(total.square().sum()) / tokens) * tokens / (tokens - 1)
 
 
 def _bounded(values: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def decompose_by_moments(weight: Tensor, moments: Moments, *, with_gradients: bo
     """Decompose one matrix for truncation to any rank, by what was measured of it.
 
     Both sides' moments are shrunk towards their mean diagonal, by as much as they are expected to be wrong for having
-    been measured on so few tokens (Ledoit & Wolf 2004), but at least by `LEAST_SHRINKAGE`.
+    been measured on so few tokens (Ledoit & Wolf 2004), but at least by `LEAST_SHRINKAGE`; wholly for a single token.
 
     Args:
         weight: (rows, columns), the weights that the moments were measured with.

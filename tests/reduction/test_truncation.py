@@ -235,6 +235,30 @@ def test_moments_are_shrunk_by_about_the_share_that_is_closest_to_the_truth(toke
     assert float((shrunk - truth).norm()) < 1.01 * error(0.0)
 
 
+@pytest.mark.parametrize("tokens", [2, 3, 10])
+def test_the_error_expected_of_few_tokens_is_the_true_one_on_average(tokens):
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.linspace(0.1, 2, 20, dtype=torch.float64).sqrt()
+    expected, true = [], []
+    for _ in range(2000):
+        values = torch.randn(tokens, 20, dtype=torch.float64, generator=generator) * scales
+        total = values.mT @ values
+        expected.append(_noise(total, _fourth(values), tokens) / tokens**2)
+        true.append(float((total / tokens - torch.diag(scales**2)).square().sum()))
+    assert np.mean(expected) == pytest.approx(np.mean(true), rel=0.05)
+
+
+def test_what_a_single_token_had_says_nothing_of_directions():
+    weight, values = random_weight((12, 7)), random_weight((1, 7), 1)
+    short = values.mT @ values
+    target = short.diagonal().mean() * torch.eye(7, dtype=torch.float64)
+    noise = _noise(short, _fourth(values), 1)
+    assert torch.equal(_shrunk(short, target, noise), target)
+    measured = Moments(short, weight.mT @ weight, 1.0, noise, noise, True, 1, "")
+    plain = decompose(weight, None, None).costs * float(target[0, 0])
+    assert decompose_by_moments(weight, measured).costs == pytest.approx(plain, abs=1e-12)
+
+
 def kl_of(model, rows, before):
     """Mean over all predictions of KL(before || now), in nats."""
     with torch.no_grad():
