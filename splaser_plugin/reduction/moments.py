@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from splaser_plugin.checkpoints.naming import without_expert_numbers
 from splaser_plugin.distributed import add_up, gather, my_part
 from splaser_plugin.errors import ModelError
 from splaser_plugin.generation.evaluation import evaluating
@@ -237,7 +238,8 @@ class _Sums:
         )
 
     def _why_unseen(self) -> str:
-        if self._matrix.expert is not None:
+        segments = self._matrix.name.split(".")
+        if self._matrix.expert is not None or without_expert_numbers(segments) != segments:
             return "no calibration token was routed to this expert"
         return "the model never multiplies by this matrix as it is, so what it reads isn't known"
 

@@ -16,7 +16,7 @@ from splaser_plugin.weights.matrices import Matrix
 
 See = Callable[[Matrix, Tensor, Tensor, bool], None]
 """Called in the backward pass with a matrix, its inputs (tokens, inputs), the gradient of its outputs
-(tokens, outputs), and whether the matrix's columns, as it is stored, are the inputs."""
+(tokens, outputs), and whether the matrix's columns, as it is stored, are the inputs. There is at least one token."""
 
 _BY_ROWS_OF_OUTPUTS = {functional.linear: (0, "input", 1, "weight")}
 _BY_ROWS_OF_INPUTS: dict[Any, tuple[int, str, int, str]] = {
@@ -62,7 +62,7 @@ class _Products(TorchFunctionMode):
         slices: list[tuple[Tensor, Tensor, int | None]] = [(weight, inputs, None)]
         if weight.ndim == 3 and inputs.ndim == 3:
             slices = [(weight[place], inputs[place], place) for place in range(len(weight))]
-        seen = [(*found, part, place) for piece, part, place in slices if (found := self._find(piece))]
+        seen = [(*found, part, place) for piece, part, place in slices if part.numel() and (found := self._find(piece))]
         if not seen:
             return outputs
         if not outputs.requires_grad:  # nothing that is watched comes before it

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+from torch.nn import functional
 
 FUSED = ("mixtral", "gpt_oss", "llama4")
 
@@ -40,3 +42,30 @@ def tiny_fused(kind, seed=0):
         interleave_moe_layer_step=1,
     )  # fmt: skip
     return t.Llama4ForCausalLM(config).eval()
+
+
+class ListedExperts(nn.Module):
+    """Four experts, each a module of its own, of which all are called, with the tokens that are routed to them."""
+
+    def __init__(self, size=32, inner=48):
+        super().__init__()
+        self.gate = nn.Linear(size, 4, bias=False)
+        self.experts = nn.ModuleList(
+            nn.ModuleDict(
+                {"up_proj": nn.Linear(size, inner, bias=False), "down_proj": nn.Linear(inner, size, bias=False)}
+            )
+            for _ in range(4)
+        )
+
+    def routed(self, tokens):
+        return self.gate(tokens).argmax(-1)
+
+    def forward(self, states):
+        tokens = states.flatten(0, -2)
+        routed, shares = self.routed(tokens), self.gate(tokens).softmax(-1)
+        total = torch.zeros_like(tokens)
+        for place, expert in enumerate(self.experts):
+            mine = (routed == place).nonzero()[:, 0]
+            out = expert["down_proj"](functional.silu(expert["up_proj"](tokens[mine])))
+            total = total.index_add(0, mine, out * shares[mine, place, None])
+        return total.view_as(states)

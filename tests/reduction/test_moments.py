@@ -17,7 +17,7 @@ from splaser_plugin.reduction.moments import Moments, draw, measure
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Skipped
 from tests.builders import ROOT, tiny_llama, torchrun
-from tests.reduction.models import tiny_fused, tiny_gpt2
+from tests.reduction.models import ListedExperts, tiny_fused, tiny_gpt2
 
 ROWS = [Row(tuple(range(5, 30))), Row(tuple(range(90, 130)), 12), Row((3, 1, 4, 1, 5, 9, 2, 6))]
 
@@ -159,6 +159,21 @@ def test_a_stack_of_experts_has_the_moments_of_experts_apart(fixed_labels):
         x, g = bounded(seen[matrix.expert].double()), routed[matrix.expert].grad.double()
         assert got.tokens == len(x)
         check(got, weights.read(matrix).double(), x.mT @ x / len(x), g.mT @ g / rows[0].predictions)
+
+
+def test_experts_that_are_called_without_a_token_are_those_that_no_token_reached(fixed_labels):
+    model = tiny_llama(vocabulary=512)
+    experts = model.model.layers[1].mlp = ListedExperts()
+    turns = iter([torch.arange(25) % 2, torch.arange(40) % 3, torch.zeros(8, dtype=torch.long)])
+    experts.routed = lambda tokens: next(turns)
+    weights = Weights(model)
+    fixed_labels(ROWS)
+    found = {matrix.name: moments for matrix, moments in measure(weights, weights.matrices()[0], ROWS)}
+    for name in ("up_proj", "down_proj"):
+        apart = [found.pop(f"model.layers.1.mlp.experts.{place}.{name}") for place in range(4)]
+        assert [moments.tokens for moments in apart[:3]] == [13 + 14 + 8, 12 + 13, 13]
+        assert apart[3].reason == "no calibration token was routed to this expert"
+    assert all(isinstance(moments, Moments) for moments in found.values())
 
 
 def test_a_matrix_that_no_product_reads_is_told_with_the_reason(fixed_labels):
