@@ -62,16 +62,20 @@ class _Products(TorchFunctionMode):
         slices: list[tuple[Tensor, Tensor, int | None]] = [(weight, inputs, None)]
         if weight.ndim == 3 and inputs.ndim == 3:
             slices = [(weight[place], inputs[place], place) for place in range(len(weight))]
-        seen = [(*found, part, place) for piece, part, place in slices if part.numel() and (found := self._find(piece))]
+        seen = [
+            (*found, _flat(part.detach()), place)
+            for piece, part, place in slices
+            if part.numel() and (found := self._find(piece))
+        ]
         if not seen:
             return outputs
         if not outputs.requires_grad:  # nothing that is watched comes before it
             outputs = outputs.requires_grad_().clone()
 
         def see(gradient: Tensor) -> None:
-            for matrix, as_stored, part, place in seen:
+            for matrix, as_stored, read, place in seen:
                 mine = gradient if place is None else gradient[place]
-                self._see(matrix, _flat(part.detach()), _flat(mine), columns_are_inputs == as_stored)
+                self._see(matrix, read, _flat(mine), columns_are_inputs == as_stored)
 
         outputs.register_hook(see)
         return outputs

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from splaser_plugin.reduction.products import watching
@@ -76,6 +79,34 @@ def test_experts_see_the_tokens_routed_to_them(kind, implementation):
     if kind == "mixtral":
         down = [tokens.get(expert.name, 0) for expert in experts if expert.type.endswith("down_proj")]
         assert sum(down) == 2 * 2 * IDS.numel(), "two experts a token in each of two blocks"
+
+
+class HeadByHead(nn.Module):
+    """Two layers that each read other inputs, of which none lie in order in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+    def forward(self, states):
+        heads = states.unflatten(-1, (4, 8))
+        both = self.up_proj(heads.transpose(1, 2)) + self.down_proj(heads.tanh().transpose(1, 2))
+        return both.transpose(1, 2).flatten(2)
+
+
+def test_inputs_keep_their_address_until_the_pass_ends_so_that_none_are_taken_for_others():
+    model = tiny_llama()
+    model.model.layers[1].mlp = HeadByHead()
+    weights = Weights(model)
+    given, alive = [], []
+
+    def see(matrix, inputs, gradients, columns_are_inputs):
+        given.append(weakref.ref(inputs))
+        alive.append(sum(ref() is not None for ref in given))
+
+    with watching(weights, [matrix for matrix in weights.matrices()[0] if ".layers.1.mlp" in matrix.name], see):
+        loss_of(model).backward()
+    assert alive == [1, 2]
 
 
 def test_under_lora_the_base_layer_is_what_is_seen():
