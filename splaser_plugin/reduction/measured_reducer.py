@@ -151,7 +151,7 @@ def measured_reducer(
         progress: Told of each row.
 
     Raises:
-        ModelError: The model is sharded over processes, or computes inf or nan on a row.
+        ModelError: The model is sharded over processes, computes inf or nan on a row, or writes over what it reads.
         OutputError: There is no room for the projections.
     """
     reducer = MeasuredReducer(matrices, folder, is_in_nats=way == "fisher")

@@ -94,7 +94,7 @@ def measure(
         the model multiplies by it in a way that can't be followed.
 
     Raises:
-        ModelError: The model is sharded over processes, or computes inf or nan on a row.
+        ModelError: The model is sharded over processes, computes inf or nan on a row, or writes over what it reads.
     """
     check_measurable(weights)
     groups = _groups(matrices, group_bytes)

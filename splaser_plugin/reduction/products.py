@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from splaser_plugin.errors import ModelError
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Matrix
 
@@ -63,7 +64,7 @@ class _Products(TorchFunctionMode):
         if weight.ndim == 3 and inputs.ndim == 3:
             slices = [(weight[place], inputs[place], place) for place in range(len(weight))]
         seen = [
-            (*found, _flat(part.detach()), place)
+            (*found, read := _flat(part.detach()), read._version, place)
             for piece, part, place in slices
             if part.numel() and (found := self._find(piece))
         ]
@@ -73,7 +74,12 @@ class _Products(TorchFunctionMode):
             outputs = outputs.requires_grad_().clone()
 
         def see(gradient: Tensor) -> None:
-            for matrix, as_stored, read, place in seen:
+            for matrix, as_stored, read, version, place in seen:
+                if read._version != version:
+                    raise ModelError(
+                        f"{matrix.name}: the model writes over its inputs after it has read them, so they can't be "
+                        "measured. Exclude it, or use --reduce svd."
+                    )
                 mine = gradient if place is None else gradient[place]
                 self._see(matrix, read, _flat(mine), columns_are_inputs == as_stored)
 
@@ -100,6 +106,9 @@ def watching(weights: Weights, matrices: Sequence[Matrix], see: See) -> Iterator
 
     No parameter gets a gradient, and the backward pass goes only as deep as the first of the matrices. Fused experts
     are computed one after the other meanwhile. All is afterwards as before.
+
+    Raises:
+        ModelError: From the backward pass, when a product's inputs were changed in place after it.
     """
     before = [(parameter, parameter.requires_grad) for parameter in weights.model.parameters()]
     try:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from splaser_plugin.errors import ModelError
 from splaser_plugin.reduction.products import watching
 from splaser_plugin.weights.adapted import MergedWeights
 from splaser_plugin.weights.in_memory import Weights
@@ -107,6 +108,24 @@ def test_inputs_keep_their_address_until_the_pass_ends_so_that_none_are_taken_fo
     with watching(weights, [matrix for matrix in weights.matrices()[0] if ".layers.1.mlp" in matrix.name], see):
         loss_of(model).backward()
     assert alive == [1, 2]
+
+
+@pytest.mark.parametrize("change", [lambda hidden: hidden.mul_(0), lambda hidden: hidden[:, 0].zero_()])
+def test_inputs_that_the_model_writes_over_are_refused(change):
+    model = tiny_llama()
+    mlp = model.model.layers[1].mlp
+
+    def forward(states):
+        hidden = functional.silu(mlp.gate_proj(states)) * mlp.up_proj(states)
+        outputs = mlp.down_proj(hidden)
+        change(hidden)
+        return outputs
+
+    mlp.forward = forward
+    weights = Weights(model)
+    with pytest.raises(ModelError, match=r"1\.mlp\.down_proj: the model writes over its inputs .* Exclude it, or use"):
+        watched(weights, weights.matrices()[0])
+    watched(weights, weights.matrices(exclude=["layers.1.mlp.down_proj"])[0])
 
 
 def test_under_lora_the_base_layer_is_what_is_seen():
