@@ -62,6 +62,7 @@ def importances(
     for matrix, moments in measure(weights, weights.matrices()[0], rows, progress=progress):
         if isinstance(moments, Moments):
             found[matrix.name] = fisher_cost(moments) if by == "fisher" else gradient_size(moments, matrix)
+        del moments  # or they would be held beside those of the next matrices, while these are measured
     whole = sum(found.values()) if by == "fisher" else 1.0
     return {name: value / whole if whole else 0.0 for name, value in found.items()}
 

@@ -166,5 +166,6 @@ def measured_reducer(
             reducer.add(matrix, decompose_by_moments(weights.read(matrix), found, with_gradients=with_gradients))
         else:
             reducer.add(matrix, found)
+        del found  # or they would be held beside those of the next matrices, while these are measured
     reducer.costs = {matrix: reducer.costs[matrix] for matrix in matrices if matrix in reducer.costs}
     return reducer

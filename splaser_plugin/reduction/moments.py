@@ -76,9 +76,10 @@ def measure(
     """Measure the moments of each matrix on the rows.
 
     Memory beside the model and one row's activations: two squares of the short side in float32 for each matrix of a
-    group, at most `group_bytes` together (but at least one matrix). Each group takes a pass over the rows. A block's
-    matrices stay in one group where they fit, and those that read the same inputs share their moments. Rows go one at
-    a time, so nothing is padded. Several processes share the rows, and all get the same numbers.
+    group, at most `group_bytes` together (but at least one matrix), and those that the caller keeps. Each group takes a
+    pass over the rows. A block's matrices stay in one group where they fit, and those that read the same inputs share
+    their moments. Rows go one at a time, so nothing is padded. Several processes share the rows, and all get the same
+    numbers.
 
     Args:
         weights: The model's, dense; under LoRA adapters the merged weights are what is measured.
@@ -98,14 +99,21 @@ def measure(
     """
     check_measurable(weights)
     groups = _groups(matrices, group_bytes)
-    predictions = samples * sum(row.predictions for row in rows)
     with progress.phase("statistics", len(groups) * len(my_part(rows))) as advance:
         for group in groups:
-            sums = _add_up(weights, group, rows, samples, seed, advance)
-            for moments in sums.values():
-                moments.normalise(predictions, samples)
-            for matrix in group:
-                yield matrix, sums[matrix.name].moments(sums.get(sums[matrix.name].counts.short_of, sums[matrix.name]))
+            yield from _measure(weights, group, rows, samples, seed, advance)
+
+
+def _measure(
+    weights: Weights, group: Sequence[Matrix], rows: Sequence[Row], samples: int, seed: int, advance: Advance
+) -> Iterator[tuple[Matrix, Moments | Skipped]]:
+    """The moments of matrices that share a pass. A function of its own, so that its sums are gone before the next."""
+    sums = _add_up(weights, group, rows, samples, seed, advance)
+    for of_one in sums.values():
+        of_one.normalise(samples * sum(row.predictions for row in rows), samples)
+    for matrix in group:
+        mine = sums[matrix.name]
+        yield matrix, mine.moments(sums.get(mine.counts.short_of, mine))
 
 
 def check_measurable(weights: Weights) -> None:

@@ -132,8 +132,7 @@ def sensitivities(
     found: dict[Matrix, Sensitivity] = {}
     with progress.phase("gradients", len(groups) * len(my_part(range(scorer.size)))) as advance:
         for group in groups:
-            parts = [_Part(weights, matrix, reducer) for matrix in group]
-            found.update(_measure(weights, scorer, parts, advance))
+            found |= _measure(weights, scorer, [_Part(weights, matrix, reducer) for matrix in group], advance)
     return found
 
 

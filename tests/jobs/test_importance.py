@@ -10,6 +10,7 @@ from splaser_plugin import LaserCallback, LaserConfig, choose, importances, scan
 from splaser_plugin.errors import ConfigError
 from tests.builders import tiny_llama
 from tests.integrations.trainings import training_arguments
+from tests.reduction.held import BOUND, held_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +30,12 @@ def test_shares_add_up_to_one_and_a_matrix_of_no_use_has_none(tokenizer, text):
     assert sum(found.values()) == pytest.approx(1.0)
     assert found[LOST] < 1e-3 * found[LOST.replace("0", "1")]
     assert importances(with_a_lost_matrix(), tokenizer, by="fisher", text=text) == found
+
+
+def test_no_matrix_is_held_while_the_next_ones_are_measured(tokenizer, text, monkeypatch):
+    with held_bytes(monkeypatch) as held:
+        importances(tiny_llama(), tokenizer, by="fisher", text=text)
+    assert len(held) > 3 and max(held) <= BOUND
 
 
 def test_a_gradient_that_doesnt_get_through_counts_for_nothing(tokenizer, text):

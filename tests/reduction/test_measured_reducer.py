@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from splaser_plugin.errors import OutputError
+from splaser_plugin.reduction import moments
 from splaser_plugin.reduction.calibration import Row, mixed, token_count, window_rows
 from splaser_plugin.reduction.measured_reducer import measured_reducer, stored_bytes
 from splaser_plugin.reduction.moments import measure
@@ -12,6 +13,7 @@ from splaser_plugin.reduction.truncation import decompose_by_moments
 from splaser_plugin.spectra import spectrum
 from splaser_plugin.weights.in_memory import Weights
 from tests.builders import changed, states, tiny_llama
+from tests.reduction.held import BOUND, held_bytes
 
 ROWS = window_rows(torch.randint(3, 64, (6, 20), generator=torch.Generator().manual_seed(0)).tolist())
 
@@ -24,15 +26,22 @@ def weights():
 @pytest.mark.parametrize("way", ["whitened", "fisher"])
 def test_matrices_are_truncated_by_their_own_moments(weights, way):
     matrices = weights.matrices()[0][3:6]
-    moments = dict(measure(weights, matrices, ROWS, seed=3))
+    measured = dict(measure(weights, matrices, ROWS, seed=3))
     reducer = measured_reducer(weights, matrices, ROWS, way=way, seed=3)
     for matrix in matrices:
         weight = weights.read(matrix).clone()
-        expected = decompose_by_moments(weight, moments[matrix], with_gradients=way == "fisher")
+        expected = decompose_by_moments(weight, measured[matrix], with_gradients=way == "fisher")
         assert np.array_equal(reducer.costs[matrix], expected.costs)
         assert torch.equal(reducer.truncated(matrix, weight, 5), expected.truncated(weight, 5))
         left, right = reducer.factors(matrix, weight, 5)
         assert torch.allclose(left @ right, expected.truncated(weight, 5), atol=1e-5)
+
+
+def test_no_matrix_is_held_while_the_next_ones_are_measured(weights, monkeypatch):
+    with held_bytes(monkeypatch) as held:
+        monkeypatch.setattr("splaser_plugin.reduction.measured_reducer.measure", moments.measure)
+        measured_reducer(weights, weights.matrices()[0], ROWS, way="fisher")
+    assert len(held) > 3 and max(held) <= BOUND
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

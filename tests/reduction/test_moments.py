@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import deque
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from splaser_plugin.reduction.moments import Moments, draw, measure
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Skipped
 from tests.builders import ROOT, tiny_llama, torchrun
+from tests.reduction.held import BOUND, held_bytes
 from tests.reduction.models import ListedExperts, tiny_fused, tiny_gpt2
 
 ROWS = [Row(tuple(range(5, 30))), Row(tuple(range(90, 130)), 12), Row((3, 1, 4, 1, 5, 9, 2, 6))]
@@ -118,6 +120,13 @@ def test_groups_that_take_turns_give_the_numbers_of_one(fixed_labels):
     for matrix in matrices:
         assert torch.allclose(apart[matrix].short, together[matrix].short, rtol=1e-4, atol=1e-7)
         assert torch.allclose(apart[matrix].gram, together[matrix].gram, rtol=1e-4, atol=1e-7)
+
+
+def test_no_more_sums_are_held_than_those_of_one_group(monkeypatch):
+    weights = Weights(tiny_llama(vocabulary=512))
+    with held_bytes(monkeypatch) as held:
+        deque(moments.measure(weights, weights.matrices()[0], ROWS), maxlen=0)
+    assert len(held) > 3 and max(held) <= BOUND
 
 
 def test_a_stack_of_experts_has_the_moments_of_experts_apart(fixed_labels):

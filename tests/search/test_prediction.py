@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -231,6 +233,26 @@ def test_matrices_in_many_groups_get_the_numbers_of_one(tiny_model, scorer_of, m
     for matrix in matrices:
         assert separately[matrix].slopes.mean(0) == pytest.approx(together[matrix].slopes.mean(0), rel=1e-4, abs=1e-7)
         assert separately[matrix].energies == pytest.approx(together[matrix].energies, rel=1e-4)
+
+
+def test_no_more_vectors_are_held_than_those_of_one_group(tiny_model, scorer_of, monkeypatch):
+    weights, scorer = Weights(tiny_model), scorer_of(tiny_model)
+    bound, vectors, held = 3 * 4 * 32 * 32, [], []
+    begin = prediction._Part.__init__
+
+    def begins(self, *given):
+        begin(self, *given)
+        vectors.append(weakref.ref(self._basis))
+        held.append(sum(living.nbytes for ref in vectors if (living := ref()) is not None))
+
+    monkeypatch.setattr(prediction._Part, "__init__", begins)
+    monkeypatch.setattr(prediction, "GROUP_BYTES", bound)
+    gc.disable()
+    try:
+        sensitivities(weights, scorer, weights.matrices(exclude=["k_proj", "v_proj"])[0])
+    finally:
+        gc.enable()
+    assert max(held) == bound and len(held) == 10
 
 
 def test_under_lora_the_merged_weights_are_what_is_predicted(scorer_of):
