@@ -27,6 +27,7 @@ from splaser_plugin.generation.teacher_forcing import forced_logits
 from splaser_plugin.progress import SILENT, Advance, Progress
 from splaser_plugin.reduction.calibration import Row
 from splaser_plugin.reduction.products import watching
+from splaser_plugin.spectra.spectrum import exact_products
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Matrix, Skipped
 
@@ -208,15 +209,16 @@ class _Sums:
         self._add_side(gradients.float(), is_short=not self.counts.short_is_inputs)
 
     def _add_side(self, values: Tensor, *, is_short: bool) -> None:
-        if is_short:
-            self.short.addmm_(values.mT, values)
-            self.counts.short_fourth += _fourth(values)
-            return
-        self.counts.long_trace += float(values.square().sum())
-        weight = self._weights.read(self._matrix).float()
-        values = values @ (weight if self._upright else weight.mT)
-        self.gram.addmm_(values.mT, values)
-        self.counts.gram_fourth += _fourth(values)
+        with exact_products(self.short.device, torch.float32):
+            if is_short:
+                self.short.addmm_(values.mT, values)
+                self.counts.short_fourth += _fourth(values)
+                return
+            self.counts.long_trace += float(values.square().sum())
+            weight = self._weights.read(self._matrix).float()
+            values = values @ (weight if self._upright else weight.mT)
+            self.gram.addmm_(values.mT, values)
+            self.counts.gram_fourth += _fourth(values)
 
     def normalise(self, predictions: int, samples: int) -> None:
         """Turn sums into means over tokens, where they are of inputs, and over predictions, where of gradients."""

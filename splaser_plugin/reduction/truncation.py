@@ -78,7 +78,7 @@ class Decomposition:
         short = _check_rank(weight, rank)
         if rank == short:
             return weight.detach().clone()
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        with spectrum.exact_products(weight.device, self.projection.basis.dtype):
             if rank <= short - rank:
                 left, right = self.projection.factors(weight, 0, rank)
                 truncated = left @ right
@@ -97,7 +97,7 @@ class Decomposition:
         if self.projection is None:
             return spectrum.factors(weight, rank)
         _check_rank(weight, rank)
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        with spectrum.exact_products(weight.device, self.projection.basis.dtype):
             return self.projection.factors(weight, 0, rank)
 
 
@@ -174,7 +174,7 @@ def _shrunk(measured: Tensor, target: Tensor, noise: float) -> Tensor:
 
 def _decompose(weight: Tensor, gram: Tensor, short_side: Tensor | None) -> Decomposition:
     """gram: W' M W on the short side, for the moments M of the long one; short_side: moments, None for the identity."""
-    with torch.autocast(weight.device.type, enabled=False):
+    with spectrum.exact_products(weight.device):
         if short_side is not None:
             lower = _cholesky(short_side.to(gram), tuple(weight.shape))
             gram = lower.mT @ gram @ lower

@@ -29,7 +29,7 @@ from splaser_plugin.generation.teacher_forcing import forced_means
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.reduction.measured_reducer import MeasuredReducer
 from splaser_plugin.scoring.margin import MarginScorer
-from splaser_plugin.spectra.spectrum import components
+from splaser_plugin.spectra.spectrum import components, exact_products
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Matrix
 from splaser_plugin.weights.zero import is_trained_by_deepspeed
@@ -190,8 +190,9 @@ class _Part:
         """
         gradient = self.matrix.view(gradient).to(self._basis.dtype)
         weight = self._weights.read(self.matrix).to(self._basis.dtype)
-        product = weight.mT @ gradient if self._upright else gradient @ weight.mT
-        self.slopes[-1] += ((product @ self._dual) * self._basis).sum(0)
+        with exact_products(gradient.device, gradient.dtype):
+            product = weight.mT @ gradient if self._upright else gradient @ weight.mT
+            self.slopes[-1] += ((product @ self._dual) * self._basis).sum(0)
 
     @torch.no_grad()
     def add_inputs(self, inputs: Tensor, mask: Tensor) -> None:
@@ -205,11 +206,12 @@ class _Part:
         if len(rows) != mask.numel():
             return
         inputs_are_short = self._upright != self.matrix.transposed
-        if inputs_are_short:
-            projected = (rows @ self._basis) * self.values
-        else:
-            weight = self._weights.read(self.matrix).to(self._basis.dtype)
-            projected = (rows @ (weight if self.matrix.transposed else weight.mT)) @ self._basis
+        with exact_products(rows.device, rows.dtype):
+            if inputs_are_short:
+                projected = (rows @ self._basis) * self.values
+            else:
+                weight = self._weights.read(self.matrix).to(self._basis.dtype)
+                projected = (rows @ (weight if self.matrix.transposed else weight.mT)) @ self._basis
         mask = mask.to(rows.device)
         self.squares += (projected * mask.reshape(-1, 1)).square_().sum(0)
         self.tokens += mask.sum()

@@ -12,9 +12,10 @@ refuse it every time. float32 is for those who ask for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Literal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def singular_values(weight: Tensor, *, precision: Precision = "auto") -> np.ndar
     """
     dtypes = _dtypes(precision)
     matrix = _readable(weight, dimensions=2)
-    with _exact_products(matrix.device, *dtypes[:1]):
+    with exact_products(matrix.device, *dtypes[:1]):
         exponent = _exponent(matrix)
         for dtype in dtypes:
             squares = _descending(torch.linalg.eigvalsh(_gram(matrix, exponent, dtype)))
@@ -80,7 +81,7 @@ def singular_values_of_batch(weights: Tensor, *, precision: Precision = "auto") 
         for index in range(count):
             values[index] = singular_values(stack[index], precision=precision)
         return values
-    with _exact_products(stack.device, dtypes[0]):
+    with exact_products(stack.device, dtypes[0]):
         for start in range(0, count, at_once):
             some = stack[start : start + at_once]
             exponents = _exponents(some, start)
@@ -111,7 +112,7 @@ def truncate(weight: Tensor, rank: int, *, precision: Precision = "auto") -> Ten
         kept, removed = kept.float(), removed.float()
     truncated = torch.empty_like(weight, device=matrix.device, requires_grad=False)
     largest = torch.finfo(weight.dtype).max
-    with _exact_products(matrix.device, kept.dtype):
+    with exact_products(matrix.device, kept.dtype):
         for source, target in zip(_row_blocks(matrix), _row_blocks(truncated), strict=True):
             block = _scaled(source, exponent).to(kept.dtype)
             if rank <= removed.shape[1]:
@@ -130,7 +131,7 @@ def factors(weight: Tensor, rank: int, *, precision: Precision = "auto") -> tupl
     Raises RankError for a rank out of range, SpectrumError as `singular_values` does.
     """
     matrix, kept, _, exponent = _split(weight, rank, precision)
-    with _exact_products(matrix.device, kept.dtype):
+    with exact_products(matrix.device, kept.dtype):
         projected = [_scaled(block, exponent).to(kept.dtype) @ kept for block in _row_blocks(matrix)]
         long_side = _unscaled_tensor(torch.cat(projected), exponent)
         short_side = kept.to(long_side.dtype)
@@ -150,7 +151,7 @@ def components(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     matrix = _readable(weight, dimensions=2)
     dtype = torch.promote_types(weight.dtype, torch.float32) if weight.element_size() > 1 else torch.float32
-    with _exact_products(matrix.device, torch.float64):
+    with exact_products(matrix.device, torch.float64):
         exponent = _exponent(matrix)
         squares, vectors = torch.linalg.eigh(_gram(matrix, exponent, torch.float64))
         values = _unscaled_tensor(squares.flip(0).clamp_(min=0).sqrt_(), exponent)
@@ -180,37 +181,60 @@ def _readable(weight: Tensor, dimensions: int) -> Tensor:
     return weight.to(torch.bfloat16) if weight.element_size() == 1 else weight
 
 
+class _FullFloat32:
+    """Inside, no TF32 or bfloat16 in float32 matrix products; what the user had set comes back afterwards.
+
+    The switches are those of the whole process, and in a backward pass each device has a thread of its own: the first
+    to come sets them, and the last to go sets them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: list[str] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = _float32_precisions()
+                _set_float32_precisions(["ieee"] * len(self._before))
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                _set_float32_precisions(self._before)
+
+
+_full_float32 = _FullFloat32()
+
+
 @contextmanager
-def _exact_products(device: torch.device, dtype: torch.dtype = torch.float64) -> Iterator[None]:
+def exact_products(device: torch.device, dtype: torch.dtype = torch.float64) -> Iterator[None]:
     """No gradients, no autocast and, for float32, no TF32 or bfloat16 inside matrix products."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        if dtype == torch.float32:
-            stack.enter_context(_float32_products())
+    is_float32 = dtype == torch.float32
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _full_float32 if is_float32 else nullcontext():
         yield
 
 
-@contextmanager
-def _float32_products() -> Iterator[None]:
-    """Full float32 matrix products; what the user had set comes back afterwards."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    settings = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for switch, setting in zip(switches, settings, strict=True):
-            switch.fp32_precision = setting
+def _float32_switches() -> list[Any]:
+    """None in torch before 2.9, which has one setting for all."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return []
+    return [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+
+
+def _float32_precisions() -> list[str]:
+    return [switch.fp32_precision for switch in _float32_switches()] or [torch.get_float32_matmul_precision()]
+
+
+def _set_float32_precisions(precisions: Sequence[str]) -> None:
+    switches = _float32_switches()
+    for switch, precision in zip(switches, precisions, strict=True) if switches else ():
+        switch.fp32_precision = precision
+    if not switches:
+        torch.set_float32_matmul_precision("highest" if precisions[0] == "ieee" else precisions[0])
 
 
 def _exponent(matrix: Tensor) -> int:
@@ -328,7 +352,7 @@ def _split(weight: Tensor, rank: int, precision: Precision) -> tuple[Tensor, Ten
             f"rank {rank}, but a weight of shape {tuple(matrix.shape)} allows 1 to {short}. "
             "Choose a rank in that range."
         )
-    with _exact_products(matrix.device, *dtypes[:1]):
+    with exact_products(matrix.device, *dtypes[:1]):
         exponent = _exponent(matrix)
         for dtype in dtypes:
             squares, vectors = torch.linalg.eigh(_gram(matrix, exponent, dtype))

@@ -18,6 +18,7 @@ from splaser_plugin.reduction.moments import Moments, draw, measure
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Skipped
 from tests.builders import ROOT, tiny_llama, torchrun
+from tests.products import are_exact, coarse_products
 from tests.reduction.held import BOUND, held_bytes
 from tests.reduction.models import ListedExperts, tiny_fused, tiny_gpt2
 
@@ -211,6 +212,16 @@ def test_the_same_run_twice_gives_the_same_bits():
     matrices = weights.matrices()[0]
     for (_, one), (_, other) in zip(measure(weights, matrices, ROWS), measure(weights, matrices, ROWS), strict=True):
         assert torch.equal(one.short, other.short) and torch.equal(one.gram, other.gram)
+
+
+def test_moments_are_added_up_exactly_where_the_user_asked_for_coarse_products():
+    weights = Weights(tiny_llama(vocabulary=512))
+    for matrix in weights.matrices()[0][:2]:  # q_proj is square, and the inputs of k_proj are its long side
+        sums = moments._Sums(weights, matrix)
+        with coarse_products() as precisions:
+            sums.add_inputs(torch.ones(5, matrix.shape[1]), True, [])
+            sums.add_gradients(torch.ones(5, matrix.shape[0]))
+        assert are_exact(precisions)
 
 
 def test_a_token_like_an_attention_sink_counts_no_more_than_ten_others():

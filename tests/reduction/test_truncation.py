@@ -15,6 +15,7 @@ from splaser_plugin.reduction.truncation import LEAST_SHRINKAGE, _shrunk, decomp
 from splaser_plugin.spectra.spectrum import factors, singular_values, truncate
 from splaser_plugin.weights.in_memory import Weights
 from tests.builders import tiny_llama
+from tests.products import are_exact, coarse_products
 from tests.reduction.models import tiny_fused, tiny_gpt2
 
 
@@ -150,6 +151,16 @@ def test_float32_weights_are_cut_as_exactly_as_they_are_stored():
     assert cost_of(found.truncated(weight, 12).double() - weight.double(), rows, columns) == pytest.approx(
         cost, rel=1e-3
     )
+
+
+@pytest.mark.parametrize("rank", [3, 17])
+def test_a_truncation_is_exact_where_the_user_asked_for_coarse_products(rank):
+    weight = random_weight((20, 18)).float()
+    with coarse_products() as precisions:
+        found = decompose(weight, moments(20, 1), moments(18, 2))
+        found.truncated(weight, rank)
+        found.factors(weight, rank)
+    assert are_exact(precisions)
 
 
 def test_the_full_rank_is_a_copy():

@@ -22,6 +22,7 @@ from splaser_plugin.search.prediction import DIVERGENCE_WEIGHT, OUTPUT_WEIGHT, S
 from splaser_plugin.spectra.spectrum import components
 from splaser_plugin.weights.in_memory import Weights
 from tests.builders import VOCABULARY, tiny_llama
+from tests.products import are_exact, coarse_products
 
 
 @pytest.fixture
@@ -253,6 +254,17 @@ def test_no_more_vectors_are_held_than_those_of_one_group(tiny_model, scorer_of,
     finally:
         gc.enable()
     assert max(held) == bound and len(held) == 10
+
+
+def test_slopes_and_energies_are_exact_where_the_user_asked_for_coarse_products(tiny_model):
+    weights = Weights(tiny_model)
+    for matrix in weights.matrices()[0][:2]:
+        part = prediction._Part(weights, matrix, None)
+        part.begin_pair()
+        with coarse_products() as precisions:
+            part.add_inputs(torch.ones(5, matrix.shape[1]), torch.ones(5))
+            part.add_gradient(torch.ones(matrix.shape))
+        assert are_exact(precisions)
 
 
 def test_under_lora_the_merged_weights_are_what_is_predicted(scorer_of):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -15,8 +16,9 @@ from torch import Tensor
 from splaser_plugin.errors import RankError, SpectrumError
 from splaser_plugin.spectra import spectrum
 from splaser_plugin.spectra.edges import EDGES, fit_edge, fit_edges
-from splaser_plugin.spectra.spectrum import factors, singular_values, singular_values_of_batch, truncate
+from splaser_plugin.spectra.spectrum import exact_products, factors, singular_values, singular_values_of_batch, truncate
 from tests import reference
+from tests.products import float32_settings
 
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -248,6 +250,31 @@ def test_reduced_float32_products_are_switched_off_and_on_again() -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
     np.testing.assert_allclose(values, reference.singular_values(weight), rtol=1e-4)
+
+
+def test_full_float32_products_last_until_the_last_thread_leaves() -> None:
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+    seen = []
+
+    def first() -> None:
+        with exact_products(torch.device("cpu"), torch.float32):
+            first_is_in.set()
+            second_is_in.wait(60)
+        first_is_out.set()
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before, thread = float32_settings(), threading.Thread(target=first)
+        thread.start()
+        first_is_in.wait(60)
+        with exact_products(torch.device("cpu"), torch.float32):
+            second_is_in.set()
+            first_is_out.wait(60)
+            seen += float32_settings()
+        thread.join()
+        assert set(seen) == {"ieee"} and float32_settings() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("shape", [(7, 12, 20), (7, 20, 12), (3, 1, 5), (1, 4, 4)])
