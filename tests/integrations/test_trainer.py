@@ -16,7 +16,7 @@ from splaser_plugin import LaserCallback, LaserConfig, choose, expand, laser, lo
 from splaser_plugin.artifacts.recipe import Recipe
 from splaser_plugin.errors import RecipeError
 from splaser_plugin.weights.adapted import MergedWeights
-from tests.builders import EXAMPLE_PAIRS, changed, states, tiny_llama
+from tests.builders import EXAMPLE_PAIRS, TO_COMPRESS, changed, states, tiny_llama
 from tests.integrations.trainings import CONFIG, AtFirstStep, Logs, steps_of
 
 pytestmark = pytest.mark.slow
@@ -46,16 +46,18 @@ def test_where_nothing_is_kept_what_was_trained_is_written_all_the_same(trainer_
     assert not changed(states(model), states(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "lasered")))
 
 
-def test_a_trained_model_is_compressed_and_written_in_factors(trainer_of, tmp_path):
+@pytest.mark.parametrize(("scorer", "way"), [("margin", "fisher"), ("semantic", "whitened")])
+def test_a_trained_model_is_compressed_and_written_in_factors(trainer_of, tmp_path, scorer, way):
     model = tiny_llama()
-    options = {"budget": 0.04, "tolerance": 5.0, "samples": 16, "calibration_tokens": 200, "save": "factored"}
-    config = LaserConfig(objective="compress", **options)
+    options = {"embedder": "self", "max_new_tokens": 6, "samples": 16, "held_out_fraction": 0.4}
+    config = LaserConfig(**TO_COMPRESS, **options, scorer=scorer, reduce=way)
     callback = LaserCallback(when="after", pairs=EXAMPLE_PAIRS, config=config)
     trainer_of(model, callback).train()
     assert callback.result.search.kept_budget == "4 %"
     small = load(tmp_path / "run" / "lasered")
     assert model.num_parameters() - small.num_parameters() == callback.result.search.parameters_removed > 0
     assert not changed(states(model), states(expand(small)))
+    assert callback.result.held_out.loss_verdict and len(callback.result.held_out.result.items) >= 6
 
 
 def test_a_callback_compresses_as_python_does(trainer_of, tokenizer):
