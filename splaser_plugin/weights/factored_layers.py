@@ -166,7 +166,7 @@ class GaugeLinear(FactoredLinear):
             pivots = functional.linear(flat, weight)
             others = functional.linear(pivots, interpolation)
             outputs = torch.cat((pivots, others), 1).index_select(1, order)
-            outputs = outputs if self.bias is None else outputs + self.bias
+            outputs = outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
         else:
             ordered = flat.index_select(1, order)
             sums = torch.addmm(ordered[:, :rank], ordered[:, rank:], interpolation.mT)

@@ -109,6 +109,18 @@ def test_many_tokens_are_computed_at_a_high_rank_as_at_a_low_one(transposed):
     assert torch.allclose(GaugeLinear.of(found)(x), x @ found.product().mT, atol=1e-10)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tokens", [3, 60])
+def test_under_autocast_it_computes_in_the_dtype_that_a_plain_layer_does(tokens, transposed):
+    found = gauge(*factors_of(16, 12, 5), torch.float32)
+    layer = GaugeLinear.of(found.mT if transposed else found, torch.nn.Parameter(torch.randn(found.shape[transposed])))
+    x = torch.randn(tokens, layer.in_features)
+    with torch.autocast("cpu", torch.bfloat16):
+        computed, plain = layer(x), layer.dense()(x)
+    assert computed.dtype == plain.dtype == torch.bfloat16
+    assert torch.allclose(computed, plain, atol=0.05 * float(plain.abs().max()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [3, 50])
 def test_an_exported_layer_takes_other_numbers_of_tokens(tokens):
