@@ -135,6 +135,8 @@ def _expected(fault: str, limits: Mapping[str, Any], field: FieldInfo) -> str:
         return f"at least {limits['ge']}"
     if fault == "greater_than":
         return f"more than {limits['gt']}"
+    if fault == "less_than":
+        return f"less than {limits['lt']}"
     if fault == "less_than_equal":
         return f"at most {limits['le']}"
     if fault == "literal_error":

@@ -140,6 +140,7 @@ def test_a_tolerance_beyond_all_perplexities_guards_nothing():
         ({"held_out_fraction": 1.0}, "held_out_fraction: got 1.0, expected at most 0.9"),
         ({"held_out_fraction": -0.1}, "held_out_fraction: got -0.1, expected at least 0"),
         ({"held_out_fraction": float("nan")}, "held_out_fraction: got nan"),
+        ({"budget": 1}, "budget: got 1, expected less than 1"),
         ({"held_out_fraction": True}, "held_out_fraction: got True, expected float"),
         ({"alpha": 0.0}, "alpha: got 0.0, expected at least 1e-06"),
         ({"accept": "all"}, "accept: got 'all', expected one of auto, improve, confident, harmless"),
