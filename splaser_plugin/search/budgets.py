@@ -99,14 +99,19 @@ def plan_budgets(costs: Mapping[Matrix, np.ndarray], parameters: int, most: floa
     matrices = list(costs)
     curves = [curve(member.shape, costs[member], gauge_storage) for member in matrices]
     dense = sum(math.prod(member.shape) for member in matrices)
+    most_removed = dense - sum(int(choices.sizes.min()) for choices in curves)
     found: list[Budget] = []
     for share in shares(most):
-        try:
-            allocation = allocate(curves, dense - math.ceil(share * parameters - 1e-6))
-        except RankError as error:
+        removed = max(1, math.ceil(share * parameters - 1e-6))
+        if removed > most_removed:
             if not found:
-                raise RankError(f"--budget {share:g} can't be reached: {error}") from error
+                raise RankError(
+                    f"--budget {most:g}: not even {share:g} can be reached, which removes {removed:,} of "
+                    f"{parameters:,} parameters; {len(matrices)} matrices that can be stored as factors have "
+                    f"{most_removed:,} to give. Lower --budget, or --exclude what can't be stored so."
+                )
             break
+        allocation = allocate(curves, dense - removed)
         ranks = {
             matrix: rank for matrix, rank in zip(matrices, allocation.ranks, strict=True) if rank < min(matrix.shape)
         }

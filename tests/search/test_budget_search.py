@@ -76,10 +76,19 @@ def test_each_budget_removes_its_share_and_goes_on_from_the_one_before(planned):
 def test_a_budget_below_the_lowest_ranks_is_refused_and_harder_ones_are_left_out(planned):
     weights, _ = planned
     costs = weights.reducer.costs
-    with pytest.raises(RankError, match=r"budget 0.02 can't be reached: .* the lowest ranks of 14 matrices take"):
+    told = r"budget 0.5: not even 0.02 can be reached, which removes 20,000,000 of 1,000,000,000 parameters; "
+    with pytest.raises(RankError, match=told + r"14 matrices .* factors have 17,\d\d\d to give. Lower"):
         plan_budgets(costs, 10**9, 0.5, in_nats=True)
+    with pytest.raises(RankError, match=r"0 matrices that can be stored as factors have 0 to give"):
+        plan_budgets({}, 1000, 0.2, in_nats=True)
     found = plan_budgets(costs, 18_432, 0.99, in_nats=True)
     assert 0.8 < found[-1].share < 0.99
+
+
+def test_every_budget_removes_something_however_small_it_is(planned):
+    weights, _ = planned
+    [budget] = plan_budgets(weights.reducer.costs, 18_432, 1e-12, in_nats=False)
+    assert budget.parameters_removed > 0 and budget.ranks
 
 
 def test_the_last_budget_that_passed_is_kept_and_all_else_put_back(planned):
