@@ -205,14 +205,14 @@ def _measured(
         return list(candidates), None
     tried = set(list(dict.fromkeys(candidate.matrix for candidate in candidates))[:most])
     reducer = _reducer(run, measures, [matrix for matrix in run.matrices if matrix in tried])
-    left = [candidate for candidate in candidates if candidate.matrix in reducer.costs]
-    if not left:
-        raise MatrixError(f"none of {len(tried)} matrices can be measured: {reducer.left_out[0].reason}.")
-    return left, reducer
+    return [candidate for candidate in candidates if candidate.matrix in reducer.costs], reducer
 
 
 def budgets_of(run: Run, measures: Measures) -> list[Budget]:
-    """The budgets to try, from gentle to hard. Raises RankError when not even the gentlest can be reached."""
+    """The budgets to try, from gentle to hard.
+
+    Raises RankError when not even the gentlest can be reached, MatrixError when nothing can be measured.
+    """
     config = run.config
     stored_smaller = [matrix for matrix in run.matrices if is_factorable(run.weights.model, matrix)]
     reducer = _reducer(run, measures, stored_smaller)
@@ -233,6 +233,8 @@ def _reducer(run: Run, measures: Measures, matrices: Sequence[Matrix]) -> Measur
     reducer = measured_reducer(run.weights, matrices, rows, **how, progress=run.progress)
     for left_out in reducer.left_out:
         run.progress.detail("left out", f"{left_out.name}: {left_out.reason}")
+    if matrices and not reducer.costs:
+        raise MatrixError(f"none of {len(matrices)} matrices can be measured: {reducer.left_out[0].reason}.")
     run.weights.reduce_by(reducer)
     return reducer
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from splaser_plugin.distributed import from_main, gather, process_count
-from splaser_plugin.errors import OutputError
+from splaser_plugin.errors import OutputError, SpectrumError
 from splaser_plugin.progress import SILENT, Progress
 from splaser_plugin.reduction.calibration import Row
 from splaser_plugin.reduction.moments import Moments, measure
@@ -139,7 +139,7 @@ def measured_reducer(
     folder: Path | None = None,
     progress: Progress = SILENT,
 ) -> MeasuredReducer:
-    """Decompose matrices for truncation to any rank.
+    """Decompose matrices for truncation to any rank. Those that would cost nothing at any rank are left out.
 
     Args:
         weights: The model's.
@@ -153,19 +153,35 @@ def measured_reducer(
     Raises:
         ModelError: The model is sharded over processes, computes inf or nan on a row, or writes over what it reads.
         OutputError: There is no room for the projections.
+        SpectrumError: A matrix can't be decomposed.
     """
     reducer = MeasuredReducer(matrices, folder, is_in_nats=way == "fisher")
     if way == "svd":
         for matrix in matrices:
-            reducer.add(matrix, decompose_plainly(weights.read(matrix)))
+            reducer.add(matrix, _costly(matrix, decompose_plainly(weights.read(matrix))))
         return reducer
     missing = reducer.recall()
     for matrix, found in measure(weights, missing, rows, seed=seed, progress=progress) if missing else ():
-        if isinstance(found, Moments):
-            with_gradients = way == "fisher"
-            reducer.add(matrix, decompose_by_moments(weights.read(matrix), found, with_gradients=with_gradients))
-        else:
-            reducer.add(matrix, found)
+        reducer.add(matrix, _decomposed(weights, matrix, found, with_gradients=way == "fisher"))
         del found  # or they would be held beside those of the next matrices, while these are measured
     reducer.costs = {matrix: reducer.costs[matrix] for matrix in matrices if matrix in reducer.costs}
     return reducer
+
+
+def _decomposed(
+    weights: Weights, matrix: Matrix, found: Moments | Skipped, *, with_gradients: bool
+) -> Decomposition | Skipped:
+    """Raises SpectrumError with the matrix's name."""
+    if isinstance(found, Skipped):
+        return found
+    if why := found.why_unweighed(with_gradients=with_gradients):
+        return Skipped(matrix.name, f"{why}, so nothing tells its ranks apart")
+    try:
+        return _costly(matrix, decompose_by_moments(weights.read(matrix), found, with_gradients=with_gradients))
+    except SpectrumError as error:
+        raise SpectrumError(f"{matrix.name}: {error}") from error
+
+
+def _costly(matrix: Matrix, found: Decomposition) -> Decomposition | Skipped:
+    """What costs nothing at any rank is left whole: a matrix that was added as zeros is there to be trained."""
+    return found if found.costs[0] else Skipped(matrix.name, "it is zero, so nothing tells its ranks apart")

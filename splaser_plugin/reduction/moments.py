@@ -63,6 +63,16 @@ class Moments:
     reads: str
     """The same for all matrices that read the very same inputs: the name of one of them."""
 
+    def why_unweighed(self, *, with_gradients: bool) -> str:
+        """Why they predict no cost at any rank; empty where they do. with_gradients: whether G weighs, too."""
+        of_short = float(self.short.diagonal().sum())
+        of_inputs, of_gradients = (of_short, self.long_mean) if self.short_is_inputs else (self.long_mean, of_short)
+        if not of_inputs:
+            return "the calibration rows give it nothing but zeros to read"
+        if with_gradients and not of_gradients:
+            return "no prediction of the calibration rows hangs on it"
+        return ""
+
 
 def measure(
     weights: Weights,

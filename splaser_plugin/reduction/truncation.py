@@ -222,8 +222,8 @@ def _cholesky(moments: Tensor, shape: tuple[int, ...]) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(moments)
     if failed or not torch.isfinite(lower).all():
         raise SpectrumError(
-            f"the moments of the shorter side of a weight of shape {shape} are not positive definite. "
-            "Shrink them towards their mean diagonal, or measure them on more tokens."
+            f"the moments of the shorter side of a weight of shape {shape} are not positive definite, as those "
+            "of too few tokens aren't. Exclude this matrix, or use --reduce svd."
         )
     return lower
 

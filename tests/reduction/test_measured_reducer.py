@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from splaser_plugin.errors import OutputError
+from splaser_plugin.errors import OutputError, SpectrumError
 from splaser_plugin.reduction import moments
 from splaser_plugin.reduction.calibration import Row, mixed, token_count, window_rows
-from splaser_plugin.reduction.measured_reducer import measured_reducer, stored_bytes
+from splaser_plugin.reduction.measured_reducer import _decomposed, measured_reducer, stored_bytes
 from splaser_plugin.reduction.moments import measure
 from splaser_plugin.reduction.truncation import decompose_by_moments
 from splaser_plugin.spectra import spectrum
@@ -82,6 +82,47 @@ def test_what_no_token_reaches_is_left_out_with_the_reason(weights):
     reducer = measured_reducer(weights, matrices, ROWS, way="fisher")
     assert [matrix.name for matrix in reducer.left_out] == ["model.embed_tokens"]
     assert [matrix.name for matrix in reducer.costs] == ["model.layers.0.self_attn.q_proj"]
+
+
+READS_ZEROS = "the calibration rows give it nothing but zeros to read"
+HANGS_ON = "no prediction of the calibration rows hangs on it"
+
+
+@pytest.mark.parametrize(
+    ("way", "zeros", "reasons"),
+    [
+        ("fisher", "o_proj", {"q_proj": HANGS_ON, "k_proj": HANGS_ON, "v_proj": HANGS_ON, "o_proj": "it is zero"}),
+        ("whitened", "o_proj", {"o_proj": "it is zero"}),
+        ("fisher", "v_proj", {"q_proj": HANGS_ON, "k_proj": HANGS_ON, "v_proj": "it is zero", "o_proj": READS_ZEROS}),
+        ("whitened", "v_proj", {"v_proj": "it is zero", "o_proj": READS_ZEROS}),
+        ("fisher", "up_proj", {"gate_proj": HANGS_ON, "up_proj": "it is zero", "down_proj": READS_ZEROS}),
+        ("whitened", "up_proj", {"up_proj": "it is zero", "down_proj": READS_ZEROS}),
+        ("svd", "o_proj", {"o_proj": "it is zero"}),
+    ],
+)
+def test_what_costs_nothing_at_any_rank_is_left_whole_with_the_reason(way, zeros, reasons, weights, tmp_path):
+    """As in blocks that were added with zeros, to be trained."""
+    block = weights.model.model.layers[1]
+    for part in (block.self_attn, block.mlp):
+        if hasattr(part, zeros):
+            getattr(part, zeros).weight.data.zero_()
+    matrices = weights.matrices()[0]
+    reducer = measured_reducer(weights, matrices, ROWS, way=way, folder=tmp_path)
+    expected = {name: f"{reason}, so nothing tells its ranks apart" for name, reason in reasons.items()}
+    assert {skipped.name.split(".")[-1]: skipped.reason for skipped in reducer.left_out} == expected
+    assert all(skipped.name.startswith("model.layers.1.") for skipped in reducer.left_out)
+    assert len(reducer.costs) == len(matrices) - len(reasons)
+    if way != "svd":
+        again = measured_reducer(weights, matrices, (), way=way, folder=tmp_path)
+        assert again.left_out == reducer.left_out and list(again.costs) == list(reducer.costs)
+
+
+def test_a_matrix_that_can_not_be_decomposed_is_named(weights):
+    matrix = weights.matrices()[0][0]
+    (_, moments) = next(measure(weights, [matrix], ROWS))
+    moments.short[0, 0] = float("nan")
+    with pytest.raises(SpectrumError, match=r"layers\.0\.self_attn\.q_proj: the moments of the shorter side"):
+        _decomposed(weights, matrix, moments, with_gradients=True)
 
 
 def test_a_temporary_folder_that_is_gone_is_told(weights, monkeypatch):
