@@ -203,8 +203,17 @@ def _measured(
     """The candidates of which something can be measured, and what that is; the first `most` matrices are measured."""
     if run.config.reducer == "svd":
         return list(candidates), None
-    tried = set(list(dict.fromkeys(candidate.matrix for candidate in candidates))[:most])
+    in_order = list(dict.fromkeys(candidate.matrix for candidate in candidates))
+    tried = set(in_order[:most])
     reducer = _reducer(run, measures, [matrix for matrix in run.matrices if matrix in tried])
+    untried = len(in_order) - most
+    if reducer.left_out and untried > 0:
+        count, first = len(reducer.left_out), reducer.left_out[0]
+        run.progress.fact(
+            "left out",
+            f"{count} of {most} matrices, of which nothing can be measured ({first.name}: {first.reason}); {untried} "
+            f"more could be tried. Exclude the {count}, or use --candidates {most + min(count, untried)}.",
+        )
     return [candidate for candidate in candidates if candidate.matrix in reducer.costs], reducer
 
 

@@ -118,6 +118,22 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(compressed, tiny_folder
     assert again.recipe.steps == result.recipe.steps and again.held_out == result.held_out
 
 
+def test_how_many_matrices_can_not_be_measured_is_told_and_how_to_try_as_many_others(tiny_folder):
+    model, tokenizer = load_model(tiny_folder, device="cpu", dtype="auto")
+    model.model.layers[1].self_attn.o_proj.weight.data.zero_()
+    told = Facts()
+    chosen = {"candidates": 13, "ranks": "0.5", "reduce": "fisher"}
+    config = LaserConfig(**{**SETTINGS, **chosen})
+    run = stages.begin(Weights(model), tokenizer, name="tiny", config=config, progress=told)
+    measures = stages.prepare_measures(run, read_pairs(EXAMPLE_PAIRS, config, tokenizer))
+    candidates = stages.order_candidates(run, measures, stages.scan_weights(run, measures))
+    count = 13 - len(candidates)
+    assert count in (3, 4)
+    (said,) = [value for label, value in told.facts if label == "left out"]
+    assert said.startswith(f"{count} of 13 matrices, of which nothing can be measured (model.layers.1.self_attn.")
+    assert said.endswith(f"; 1 more could be tried. Exclude the {count}, or use --candidates 14.")
+
+
 def test_what_is_held_out_is_never_measured_on(tiny_folder, text):
     model, tokenizer = load_model(tiny_folder, device="cpu", dtype="auto")
     config = LaserConfig(**{**SETTINGS, "calibration_tokens": 10**6}, text=text)
