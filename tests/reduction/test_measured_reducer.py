@@ -117,6 +117,27 @@ def test_what_costs_nothing_at_any_rank_is_left_whole_with_the_reason(way, zeros
         assert again.left_out == reducer.left_out and list(again.costs) == list(reducer.costs)
 
 
+def test_a_stop_during_the_statistics_loses_the_pass_at_work_alone(weights, tmp_path, monkeypatch):
+    where, asked = "splaser_plugin.reduction.measured_reducer.measure", []
+    matrices = weights.matrices()[0]
+    first, *others = moments._groups(matrices, BOUND)
+
+    def stopped(weights, matrices, rows, **how):
+        yield from measure(weights, matrices[: len(first)], rows, **how)
+        raise KeyboardInterrupt
+
+    def goes_on(weights, matrices, rows, **how):
+        asked.extend(matrices)
+        return measure(weights, matrices, rows, group_bytes=BOUND, **how)
+
+    monkeypatch.setattr(where, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        measured_reducer(weights, matrices, ROWS, way="fisher", folder=tmp_path)
+    monkeypatch.setattr(where, goes_on)
+    assert list(measured_reducer(weights, matrices, ROWS, way="fisher", folder=tmp_path).costs) == matrices
+    assert asked == [matrix for group in others for matrix in group]
+
+
 def test_a_matrix_that_can_not_be_decomposed_is_named(weights):
     matrix = weights.matrices()[0][0]
     (_, moments) = next(measure(weights, [matrix], ROWS))
