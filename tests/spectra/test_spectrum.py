@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -16,9 +15,8 @@ from torch import Tensor
 from splaser_plugin.errors import RankError, SpectrumError
 from splaser_plugin.spectra import spectrum
 from splaser_plugin.spectra.edges import EDGES, fit_edge, fit_edges
-from splaser_plugin.spectra.spectrum import exact_products, factors, singular_values, singular_values_of_batch, truncate
+from splaser_plugin.spectra.spectrum import factors, singular_values, singular_values_of_batch, truncate
 from tests import reference
-from tests.products import float32_settings
 
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -239,42 +237,6 @@ def test_a_parameter_under_autocast_is_measured_exactly_and_left_alone() -> None
     np.testing.assert_allclose(values, reference.singular_values(before), rtol=1e-10)
     torch.testing.assert_close(truncated, reference.truncate(before, 20).float())
     assert torch.equal(weight, before) and not truncated.requires_grad
-
-
-def test_reduced_float32_products_are_switched_off_and_on_again() -> None:
-    weight = gaussian(200, 300).float()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        values = singular_values(weight, precision="float32")
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    np.testing.assert_allclose(values, reference.singular_values(weight), rtol=1e-4)
-
-
-def test_full_float32_products_last_until_the_last_thread_leaves() -> None:
-    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
-    seen = []
-
-    def first() -> None:
-        with exact_products(torch.device("cpu"), torch.float32):
-            first_is_in.set()
-            second_is_in.wait(60)
-        first_is_out.set()
-
-    torch.set_float32_matmul_precision("medium")
-    try:
-        before, thread = float32_settings(), threading.Thread(target=first)
-        thread.start()
-        first_is_in.wait(60)
-        with exact_products(torch.device("cpu"), torch.float32):
-            second_is_in.set()
-            first_is_out.wait(60)
-            seen += float32_settings()
-        thread.join()
-        assert set(seen) == {"ieee"} and float32_settings() == before
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("shape", [(7, 12, 20), (7, 20, 12), (3, 1, 5), (1, 4, 4)])
