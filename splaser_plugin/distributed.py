@@ -31,6 +31,9 @@ OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 """Words in the errors of devices that have no error class of their own for it."""
 
 _meetings = itertools.count()
+_held: list[Any] = []
+"""The processes' group, so that DDP is never the last to hold it: DDP destroys it with Python's lock, which gloo's own
+thread may be waiting for to let go of a tensor, and then the process never ends."""
 _whole: set[int] = set()
 """DeepSpeed's numbers of the parameters that are inside `whole`."""
 _Item = TypeVar("_Item")
@@ -194,6 +197,7 @@ def gather(work: Callable[[], list[_Result]]) -> list[_Result]:
         mine = work()
     except Exception as error:  # whatever it is, the other processes have to hear of it
         mine = error
+    _held[:] = [dist.group.WORLD]
     parts: list[Any] = [None] * process_count()
     dist.all_gather_object(parts, mine)
     for part in parts:

@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from splaser_plugin import LaserCallback, LaserConfig, laser
-from splaser_plugin.distributed import is_main, process_count, process_index
+from splaser_plugin.distributed import gather, is_main, process_count, process_index
 from splaser_plugin.errors import ModelError
 from splaser_plugin.jobs.laser import laser_weights, read_pairs
 from splaser_plugin.search.journal import RecordedScorer
@@ -54,6 +54,19 @@ def engine(folder: Path, model_folder: str) -> None:
     result = laser_weights(weights, tokenizer, read_pairs(THREE_PAIRS, CONFIG, tokenizer), config=CONFIG, name="tiny")
     finish(folder, weights, result)
     result.save(folder / "saved")
+
+
+def parting(folder: Path, model_folder: str) -> None:
+    """Processes whose last work together is splaser's, and which let go of their model at once, again and again."""
+    sys.setswitchinterval(1000)  # a thread that asks for Python's lock gets it only where another waits
+    for turn in range(20):
+        met = (folder / f"meeting-{turn}").as_uri()
+        dist.init_process_group("gloo", met, rank=int(os.environ["RANK"]), world_size=2)
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        assert gather(lambda: [process_index()]) == [0, 1]
+        dist.destroy_process_group()
+        del model
+    (folder / f"parted-{os.environ['RANK']}.txt").touch()
 
 
 def resumed(folder: Path, model_folder: str) -> None:
@@ -150,7 +163,7 @@ class Ending(Trainer):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     kind, target, source = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-    kinds = {"engine": engine, "resumed": resumed, "gradient": gradient}
+    kinds = {"engine": engine, "resumed": resumed, "gradient": gradient, "parting": parting}
     if kind in kinds:
         kinds[kind](target, source)
     else:

@@ -102,6 +102,14 @@ SPREAD = {"fsdp": ["--use_fsdp", "--fsdp_version", "2"], "tp": ["--multi_gpu"]}
 """What `accelerate launch` is told for each way to spread a model over the processes."""
 
 
+def test_processes_end_that_let_go_of_their_model_right_after_the_last_work_together(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [*torchrun(), SCRIPT, "parting", str(tmp_path), "no model"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path.name for path in tmp_path.glob("parted-*")} == {"parted-0.txt", "parted-1.txt"}
+
+
 def command(launcher: list[str], model: Path, pairs: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     arguments = ["-m", "splaser_plugin", "laser", model, "--pairs", pairs, "-o", out, *SHORT, *more]
