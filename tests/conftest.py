@@ -28,6 +28,12 @@ settings.load_profile("any machine")
 CACHE = Path(__file__).parents[1] / ".cache"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of real models first: they take longest, and at the end one worker would have nothing left beside them."""
+    long = {item.path for item in items if item.get_closest_marker("real")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture
 def tiny_model():
     """A two-block Llama."""
