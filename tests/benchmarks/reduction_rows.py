@@ -40,9 +40,20 @@ class Row:
     windows: Sequence[float] = ()
     """What `loss` is the mean of."""
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % t interval of `loss`, over windows."""
+        half = half_width(np.array(self.windows))
+        return self.loss - half, self.loss + half
+
+
+def half_width(values: np.ndarray) -> float:
+    """Of the 95 % t interval of their mean."""
+    return float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+
 
 CELLS: dict[str, Callable[[Row], str]] = {
-    "loss": lambda row: f"{row.loss:+.4f} +- {row.standard_error:.4f}",
+    "loss (95 % interval)": lambda row: "{:+.4f} ({:+.4f} to {:+.4f})".format(row.loss, *row.interval),
     "margin": lambda row: "" if row.margin is None else f"{row.margin:+.4f} +- {row.margin_error or 0:.4f}",
     "speed, of the dense model's": lambda row: "" if row.speed is None else f"{row.speed:.2f}",
     "MB": lambda row: f"{row.bytes / 1e6:.0f}",
@@ -81,8 +92,10 @@ def table(rows: dict[tuple[str, float], Row], methods: Sequence[str]) -> str:
     for name in methods:
         mine = [row for row in rows.values() if row.method == name]
         if mine:
-            seconds, peak = max(sum(row.seconds.values()) for row in mine), max(row.peak_bytes for row in mine)
-            shown.append(f"{name}: {seconds:.0f} s in all stages, at most {peak / 1e9:.1f} GB")
+            slowest = max(mine, key=lambda row: sum(row.seconds.values()))
+            stages = ", ".join(f"{stage} {taken:.1f} s" for stage, taken in slowest.seconds.items())
+            peak = max(row.peak_bytes for row in mine)
+            shown.append(f"{name}: {sum(slowest.seconds.values()):.0f} s ({stages}), at most {peak / 1e9:.1f} GB")
     return "\n".join(shown)
 
 
@@ -104,7 +117,6 @@ def compared(rows: dict[tuple[str, float], Row], others: dict[tuple[str, float],
         other = others.get((name, budget))
         if other is not None and len(row.windows) == len(other.windows) > 1:
             change = np.subtract(row.windows, other.windows)
-            half = t.ppf(0.975, len(change) - 1) * change.std(ddof=1) / len(change) ** 0.5
-            mean = change.mean()
+            mean, half = change.mean(), half_width(change)
             lines.append(f"{name}, {budget:.0%}: {mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})")
     return "\n".join(["less the other measurements, nats a token (95 % interval over windows):", *lines])

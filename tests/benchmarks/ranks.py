@@ -1,15 +1,17 @@
-"""Swaps of parameters between matrices, by measured divergence: SmolLM2, from the ranks of `fisher` in gauge storage.
+"""Ranks by measured divergence against the predicted ones: SmolLM2, `fisher` in gauge storage at 10 %.
 
-    python tests/benchmarks/swaps.py --text FILE --statistics FILE.pt --measured FILE.jsonl [--calibration-tokens N]
+    python tests/benchmarks/ranks.py --text FILE --statistics FILE.pt --measured FILE.jsonl [--calibration-tokens N]
         [--groups kinds|depths] [--searched-tokens N] [--judged-tokens N] [--tries N] [--threads N]
 
 The statistics are those that tests/benchmarks/reduction.py left, of so many tokens of the first half of the same text.
-A swap lets one group of matrices store some numbers more and another as many less; within a group ranks are those of
-least predicted cost. Groups are the kinds, as all `q_proj`, or parts of the depth, of five blocks each. Each first gets
-more at the cost of all others, which says what a number is worth there; then so many swaps are tried, those of the
-largest difference in worth first, and each is kept that lowers the divergence (KL) on windows of the first half that no
-statistics are of. One that is kept is tried again. The ranks before and after are judged on the second half. Each model
-is measured once and kept in the file, and the options beside it in FILE.settings.
+Two ways to better the ranks are measured on windows of that half that no statistics are of. A correction multiplies
+each matrix's costs by its own second order over the predicted one (tests/benchmarks/second_order.py), at the predicted
+ranks, and ranks are allotted again. A swap lets one group of matrices store some numbers more and another as many less;
+within a group ranks are those of least predicted cost. Groups are the kinds, as all `q_proj`, or parts of the depth, of
+five blocks each. Each first gets more at the cost of all others, which says what a number is worth there; then so many
+swaps are tried, those of the largest difference in worth first, and each is kept that lowers the divergence (KL). One
+that is kept is tried again. All ranks are judged on the second half. Each model is measured once and kept in the file,
+and the options beside it in FILE.settings.
 """
 
 from __future__ import annotations
@@ -38,12 +40,14 @@ from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import load_model
 from splaser_plugin.weights.matrices import Matrix
 from tests.benchmarks.reduction import ROOT, standard_error, stored_numbers, windows
-from tests.benchmarks.reduction_rows import hold_to
-from tests.benchmarks.training import interval
+from tests.benchmarks.reduction_rows import half_width, hold_to
+from tests.benchmarks.second_order import second_orders
 
 Ranks = Mapping[Matrix, int]
 BUDGET = 0.1
 """Share of the numbers to remove."""
+LARGEST_CORRECTION = 4.0
+"""Costs are multiplied by at most that, and divided by at most that."""
 STEP = 0.002
 """Numbers that a swap moves, as a share of all there are."""
 GROUPS: Mapping[str, Callable[[Matrix], str]] = {
@@ -74,6 +78,21 @@ class Study:
         for line in path.read_text().splitlines() if path.exists() else ():
             name, values = json.loads(line)
             self.divergences[name] = np.array(values)
+
+    def corrected(self, ranks: Ranks, searched: Sequence[Sequence[int]]) -> Ranks:
+        """As many numbers as these ranks store, by costs that hold at these ranks to the second order measured."""
+        changed = {matrix: rank for matrix, rank in ranks.items() if rank < self.full[matrix]}
+        self.bring_to(self.full)
+        changes = {
+            matrix: self.found[matrix].truncated(self.originals[matrix], rank) - self.originals[matrix]
+            for matrix, rank in changed.items()
+        }
+        curves = dict(self.curves)
+        for matrix, measured in second_orders(self.weights, changes, searched).items():
+            costs = self.found[matrix].costs
+            ratio = np.clip(measured / costs[changed[matrix]], 1 / LARGEST_CORRECTION, LARGEST_CORRECTION)
+            curves[matrix] = curve(matrix.shape, costs * ratio, gauge_storage)
+        return dict(zip(ranks, allocate(list(curves.values()), stored(ranks)).ranks, strict=True))
 
     def allotted(self, matrices: Sequence[Matrix], numbers: int) -> Ranks:
         """The ranks of least predicted cost for these matrices that store at most so many numbers."""
@@ -106,11 +125,11 @@ class Study:
     def judge(self, models: Sequence[Ranks], judged: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Divergence, and loss above the base's, of each model on each window: (models, windows)."""
         divergences, losses = np.zeros((2, len(models), len(judged)))
-        for place, window in enumerate(judged):
-            self.bring_to(self.full)
-            base = self.logs(window)
-            for one, ranks in enumerate(models):
-                self.bring_to(ranks)
+        self.bring_to(self.full)
+        bases = [self.logs(window) for window in judged]
+        for one, ranks in enumerate(models):
+            self.bring_to(ranks)
+            for place, (base, window) in enumerate(zip(bases, judged, strict=True)):
                 logs = self.logs(window)
                 divergences[one, place] = kl(base, logs)
                 losses[one, place] = mean_loss(logs, window) - mean_loss(base, window)
@@ -191,17 +210,31 @@ def main() -> None:
     searched = windows(list(itertools.chain(*spare)), arguments.searched_tokens)
     started = time.monotonic()
     start = study.allotted(list(study.originals), int((1 - BUDGET) * study.dense))
-    end = climb(study, start, GROUPS[arguments.groups], arguments.tries, searched)
+    models = {
+        "as predicted": start,
+        "corrected": study.corrected(start, searched),
+        "after the swaps": climb(study, start, GROUPS[arguments.groups], arguments.tries, searched),
+    }
     print(f"\n{len(study.divergences)} models measured, {time.monotonic() - started:.0f} s in this run")
-    divergences, losses = study.judge([start, end], windows(second, arguments.judged_tokens))
-    found = np.array([study.divergence(ranks, searched) for ranks in (start, end)])
-    print(f"numbers stored: {stored(start):,} as predicted, {stored(end):,} after the swaps")
-    titles = "divergence, windows searched on", "divergence, judged", "loss above the base's, judged"
-    for title, values in zip(titles, (found, divergences, losses), strict=True):
-        before, after = (f"{row.mean():.4f} +- {standard_error(row):.4f}" for row in values)
-        change = values[1] - values[0]
-        low, high = interval(change)
-        print(f"{title}: {before} as predicted, {after} after: {change.mean():+.4f} ({low:+.4f} to {high:+.4f})")
+    divergences, losses = study.judge(list(models.values()), windows(second, arguments.judged_tokens))
+    found = np.array([study.divergence(ranks, searched) for ranks in models.values()])
+    measured = {
+        "divergence, windows searched on": found,
+        "divergence, judged": divergences,
+        "loss above the base's, judged": losses,
+    }
+    print("\n| ranks | numbers | " + " | ".join(measured) + " |\n| --- | ---: |" + " ---: |" * len(measured))
+    for place, (name, ranks) in enumerate(models.items()):
+        cells = [f"{values[place].mean():.4f}{against(values[place] - values[0])}" for values in measured.values()]
+        print(f"| {name} | {stored(ranks):,} | " + " | ".join(cells) + " |")
+
+
+def against(changes: np.ndarray) -> str:
+    """The mean change from the predicted ranks with its 95 % interval over windows, where there is one."""
+    if not changes.any():
+        return ""
+    half = half_width(changes)
+    return f"; {changes.mean():+.4f} ({changes.mean() - half:+.4f} to {changes.mean() + half:+.4f})"
 
 
 if __name__ == "__main__":
