@@ -33,7 +33,9 @@ OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 _meetings = itertools.count()
 _held: list[Any] = []
 """The processes' group, so that DDP is never the last to hold it: DDP destroys it with Python's lock, which gloo's own
-thread may be waiting for to let go of a tensor, and then the process never ends."""
+thread may be waiting for to let go of a tensor, and then the process never ends. Let go of while Python still runs:
+afterwards gloo's thread would end the process by `terminate`."""
+atexit.register(_held.clear)
 _whole: set[int] = set()
 """DeepSpeed's numbers of the parameters that are inside `whole`."""
 _Item = TypeVar("_Item")
