@@ -120,8 +120,9 @@ def _measure(
 ) -> Iterator[tuple[Matrix, Moments | Skipped]]:
     """The moments of matrices that share a pass. A function of its own, so that its sums are gone before the next."""
     sums = _add_up(weights, group, rows, samples, seed, advance)
+    predictions = samples * sum(row.predictions for row in rows)
     for of_one in sums.values():
-        of_one.normalise(samples * sum(row.predictions for row in rows), samples)
+        of_one.normalise(predictions, samples)
     for matrix in group:
         mine = sums[matrix.name]
         yield matrix, mine.moments(sums.get(mine.counts.short_of, mine))

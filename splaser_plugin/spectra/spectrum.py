@@ -231,10 +231,11 @@ def _float32_precisions() -> list[str]:
 
 def _set_float32_precisions(precisions: Sequence[str]) -> None:
     switches = _float32_switches()
-    for switch, precision in zip(switches, precisions, strict=True) if switches else ():
-        switch.fp32_precision = precision
     if not switches:
         torch.set_float32_matmul_precision("highest" if precisions[0] == "ieee" else precisions[0])
+        return
+    for switch, precision in zip(switches, precisions, strict=True):
+        switch.fp32_precision = precision
 
 
 def _exponent(matrix: Tensor) -> int:
