@@ -40,8 +40,9 @@ from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import load_model
 from splaser_plugin.weights.matrices import Matrix
 from tests.benchmarks.reduction import ROOT, standard_error, stored_numbers, windows
-from tests.benchmarks.reduction_rows import half_width, hold_to
+from tests.benchmarks.reduction_rows import hold_to
 from tests.benchmarks.second_order import second_orders
+from tests.benchmarks.training import interval
 
 Ranks = Mapping[Matrix, int]
 BUDGET = 0.1
@@ -50,10 +51,15 @@ LARGEST_CORRECTION = 4.0
 """Costs are multiplied by at most that, and divided by at most that."""
 STEP = 0.002
 """Numbers that a swap moves, as a share of all there are."""
-GROUPS: Mapping[str, Callable[[Matrix], str]] = {
-    "kinds": lambda matrix: matrix.type,
-    "depths": lambda matrix: f"blocks {(matrix.block or 0) // 5 * 5} to {(matrix.block or 0) // 5 * 5 + 4}",
-}
+
+
+def depth(matrix: Matrix) -> str:
+    """Its five blocks."""
+    first = (matrix.block or 0) // 5 * 5
+    return f"blocks {first} to {first + 4}"
+
+
+GROUPS: Mapping[str, Callable[[Matrix], str]] = {"kinds": lambda matrix: matrix.type, "depths": depth}
 
 
 class Study:
@@ -188,7 +194,7 @@ def climb(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Ranks by swaps of measured divergence against those predicted.")
+    parser = argparse.ArgumentParser(description="Ranks by measured divergence against those predicted.")
     parser.add_argument("--text", required=True, help="UTF-8 file, the one that the statistics are of")
     parser.add_argument("--statistics", required=True, help="FILE.pt of tests/benchmarks/reduction.py")
     parser.add_argument("--measured", type=Path, required=True, help="file that keeps the divergences")
@@ -233,8 +239,8 @@ def against(changes: np.ndarray) -> str:
     """The mean change from the predicted ranks with its 95 % interval over windows, where there is one."""
     if not changes.any():
         return ""
-    half = half_width(changes)
-    return f"; {changes.mean():+.4f} ({changes.mean() - half:+.4f} to {changes.mean() + half:+.4f})"
+    low, high = interval(changes)
+    return f"; {changes.mean():+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import spearmanr, t
+from scipy.stats import spearmanr
+
+from tests.benchmarks.training import interval
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,9 @@ class Row:
     windows: Sequence[float] = ()
     """What `loss` is the mean of."""
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % t interval of `loss`, over windows."""
-        half = half_width(np.array(self.windows))
-        return self.loss - half, self.loss + half
-
-
-def half_width(values: np.ndarray) -> float:
-    """Of the 95 % t interval of their mean."""
-    return float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
-
 
 CELLS: dict[str, Callable[[Row], str]] = {
-    "loss (95 % interval)": lambda row: "{:+.4f} ({:+.4f} to {:+.4f})".format(row.loss, *row.interval),
+    "loss (95 % interval)": lambda row: "{:+.4f} ({:+.4f} to {:+.4f})".format(row.loss, *interval(row.windows)),
     "margin": lambda row: "" if row.margin is None else f"{row.margin:+.4f} +- {row.margin_error or 0:.4f}",
     "speed, of the dense model's": lambda row: "" if row.speed is None else f"{row.speed:.2f}",
     "MB": lambda row: f"{row.bytes / 1e6:.0f}",
@@ -117,6 +108,6 @@ def compared(rows: dict[tuple[str, float], Row], others: dict[tuple[str, float],
         other = others.get((name, budget))
         if other is not None and len(row.windows) == len(other.windows) > 1:
             change = np.subtract(row.windows, other.windows)
-            mean, half = change.mean(), half_width(change)
-            lines.append(f"{name}, {budget:.0%}: {mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})")
+            low, high = interval(change)
+            lines.append(f"{name}, {budget:.0%}: {change.mean():+.4f} ({low:+.4f} to {high:+.4f})")
     return "\n".join(["less the other measurements, nats a token (95 % interval over windows):", *lines])
