@@ -69,8 +69,8 @@ def test_the_pivots_are_of_the_shorter_side():
     exact = lopsided @ right
     columns = gauge(lopsided, right, torch.bfloat16)
     rows = gauge(right.mT, lopsided.mT, torch.bfloat16)
-    assert rows.by_rows
-    assert not columns.by_rows
+    assert rows.by_rows and not columns.by_rows
+    assert rows.product().dtype == columns.product().dtype == torch.bfloat16
     assert torch.equal(columns.product(), rows.product().mT)
     assert (columns.product().double() - exact).norm() < 1e-2 * exact.norm()
 
