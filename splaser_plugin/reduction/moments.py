@@ -4,7 +4,8 @@ For y = W x: C = E[x x'] over the tokens that reach the matrix, and G = the sum 
 the number of predictions, with g the gradient of the summed losses with respect to y. The labels are drawn from the
 model's own predictions, so that G is the Fisher information and has nothing to do with how well the model predicts.
 A truncation needs no more of them than two squares of the matrix's short side: the moments on that side, and the
-weight weighed by those of the other, W' G W or W C W'. Those are what is added up, from W' g and from W x.
+weight weighed by those of the other, W' G W or W C W'. Those are what is added up, from W' g and from W x, which the
+model computes anyway.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from splaser_plugin.generation.evaluation import evaluating
 from splaser_plugin.generation.teacher_forcing import forced_logits
 from splaser_plugin.progress import SILENT, Advance, Progress
 from splaser_plugin.reduction.calibration import Row
-from splaser_plugin.reduction.products import watching
+from splaser_plugin.reduction.products import Product, watching
 from splaser_plugin.spectra.spectrum import exact_products
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Matrix, Skipped
@@ -36,6 +37,8 @@ GROUP_BYTES = 2**31
 OUTLIER = 10.0
 """A token whose inputs have a mean square above that many times the row's median is scaled down to it: what is written
 at an attention sink would rule the moments of all others. Gradients are left as they are: bounding them costs more."""
+STRIP = 192
+"""Columns of a sum that are added to at once."""
 
 
 @dataclass(frozen=True)
@@ -186,25 +189,32 @@ class _Sums:
         self._weights = weights
         self._matrix = matrix
         self._upright = matrix.shape[0] >= matrix.shape[1]
-        short, device = min(matrix.shape), weights.parameters[matrix.parameter].device
+        parameter = weights.parameters[matrix.parameter]
+        self._is_adapted = weights.effective(matrix.parameter).data_ptr() != parameter.data_ptr()
+        short, device = min(matrix.shape), parameter.device
         self.short = torch.zeros(short, short, device=device)
         self.gram = torch.zeros(short, short, device=device)
         self.short_noise = self.gram_noise = 0.0
         self.counts = _Counts()
 
-    @torch.no_grad()
-    def add_inputs(self, inputs: Tensor, columns_are_inputs: bool, readers: Sequence[_Sums]) -> None:
-        """A product's inputs (tokens, inputs). readers: those that were given the same ones before, in this pass."""
+    def add_inputs(self, product: Product, readers: Sequence[_Sums]) -> None:
+        """What a product reads. readers: those that were given the same inputs before, in this pass."""
         counts = self.counts
-        counts.tokens += len(inputs)
-        counts.short_is_inputs = self._upright == columns_are_inputs
+        counts.tokens += len(product.inputs)
+        counts.short_is_inputs = self._upright == product.columns_are_inputs
         counts.reads = self._agreed(counts.reads, next(iter(readers), self))
         if counts.short_is_inputs:
             owner = next((reader for reader in readers if reader.counts.short_is_inputs), self)
             counts.short_of = self._agreed(counts.short_of, owner)
             if owner is not self:
                 return
-        self._add_side(_bounded(inputs.float()), is_short=counts.short_is_inputs)
+        inputs = product.inputs.float()
+        scales = _bounds(inputs)
+        if counts.short_is_inputs:
+            counts.short_fourth += _add(self.short, inputs * scales)
+        else:
+            counts.long_trace += float((inputs * scales).square().sum())
+            counts.gram_fourth += _add(self.gram, self._carried(inputs, product.outputs) * scales)
 
     def _agreed(self, before: str, now: _Sums) -> str:
         if before not in ("", now._matrix.name):
@@ -214,22 +224,22 @@ class _Sums:
             )
         return now._matrix.name
 
-    @torch.no_grad()
-    def add_gradients(self, gradients: Tensor) -> None:
-        """A product's output gradients, (tokens, outputs)."""
-        self._add_side(gradients.float(), is_short=not self.counts.short_is_inputs)
+    def add_gradients(self, product: Product) -> None:
+        """What comes back through a product."""
+        counts, gradients = self.counts, product.output_gradients.float()
+        if counts.short_is_inputs:
+            counts.long_trace += float(gradients.square().sum())
+            counts.gram_fourth += _add(self.gram, self._carried(gradients, product.input_gradients))
+        else:
+            counts.short_fourth += _add(self.short, gradients)
 
-    def _add_side(self, values: Tensor, *, is_short: bool) -> None:
-        with exact_products(self.short.device, torch.float32):
-            if is_short:
-                self.short.addmm_(values.mT, values)
-                self.counts.short_fourth += _fourth(values)
-                return
-            self.counts.long_trace += float(values.square().sum())
+    def _carried(self, values: Tensor, computed: Tensor | None) -> Tensor:
+        """Values of the long side, (tokens, long), times the weight. computed: what the model has got there."""
+        if computed is not None and not self._is_adapted:
+            return computed.float()
+        with exact_products(values.device, torch.float32):
             weight = self._weights.read(self._matrix).float()
-            values = values @ (weight if self._upright else weight.mT)
-            self.gram.addmm_(values.mT, values)
-            self.counts.gram_fourth += _fourth(values)
+            return values @ (weight if self._upright else weight.mT)
 
     def normalise(self, predictions: int, samples: int) -> None:
         """Turn sums into means over tokens, where they are of inputs, and over predictions, where of gradients."""
@@ -237,6 +247,8 @@ class _Sums:
         (of_short, short_count), (of_long, long_count) = (tokens, tokens), (predictions, tokens * samples)
         if not self.counts.short_is_inputs:
             (of_short, short_count), (of_long, long_count) = (of_long, long_count), (of_short, short_count)
+        for total in (self.short, self.gram):
+            total.triu_().add_(total.triu(1).mT)
         self.short_noise = _noise(self.short, self.counts.short_fourth, short_count) / of_short**2
         self.gram_noise = _noise(self.gram, self.counts.gram_fourth, long_count) / of_long**2
         self.short /= of_short
@@ -288,8 +300,14 @@ class _Counts:
             self.reads, self.short_of = other.reads, other.short_of
 
 
-def _fourth(values: Tensor) -> float:
-    """Sum over tokens of |v|^4. values: (tokens, size)."""
+def _add(total: Tensor, values: Tensor) -> float:
+    """Add the sum over tokens of v v' to the upper triangle of `total`. Returns the sum of |v|^4.
+
+    In strips, so that little more than that triangle is computed. values: (tokens, size).
+    """
+    with exact_products(total.device, torch.float32):
+        for start in range(0, len(total), STRIP):
+            total[start : start + STRIP, start:].addmm_(values[:, start : start + STRIP].mT, values[:, start:])
     return float(values.square().sum(1).square().sum())
 
 
@@ -303,14 +321,14 @@ def _noise(total: Tensor, fourth: float, tokens: int) -> float:
     return max(0.0, fourth - float(total.square().sum()) / tokens) * tokens / (tokens - 1)
 
 
-def _bounded(values: Tensor) -> Tensor:
-    """Outliers among the tokens scaled down, see OUTLIER. values: (tokens, size)."""
-    squares = values.square().sum(1)
+def _bounds(values: Tensor) -> Tensor:
+    """What to scale each token by so that it is no outlier, see OUTLIER: (tokens, 1). values: (tokens, size)."""
+    squares = values.square().sum(1, keepdim=True)
     present = squares[squares > 0]
     if len(present) == 0:
-        return values
+        return torch.ones_like(squares)
     limit = OUTLIER * present.median()
-    return values * (limit / squares.clamp(min=limit)).sqrt()[:, None]
+    return (limit / squares.clamp(min=limit)).sqrt()
 
 
 def _add_up(
@@ -321,12 +339,13 @@ def _add_up(
     readers: dict[Any, list[_Sums]] = {}
     inputs_are_new = True
 
-    def see(matrix: Matrix, inputs: Tensor, gradients: Tensor, columns_are_inputs: bool) -> None:
+    def see(matrix: Matrix, product: Product) -> None:
+        mine, inputs = sums[matrix.name], product.inputs
         if inputs_are_new:
             same = readers.setdefault((inputs.data_ptr(), inputs.shape, inputs.stride()), [])
-            sums[matrix.name].add_inputs(inputs, columns_are_inputs, same)
-            same.append(sums[matrix.name])
-        sums[matrix.name].add_gradients(gradients)
+            mine.add_inputs(product, same)
+            same.append(mine)
+        mine.add_gradients(product)
 
     def add_up_mine() -> list[list[_Counts]]:
         nonlocal inputs_are_new

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,23 +17,44 @@ from splaser_plugin.errors import ModelError
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Matrix
 
-See = Callable[[Matrix, Tensor, Tensor, bool], None]
-"""Called in the backward pass with a matrix, its inputs (tokens, inputs), the gradient of its outputs
-(tokens, outputs), and whether the matrix's columns, as it is stored, are the inputs. There is at least one token."""
 
-_BY_ROWS_OF_OUTPUTS = {functional.linear: (0, "input", 1, "weight")}
-_BY_ROWS_OF_INPUTS: dict[Any, tuple[int, str, int, str]] = {
-    torch.matmul: (0, "input", 1, "other"),
-    torch.Tensor.matmul: (0, "self", 1, "other"),
-    torch.Tensor.__matmul__: (0, "self", 1, "other"),
-    torch.mm: (0, "input", 1, "mat2"),
-    torch.Tensor.mm: (0, "self", 1, "mat2"),
-    torch.bmm: (0, "input", 1, "mat2"),
-    torch.Tensor.bmm: (0, "self", 1, "mat2"),
-    torch.addmm: (1, "mat1", 2, "mat2"),
-    torch.Tensor.addmm: (1, "mat1", 2, "mat2"),
+@dataclass(frozen=True)
+class Product:
+    """One product y = W x with a matrix, with at least one token."""
+
+    inputs: Tensor
+    """(tokens, inputs)."""
+    outputs: Tensor | None
+    """(tokens, outputs). None where there are no fewer than inputs, a bias is in them, or the model wrote over them."""
+    input_gradients: Tensor
+    """(tokens, inputs): what goes back through this product alone."""
+    output_gradients: Tensor
+    """(tokens, outputs)."""
+    columns_are_inputs: bool
+    """Whether the matrix's columns, as it is stored, are the inputs."""
+
+
+See = Callable[[Matrix, Product], None]
+"""Called in the backward pass."""
+
+_Argument = tuple[int, str]
+"""Its place and its name."""
+_NOT_ONE: _Argument = (sys.maxsize, "")
+_BY_ROWS_OF_OUTPUTS: dict[Any, tuple[_Argument, _Argument, _Argument]] = {
+    functional.linear: ((0, "input"), (1, "weight"), (2, "bias"))
 }
-"""Functions that multiply by a weight, to the places and names of the inputs and of the weight."""
+_BY_ROWS_OF_INPUTS: dict[Any, tuple[_Argument, _Argument, _Argument]] = {
+    torch.matmul: ((0, "input"), (1, "other"), _NOT_ONE),
+    torch.Tensor.matmul: ((0, "self"), (1, "other"), _NOT_ONE),
+    torch.Tensor.__matmul__: ((0, "self"), (1, "other"), _NOT_ONE),
+    torch.mm: ((0, "input"), (1, "mat2"), _NOT_ONE),
+    torch.Tensor.mm: ((0, "self"), (1, "mat2"), _NOT_ONE),
+    torch.bmm: ((0, "input"), (1, "mat2"), _NOT_ONE),
+    torch.Tensor.bmm: ((0, "self"), (1, "mat2"), _NOT_ONE),
+    torch.addmm: ((1, "mat1"), (2, "mat2"), (0, "input")),
+    torch.Tensor.addmm: ((1, "mat1"), (2, "mat2"), (0, "self")),
+}
+"""Functions that multiply by a weight, to the inputs, the weight and the bias among their arguments."""
 
 
 class _Products(TorchFunctionMode):
@@ -51,16 +74,14 @@ class _Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        outputs = func(*args, **kwargs)
-        columns_are_inputs = func in _BY_ROWS_OF_OUTPUTS
-        places = _BY_ROWS_OF_OUTPUTS.get(func) or _BY_ROWS_OF_INPUTS.get(func)
-        if places is None:
-            return outputs
-        inputs = args[places[0]] if len(args) > places[0] else kwargs.get(places[1])
-        weight = args[places[2]] if len(args) > places[2] else kwargs.get(places[3])
+        by_rows_of_outputs = func in _BY_ROWS_OF_OUTPUTS
+        arguments = _BY_ROWS_OF_OUTPUTS.get(func) or _BY_ROWS_OF_INPUTS.get(func)
+        if arguments is None or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        inputs, weight, bias = (args[place] if place < len(args) else kwargs.get(name) for place, name in arguments)
         if not (isinstance(inputs, Tensor) and isinstance(weight, Tensor)):
-            return outputs
-        slices: list[tuple[Tensor, Tensor, int | None]] = [(weight, inputs, None)]
+            return func(*args, **kwargs)
+        slices: list[tuple[Tensor, Tensor, Any]] = [(weight, inputs, ...)]
         if weight.ndim == 3 and inputs.ndim == 3:
             slices = [(weight[place], inputs[place], place) for place in range(len(weight))]
         seen = [
@@ -69,21 +90,39 @@ class _Products(TorchFunctionMode):
             if part.numel() and (found := self._find(piece))
         ]
         if not seen:
-            return outputs
-        if not outputs.requires_grad:  # nothing that is watched comes before it
-            outputs = outputs.requires_grad_().clone()
+            return func(*args, **kwargs)
+        # A view for this product alone, whose gradient is then its own; and there is one where nothing before it has.
+        mine = inputs.view_as(inputs) if inputs.requires_grad else inputs.detach().requires_grad_().view_as(inputs)
+        place, name = arguments[0]
+        if place < len(args):
+            args = (*args[:place], mine, *args[place + 1 :])
+        else:
+            kwargs = {**kwargs, name: mine}
+        outputs = func(*args, **kwargs)
+        kept = outputs.detach() if bias is None and outputs.shape[-1] < inputs.shape[-1] else None
+        kept_version = outputs._version
+        output_gradients: list[Tensor] = []
 
-        def see(gradient: Tensor) -> None:
+        def see(input_gradients: Tensor) -> None:
+            untouched = kept if kept is not None and kept._version == kept_version else None
+            gradients = output_gradients.pop()
             for matrix, as_stored, read, version, place in seen:
                 if read._version != version:
                     raise ModelError(
                         f"{matrix.name}: the model writes over its inputs after it has read them, so they can't be "
                         "measured. Exclude it, or use --reduce svd."
                     )
-                mine = gradient if place is None else gradient[place]
-                self._see(matrix, read, _flat(mine), columns_are_inputs == as_stored)
+                product = Product(
+                    read,
+                    None if untouched is None else _flat(untouched[place]),
+                    _flat(input_gradients[place]),
+                    _flat(gradients[place]),
+                    by_rows_of_outputs == as_stored,
+                )
+                self._see(matrix, product)
 
-        outputs.register_hook(see)
+        outputs.register_hook(output_gradients.append)
+        mine.register_hook(see)
         return outputs
 
     def _find(self, weight: Tensor) -> tuple[Matrix, bool] | None:

@@ -29,7 +29,7 @@ from splaser_plugin.cli.demo import prepare_model
 from splaser_plugin.data.windows import open_text
 from splaser_plugin.generation.evaluation import evaluating
 from splaser_plugin.reduction.moments import Moments, draw
-from splaser_plugin.reduction.products import watching
+from splaser_plugin.reduction.products import Product, watching
 from splaser_plugin.reduction.truncation import decompose_by_moments
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.loading import load_model
@@ -61,9 +61,10 @@ def second_orders(
     """1/2 E[(g' dW x)^2] of each change, in nats a token."""
     squares: dict[Matrix, float] = defaultdict(float)
 
-    def see(matrix: Matrix, inputs: Tensor, gradients: Tensor, columns_are_inputs: bool) -> None:
-        change = changes[matrix] if columns_are_inputs else changes[matrix].mT
-        squares[matrix] += float(((inputs @ change.mT) * gradients).sum(1).double().square().sum())
+    def see(matrix: Matrix, product: Product) -> None:
+        change = changes[matrix].mT if product.columns_are_inputs else changes[matrix]
+        along = ((product.inputs @ change) * product.output_gradients).sum(1)
+        squares[matrix] += float(along.double().square().sum())
 
     with watching(weights, list(changes), see), evaluating(weights.model):
         for place, row in enumerate(rows):

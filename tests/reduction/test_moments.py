@@ -15,6 +15,8 @@ from splaser_plugin.errors import ModelError
 from splaser_plugin.reduction import moments
 from splaser_plugin.reduction.calibration import Row, answer_rows, spread, window_rows
 from splaser_plugin.reduction.moments import Moments, draw, measure
+from splaser_plugin.reduction.products import Product
+from splaser_plugin.weights.adapted import MergedWeights
 from splaser_plugin.weights.in_memory import Weights
 from splaser_plugin.weights.matrices import Skipped
 from tests.builders import ROOT, tiny_llama, torchrun
@@ -218,20 +220,30 @@ def test_moments_are_added_up_exactly_where_the_user_asked_for_coarse_products()
     weights = Weights(tiny_llama(vocabulary=512))
     for matrix in weights.matrices()[0][:2]:  # q_proj is square, and the inputs of k_proj are its long side
         sums = moments._Sums(weights, matrix)
+        inputs, outputs = torch.ones(5, matrix.shape[1]), torch.ones(5, matrix.shape[0])
         with coarse_products() as precisions:
-            sums.add_inputs(torch.ones(5, matrix.shape[1]), True, [])
-            sums.add_gradients(torch.ones(5, matrix.shape[0]))
+            product = Product(inputs, None, inputs, outputs, columns_are_inputs=True)
+            sums.add_inputs(product, [])
+            sums.add_gradients(product)
         assert are_exact(precisions)
+
+
+@pytest.mark.parametrize("size", [5, 400])
+def test_strips_add_up_to_the_upper_triangle(size):
+    values = torch.randn(30, size, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(size, size)
+    fourth = moments._add(total, values) + moments._add(total, values)
+    assert torch.allclose(total.triu(), 2 * (values.mT @ values).triu(), atol=1e-4)
+    assert fourth == pytest.approx(2 * float(torch.linalg.vector_norm(values, dim=1).double().pow(4).sum()))
 
 
 def test_a_token_like_an_attention_sink_counts_no_more_than_ten_others():
     values = torch.ones(20, 4)
     values[0] *= 1000
-    limited = moments._bounded(values)
+    limited = values * moments._bounds(values)
     assert torch.equal(limited[1:], values[1:])
     assert limited[0].square().sum() == pytest.approx(10 * 4)
-    nothing = torch.zeros(3, 4)
-    assert torch.equal(moments._bounded(nothing), nothing)
+    assert torch.equal(moments._bounds(torch.zeros(3, 4)), torch.ones(3, 1))
 
 
 def test_a_model_that_computes_nan_is_refused():
@@ -255,6 +267,43 @@ def test_rows_are_taken_from_all_over_the_text():
     assert [row.tokens[0] for row in spread(rows, 1)] == [0]
     assert spread(rows, 10_000) == rows
     assert spread([], 10) == []
+
+
+def test_under_adapters_the_moments_are_those_of_the_merged_model(fixed_labels):
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_llama(vocabulary=512)
+    config = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj", "up_proj"], init_lora_weights=False)
+    adapted = MergedWeights(get_peft_model(model, config).eval())
+    matrices = adapted.matrices()[0]
+    fixed_labels(ROWS)
+    found = dict(measure(adapted, matrices, ROWS))
+    merged = Weights(tiny_llama(vocabulary=512))
+    for matrix in matrices:
+        merged.write(matrix, adapted.read(matrix))
+    fixed_labels(ROWS)
+    for matrix, expected in measure(merged, matrices, ROWS):
+        for name in ("short", "gram"):
+            got, whole = getattr(found[matrix], name), getattr(expected, name)
+            assert torch.allclose(got, whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max())), (matrix.name, name)
+
+
+def test_products_without_gradients_are_passed_over(fixed_labels):
+    """As in an indexer that only chooses tokens: no prediction hangs on what it computes there."""
+    model = tiny_llama(vocabulary=512)
+    mlp = model.model.layers[0].mlp
+    forward = mlp.forward
+
+    def twice(states):
+        with torch.no_grad():
+            forward(states * 100)
+        return forward(states)
+
+    fixed_labels(ROWS, passes=2)
+    plain = dict(measure(Weights(model), Weights(model).matrices()[0], ROWS))
+    mlp.forward = twice
+    for matrix, found in measure(Weights(model), list(plain), ROWS):
+        assert torch.equal(found.short, plain[matrix].short) and torch.equal(found.gram, plain[matrix].gram)
 
 
 @pytest.mark.slow

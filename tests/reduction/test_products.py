@@ -22,18 +22,30 @@ def loss_of(model):
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum")
 
 
-def watched(weights, matrices):
-    """Sum over tokens of (outer product as the matrix is stored), and how many tokens there were, by name."""
-    sums, tokens = {}, {}
+def assert_close(got, expected):
+    assert torch.allclose(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()) + 1e-9)
 
-    def see(matrix, inputs, gradients, columns_are_inputs):
-        outer = gradients.mT @ inputs if columns_are_inputs else inputs.mT @ gradients
+
+def watched(weights, matrices):
+    """By name: the sum over tokens of the outer product as the matrix is stored, how many tokens there were, and
+    whether the model's own outputs are told."""
+    sums, tokens, told = {}, {}, {}
+
+    def see(matrix, product):
+        inputs, gradients = product.inputs, product.output_gradients
+        outer = gradients.mT @ inputs if product.columns_are_inputs else inputs.mT @ gradients
         sums[matrix.name] = sums.get(matrix.name, 0) + outer
         tokens[matrix.name] = tokens.get(matrix.name, 0) + len(inputs)
+        weight = weights.parameters[matrix.parameter].detach()
+        weight = matrix.view(weight).mT if product.columns_are_inputs else matrix.view(weight)
+        told[matrix.name] = product.outputs is not None
+        if product.outputs is not None:
+            assert_close(product.outputs, inputs @ weight)
+        assert_close(product.input_gradients, gradients @ weight.mT)
 
     with watching(weights, matrices, see):
         loss_of(weights.model).backward()
-    return sums, tokens
+    return sums, tokens, told
 
 
 def check_against_gradients(weights, sums):
@@ -57,7 +69,9 @@ def check_against_gradients(weights, sums):
 def test_inputs_times_gradients_are_the_gradient_of_the_weight(model_of):
     weights = Weights(model_of())
     matrices = weights.matrices()[0]
-    sums, tokens = watched(weights, matrices)
+    sums, tokens, told = watched(weights, matrices)
+    narrow = {"self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj"}  # and without a bias, which GPT-2 has
+    assert all(told[matrix.name] == (matrix.type in narrow) for matrix in matrices)
     assert set(sums) == {matrix.name for matrix in matrices}
     assert set(tokens.values()) == {IDS.numel()}
     check_against_gradients(weights, sums)
@@ -74,7 +88,12 @@ def test_experts_see_the_tokens_routed_to_them(kind, implementation):
     experts = [matrix for matrix in matrices if matrix.expert is not None]
     assert experts
     before = model.config._experts_implementation
-    sums, tokens = watched(weights, matrices)
+    sums, tokens, told = watched(weights, matrices)
+    for matrix in experts:
+        assert matrix.name not in told or told[matrix.name] == matrix.type.endswith("down_proj")
+    assert not any(told.get(f"model.layers.{block}.feed_forward.shared_expert.down_proj") for block in (0, 1)), (
+        "llama4 adds the other experts' outputs to these in place"
+    )
     assert model.config._experts_implementation == before
     check_against_gradients(weights, sums)
     if kind == "mixtral":
@@ -101,8 +120,8 @@ def test_inputs_keep_their_address_until_the_pass_ends_so_that_none_are_taken_fo
     weights = Weights(model)
     given, alive = [], []
 
-    def see(matrix, inputs, gradients, columns_are_inputs):
-        given.append(weakref.ref(inputs))
+    def see(matrix, product):
+        given.append(weakref.ref(product.inputs))
         alive.append(sum(ref() is not None for ref in given))
 
     with watching(weights, [matrix for matrix in weights.matrices()[0] if ".layers.1.mlp" in matrix.name], see):
@@ -136,7 +155,7 @@ def test_under_lora_the_base_layer_is_what_is_seen():
     weights = MergedWeights(model)
     matrices = weights.matrices()[0]
     merged = {matrix: weights.read(matrix).clone() for matrix in matrices}
-    sums, _ = watched(weights, matrices)
+    sums, *_ = watched(weights, matrices)
     plain = Weights(tiny_llama())
     for matrix in plain.matrices()[0]:
         plain.write(matrix, merged[matrix])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from splaser_plugin.errors import RankError, SpectrumError
 from splaser_plugin.reduction.calibration import window_rows
-from splaser_plugin.reduction.moments import Moments, _fourth, _noise, measure
+from splaser_plugin.reduction.moments import Moments, _add, _noise, measure
 from splaser_plugin.reduction.truncation import LEAST_SHRINKAGE, _shrunk, decompose, decompose_by_moments
 from splaser_plugin.spectra.spectrum import factors, singular_values, truncate
 from splaser_plugin.weights.in_memory import Weights
@@ -232,9 +232,11 @@ def test_moments_are_shrunk_by_about_the_share_that_is_closest_to_the_truth(toke
     generator = torch.Generator().manual_seed(0)
     truth = torch.diag(torch.linspace(0.1, 2, 20, dtype=torch.float64))
     values = torch.randn(tokens, 20, dtype=torch.float64, generator=generator) * truth.diagonal().sqrt()
-    measured = values.mT @ values / tokens
+    total = torch.zeros(20, 20, dtype=torch.float64)
+    fourth = _add(total, values)
+    measured = total / tokens
     target = measured.diagonal().mean() * torch.eye(20, dtype=torch.float64)
-    noise = _noise(measured * tokens, _fourth(values), tokens) / tokens**2
+    noise = _noise(total, fourth, tokens) / tokens**2
     assert noise == pytest.approx(float((measured - truth).square().sum()), rel=0.35)
 
     def error(share):
@@ -253,17 +255,18 @@ def test_the_error_expected_of_few_tokens_is_the_true_one_on_average(tokens):
     expected, true = [], []
     for _ in range(2000):
         values = torch.randn(tokens, 20, dtype=torch.float64, generator=generator) * scales
-        total = values.mT @ values
-        expected.append(_noise(total, _fourth(values), tokens) / tokens**2)
+        total = torch.zeros(20, 20, dtype=torch.float64)
+        expected.append(_noise(total, _add(total, values), tokens) / tokens**2)
         true.append(float((total / tokens - torch.diag(scales**2)).square().sum()))
     assert np.mean(expected) == pytest.approx(np.mean(true), rel=0.05)
 
 
 def test_what_a_single_token_had_says_nothing_of_directions():
     weight, values = random_weight((12, 7)), random_weight((1, 7), 1)
-    short = values.mT @ values
+    short = torch.zeros(7, 7, dtype=torch.float64)
+    fourth = _add(short, values)
     target = short.diagonal().mean() * torch.eye(7, dtype=torch.float64)
-    noise = _noise(short, _fourth(values), 1)
+    noise = _noise(short, fourth, 1)
     assert torch.equal(_shrunk(short, target, noise), target)
     measured = Moments(short, weight.mT @ weight, 1.0, noise, noise, True, 1, "")
     plain = decompose(weight, None, None).costs * float(target[0, 0])
