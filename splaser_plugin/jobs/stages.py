@@ -225,12 +225,19 @@ def budgets_of(run: Run, measures: Measures) -> list[Budget]:
     config = run.config
     stored_smaller = [matrix for matrix in run.matrices if is_factorable(run.weights.model, matrix)]
     reducer = _reducer(run, measures, stored_smaller)
+    entries = sum(math.prod(matrix.shape) for matrix in run.matrices)
 
     def planned() -> list[Budget]:
-        entries = sum(math.prod(matrix.shape) for matrix in run.matrices)
         return plan_budgets(reducer.costs, entries, config.budget, in_nats=reducer.is_in_nats)
 
-    return run.journal.once("budgets", (), planned, packed, lambda stored: unpacked(stored, run.matrices))
+    budgets = run.journal.once("budgets", (), planned, packed, lambda stored: unpacked(stored, run.matrices))
+    if budgets[-1].parameters_removed < config.budget * entries:
+        run.progress.fact(
+            "left out",
+            f"budgets above {budgets[-1].name}, to which the lowest ranks of the {len(reducer.costs)} matrices that "
+            "can be measured and stored as factors don't reach.",
+        )
+    return budgets
 
 
 def _reducer(run: Run, measures: Measures, matrices: Sequence[Matrix]) -> MeasuredReducer:

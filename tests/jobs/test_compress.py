@@ -134,6 +134,19 @@ def test_how_many_matrices_can_not_be_measured_is_told_and_how_to_try_as_many_ot
     assert said.endswith(f"; 1 more could be tried. Exclude the {count}, or use --candidates 14.")
 
 
+@pytest.mark.parametrize(("budget", "tried"), [(0.98, ["92 %", "94 %"]), (0.9, ["88 %", "90 %"])])
+def test_budgets_that_no_ranks_reach_are_told(tiny_folder, budget, tried):
+    model, tokenizer = load_model(tiny_folder, device="cpu", dtype="auto")
+    told = Facts()
+    config = LaserConfig(**{**SETTINGS, "budget": budget})
+    run = stages.begin(Weights(model), tokenizer, name="tiny", config=config, progress=told)
+    budgets = stages.budgets_of(run, stages.prepare_measures(run, read_pairs(EXAMPLE_PAIRS, config, tokenizer)))
+    assert [budget.name for budget in budgets[-2:]] == tried
+    said = [value for label, value in told.facts if label == "left out"]
+    assert len(said) == (budget == 0.98)
+    assert all(one.startswith(f"budgets above {tried[-1]}, to which the lowest ranks of the 14 matri") for one in said)
+
+
 def test_what_is_held_out_is_never_measured_on(tiny_folder, text):
     model, tokenizer = load_model(tiny_folder, device="cpu", dtype="auto")
     config = LaserConfig(**{**SETTINGS, "calibration_tokens": 10**6}, text=text)
