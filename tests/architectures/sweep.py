@@ -5,9 +5,11 @@
 For each model type a random model of a few thousand parameters is made (`tiny.py`) and saved. Columns: `scan` (the
 folder's matrices, names, types and weights are the loaded model's), `lora` (PEFT adapts exactly the chosen matrices, or
 it is refused), `unfrozen` (the same for Axolotl's rule), `reduce` (one matrix of each type reduced and saved: nothing
-else has changed, and it loads again), `laser` (a search by its own answers ends, and what it wrote loads as what it
-scored), `factored` (so does what it wrote as factors). `can't run` is what transformers says of text alone; the search
-is refused in one line then. Results are appended to a file as they come; types that are in it are not run again.
+else has changed, and it loads again), `statistics` (a reduction's see every matrix that a prediction hangs on, or leave
+it whole with a reason; the inputs times the gradients that they see are the gradient of the weight), `laser` (a search
+by its own answers ends, and what it wrote loads as what it scored), `factored` (so does what it wrote as factors).
+`can't run` is what transformers says of text alone; the search is refused in one line then. Results are appended to a
+file as they come; types that are in it are not run again.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from tests.architectures.tiny import tiny_config
+from tests.reduction.watched import unseen, watched
 
 MOST_PARAMETERS = 20_000_000
 ROWS = [{"prompt": f"w1 w{place}", "chosen": f"w{place} w2", "rejected": "w3 w4 w5"} for place in range(6, 14)]
-COLUMNS = ("scan", "lora", "unfrozen", "reduce", "laser", "factored")
+IDS = torch.tensor([[4, 5, 6, 7, 30, 31, 4, 9, 12, 50, 51, 52]])
+COLUMNS = ("scan", "lora", "unfrozen", "reduce", "statistics", "laser", "factored")
 
 
 def model_types(kinds: str) -> list[str]:
@@ -58,7 +62,8 @@ def run(kind: str) -> dict[str, str]:
         _, told = loader(model.config).from_pretrained(folder, output_loading_info=True)
         if lost := sorted(told["missing_keys"]):
             return {"built": f"no: transformers finds {len(lost)} of its weights no more in what it saved: {lost[0]}"}
-        for column, check in zip(COLUMNS, (_scan, _lora, _unfrozen, _reduce, _laser, _factored), strict=True):
+        checks = _scan, _lora, _unfrozen, _reduce, _statistics, _laser, _factored
+        for column, check in zip(COLUMNS, checks, strict=True):
             try:
                 found[column] = check(folder)
             except SplaserError as error:
@@ -66,7 +71,7 @@ def run(kind: str) -> dict[str, str]:
                 found[column] = f"refused: {line[:160]}" if "\n" not in line else f"several lines: {line[:160]!r}"
             except Exception as error:
                 found[column] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            if failure and column in ("laser", "factored") and found[column].startswith("refused: "):
+            if failure and column in ("statistics", "laser", "factored") and found[column].startswith("refused: "):
                 found[column] = f"can't run: {failure}"
     return {column: value.replace(str(folder), "the folder") for column, value in found.items()}
 
@@ -193,6 +198,26 @@ def _reduce(folder: Path) -> str:
     return "ok"
 
 
+def _statistics(folder: Path) -> str:
+    from splaser_plugin.errors import ModelError
+    from splaser_plugin.reduction.calibration import Row
+    from splaser_plugin.reduction.moments import measure
+    from splaser_plugin.weights.in_memory import Weights
+    from splaser_plugin.weights.matrices import Skipped
+
+    model = _loaded(folder).eval()
+    if reason := _fails(model):
+        raise ModelError(reason)
+    weights = Weights(model)
+    matrices = weights.matrices()[0]
+    found = {matrix.name: one for matrix, one in measure(weights, matrices, [Row(tuple(row)) for row in IDS.tolist()])}
+    whole = {name: one.reason for name, one in found.items() if isinstance(one, Skipped)}
+    passed_over = whole if whole.keys() == found.keys() else unseen(weights, watched(weights, matrices, IDS)[0], IDS)
+    for name in passed_over:
+        return f"left whole: {name}: {whole[name]}" if name in whole else f"not all products of {name} are seen"
+    return "ok"
+
+
 def _laser(folder: Path) -> str:
     from splaser_plugin.weights.loading import load_model
 
@@ -281,7 +306,9 @@ def table(results: dict[str, dict[str, str]]) -> str:
 
 def _word(value: str) -> str:
     return (
-        value if value == "ok" else next((word for word in ("refused", "can't run") if value.startswith(word)), "not")
+        value
+        if value == "ok"
+        else next((word for word in ("refused", "can't run", "left whole") if value.startswith(word)), "not")
     )
 
 

@@ -13,56 +13,7 @@ from splaser_plugin.weights.adapted import MergedWeights
 from splaser_plugin.weights.in_memory import Weights
 from tests.builders import tiny_llama
 from tests.reduction.models import FUSED, tiny_fused, tiny_gpt2
-
-IDS = torch.arange(7, 47).reshape(2, 20) * 11 % 512
-
-
-def loss_of(model):
-    logits = model(input_ids=IDS, use_cache=False).logits
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum")
-
-
-def assert_close(got, expected):
-    assert torch.allclose(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()) + 1e-9)
-
-
-def watched(weights, matrices):
-    """By name: the sum over tokens of the outer product as the matrix is stored, how many tokens there were, and
-    whether the model's own outputs are told."""
-    sums, tokens, told = {}, {}, {}
-
-    def see(matrix, product):
-        inputs, gradients = product.inputs, product.output_gradients
-        outer = gradients.mT @ inputs if product.columns_are_inputs else inputs.mT @ gradients
-        sums[matrix.name] = sums.get(matrix.name, 0) + outer
-        tokens[matrix.name] = tokens.get(matrix.name, 0) + len(inputs)
-        weight = weights.parameters[matrix.parameter].detach()
-        weight = matrix.view(weight).mT if product.columns_are_inputs else matrix.view(weight)
-        told[matrix.name] = product.outputs is not None
-        if product.outputs is not None:
-            assert_close(product.outputs, inputs @ weight)
-        assert_close(product.input_gradients, gradients @ weight.mT)
-
-    with watching(weights, matrices, see):
-        loss_of(weights.model).backward()
-    return sums, tokens, told
-
-
-def check_against_gradients(weights, sums):
-    """The gradient of a weight is the sum over tokens of its output's gradient times its input."""
-    model = weights.model
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    with torch.enable_grad():
-        loss_of(model).backward()
-    for matrix in weights.matrices()[0]:
-        expected = matrix.view(weights.parameters[matrix.parameter].grad)
-        if matrix.name in sums:
-            assert torch.allclose(
-                sums[matrix.name], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()) + 1e-7
-            )
-        else:
-            assert expected.abs().max() == 0, f"{matrix.name} has a gradient and was not seen"
+from tests.reduction.watched import IDS, loss_of, unseen, watched
 
 
 @pytest.mark.parametrize("model_of", [tiny_llama, tiny_gpt2])
@@ -74,7 +25,7 @@ def test_inputs_times_gradients_are_the_gradient_of_the_weight(model_of):
     assert all(told[matrix.name] == (matrix.type in narrow) for matrix in matrices)
     assert set(sums) == {matrix.name for matrix in matrices}
     assert set(tokens.values()) == {IDS.numel()}
-    check_against_gradients(weights, sums)
+    assert not unseen(weights, sums)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
@@ -95,7 +46,7 @@ def test_experts_see_the_tokens_routed_to_them(kind, implementation):
         "llama4 adds the other experts' outputs to these in place"
     )
     assert model.config._experts_implementation == before
-    check_against_gradients(weights, sums)
+    assert not unseen(weights, sums)
     if kind == "mixtral":
         down = [tokens.get(expert.name, 0) for expert in experts if expert.type.endswith("down_proj")]
         assert sum(down) == 2 * 2 * IDS.numel(), "two experts a token in each of two blocks"
@@ -159,7 +110,7 @@ def test_under_lora_the_base_layer_is_what_is_seen():
     plain = Weights(tiny_llama())
     for matrix in plain.matrices()[0]:
         plain.write(matrix, merged[matrix])
-    check_against_gradients(plain, sums)
+    assert not unseen(plain, sums)
 
 
 def test_the_backward_pass_goes_no_deeper_than_the_first_matrix():
