@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,22 +38,19 @@ See = Callable[[Matrix, Product], None]
 
 _Argument = tuple[int, str]
 """Its place and its name."""
-_NOT_ONE: _Argument = (sys.maxsize, "")
-_BY_ROWS_OF_OUTPUTS: dict[Any, tuple[_Argument, _Argument, _Argument]] = {
-    functional.linear: ((0, "input"), (1, "weight"), (2, "bias"))
-}
-_BY_ROWS_OF_INPUTS: dict[Any, tuple[_Argument, _Argument, _Argument]] = {
-    torch.matmul: ((0, "input"), (1, "other"), _NOT_ONE),
-    torch.Tensor.matmul: ((0, "self"), (1, "other"), _NOT_ONE),
-    torch.Tensor.__matmul__: ((0, "self"), (1, "other"), _NOT_ONE),
-    torch.mm: ((0, "input"), (1, "mat2"), _NOT_ONE),
-    torch.Tensor.mm: ((0, "self"), (1, "mat2"), _NOT_ONE),
-    torch.bmm: ((0, "input"), (1, "mat2"), _NOT_ONE),
-    torch.Tensor.bmm: ((0, "self"), (1, "mat2"), _NOT_ONE),
+_BY_ROWS_OF_OUTPUTS: dict[Any, tuple[_Argument, ...]] = {functional.linear: ((0, "input"), (1, "weight"), (2, "bias"))}
+_BY_ROWS_OF_INPUTS: dict[Any, tuple[_Argument, ...]] = {
+    torch.matmul: ((0, "input"), (1, "other")),
+    torch.Tensor.matmul: ((0, "self"), (1, "other")),
+    torch.Tensor.__matmul__: ((0, "self"), (1, "other")),
+    torch.mm: ((0, "input"), (1, "mat2")),
+    torch.Tensor.mm: ((0, "self"), (1, "mat2")),
+    torch.bmm: ((0, "input"), (1, "mat2")),
+    torch.Tensor.bmm: ((0, "self"), (1, "mat2")),
     torch.addmm: ((1, "mat1"), (2, "mat2"), (0, "input")),
     torch.Tensor.addmm: ((1, "mat1"), (2, "mat2"), (0, "self")),
 }
-"""Functions that multiply by a weight, to the inputs, the weight and the bias among their arguments."""
+"""Functions that multiply by a weight, to the inputs, the weight and any bias among their arguments."""
 
 
 class _Products(TorchFunctionMode):
@@ -78,7 +74,7 @@ class _Products(TorchFunctionMode):
         arguments = _BY_ROWS_OF_OUTPUTS.get(func) or _BY_ROWS_OF_INPUTS.get(func)
         if arguments is None or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        inputs, weight, bias = (args[place] if place < len(args) else kwargs.get(name) for place, name in arguments)
+        inputs, weight, *biases = (args[place] if place < len(args) else kwargs.get(name) for place, name in arguments)
         if not (isinstance(inputs, Tensor) and isinstance(weight, Tensor)):
             return func(*args, **kwargs)
         slices: list[tuple[Tensor, Tensor, Any]] = [(weight, inputs, ...)]
@@ -99,7 +95,8 @@ class _Products(TorchFunctionMode):
         else:
             kwargs = {**kwargs, name: mine}
         outputs = func(*args, **kwargs)
-        kept = outputs.detach() if bias is None and outputs.shape[-1] < inputs.shape[-1] else None
+        is_biased = any(bias is not None for bias in biases)
+        kept = outputs.detach() if outputs.shape[-1] < inputs.shape[-1] and not is_biased else None
         kept_version = outputs._version
         output_gradients: list[Tensor] = []
 
