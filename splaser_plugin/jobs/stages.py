@@ -32,7 +32,7 @@ from splaser_plugin.scoring.scorers import Material, Scorers
 from splaser_plugin.scoring.scores import Scorer, Scores
 from splaser_plugin.search.acceptance import Acceptance, Confident, Harmless, Improve
 from splaser_plugin.search.budget_search import search_budgets
-from splaser_plugin.search.budgets import Budget, packed, plan_budgets, unpacked
+from splaser_plugin.search.budgets import Budget, least_removed, packed, plan_budgets, unpacked
 from splaser_plugin.search.candidates import Candidate, by_prediction, by_size, choose_candidates
 from splaser_plugin.search.guard import Guard
 from splaser_plugin.search.journal import BASE, Journal, RecordedScorer
@@ -231,7 +231,7 @@ def budgets_of(run: Run, measures: Measures) -> list[Budget]:
         return plan_budgets(reducer.costs, entries, config.budget, in_nats=reducer.is_in_nats)
 
     budgets = run.journal.once("budgets", (), planned, packed, lambda stored: unpacked(stored, run.matrices))
-    if budgets[-1].parameters_removed < config.budget * entries:
+    if budgets[-1].parameters_removed < least_removed(config.budget, entries):
         run.progress.fact(
             "left out",
             f"budgets above {budgets[-1].name}, to which the lowest ranks of the {len(reducer.costs)} matrices that "

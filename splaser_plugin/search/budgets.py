@@ -81,6 +81,11 @@ def shares(most: float) -> list[float]:
     return [*(round(step, 10) for step in steps if step < most - 1e-9), most]
 
 
+def least_removed(share: float, parameters: int) -> int:
+    """How many of the parameters a model of that budget has to lose, whatever rounding does to their product."""
+    return max(1, math.ceil(share * parameters - 1e-6))
+
+
 def plan_budgets(costs: Mapping[Matrix, np.ndarray], parameters: int, most: float, *, in_nats: bool) -> list[Budget]:
     """The budgets up to a share, from gentle to hard; each takes no matrix to a higher rank than the one before.
 
@@ -102,7 +107,7 @@ def plan_budgets(costs: Mapping[Matrix, np.ndarray], parameters: int, most: floa
     most_removed = dense - sum(int(choices.sizes.min()) for choices in curves)
     found: list[Budget] = []
     for share in shares(most):
-        removed = max(1, math.ceil(share * parameters - 1e-6))
+        removed = least_removed(share, parameters)
         if removed > most_removed:
             if not found:
                 raise RankError(

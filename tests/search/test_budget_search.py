@@ -15,7 +15,7 @@ from splaser_plugin.reduction.measured_reducer import measured_reducer
 from splaser_plugin.scoring.scores import Scores
 from splaser_plugin.search.acceptance import Harmless
 from splaser_plugin.search.budget_search import search_budgets
-from splaser_plugin.search.budgets import Budget, packed, plan_budgets, shares, unpacked
+from splaser_plugin.search.budgets import Budget, least_removed, packed, plan_budgets, shares, unpacked
 from splaser_plugin.search.guard import Guard
 from splaser_plugin.search.journal import Journal, RecordedScorer
 from splaser_plugin.search.judge import Judge
@@ -89,6 +89,12 @@ def test_every_budget_removes_something_however_small_it_is(planned):
     weights, _ = planned
     [budget] = plan_budgets(weights.reducer.costs, 18_432, 1e-12, in_nats=False)
     assert budget.parameters_removed > 0 and budget.ranks
+
+
+def test_a_share_asks_for_no_more_than_its_own_parameters():
+    assert 0.07 * 100 > 7 and 0.1 * 18_430 == 1843
+    assert [least_removed(0.07, 100), least_removed(0.1, 18_430), least_removed(0.1, 18_431)] == [7, 1843, 1844]
+    assert least_removed(1e-12, 1000) == 1
 
 
 def test_the_last_budget_that_passed_is_kept_and_all_else_put_back(planned):
